@@ -1,0 +1,1 @@
+"""What the scripts share. One idea per file; scripts import from here, never from each other."""

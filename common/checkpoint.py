@@ -1,0 +1,105 @@
+"""Folders that are written whole or not at all, and checked when they are read.
+
+A checkpoint is a plain PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`), a readable `state.json`, in
+`last/` also `training.pt` (optimizer and random state), and `SHA256SUMS` over them (`sha256sum -c SHA256SUMS`).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import UserError
+
+SUMS = "SHA256SUMS"
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yield a new folder to fill; on success it takes the place of `folder`, on an error `folder` stays as it was."""
+    partial, old = _beside(folder, "partial"), _beside(folder, "old")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        files = sorted(path for path in partial.iterdir() if path.is_file())
+        (partial / SUMS).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files))
+        for path in partial.iterdir():
+            _flush(path)
+        recover(folder)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        recover(folder)
+        raise
+
+
+def recover(folder: Path) -> None:
+    """After a crash between the two renames: the previous folder gets its name back."""
+    old = _beside(folder, "old")
+    if old.exists():
+        if folder.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(folder)
+
+
+def verify(folder: Path) -> None:
+    """Raises `UserError` where a file is missing or not what was written."""
+    recover(folder)
+    try:
+        lines = (folder / SUMS).read_text().splitlines()
+        damaged = [name for digest, _, name in (line.partition("  ") for line in lines) if sha256(folder / name) != digest]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder}: not a whole checkpoint ({error})") from error
+    if damaged or not lines:
+        raise UserError(f"{folder}: {damaged[0] if damaged else SUMS} is damaged; delete the folder or use FRESH=1")
+
+
+def save(folder: Path, model: Any, state: dict[str, Any], optimizer: Any = None) -> None:
+    """Adapter and `state`; with `optimizer`, all that is needed to go on from here."""
+    with replacing(folder) as new:
+        model.save_pretrained(new)
+        (new / "README.md").unlink(missing_ok=True)  # PEFT's empty model-card template
+        (new / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        if optimizer is not None:
+            cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+            random = {"cpu": torch.get_rng_state(), "cuda": cuda}
+            torch.save({"optimizer": optimizer.state_dict(), "random": random}, new / "training.pt")
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    verify(folder)
+    return json.loads((folder / "state.json").read_text())
+
+
+def load_training(folder: Path, optimizer: Any) -> None:
+    """Optimizer and random state of a verified `last/`, in place."""
+    saved = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["random"]["cpu"])
+    if torch.cuda.is_available() and saved["random"]["cuda"]:
+        torch.cuda.set_rng_state_all(saved["random"]["cuda"])
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f"{folder.name}.{suffix}")
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

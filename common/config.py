@@ -1,0 +1,343 @@
+"""The configuration of one system: dataclasses, strict YAML, `key=value` overrides.
+
+Strict: an unknown, repeated or wrongly typed key fails with file, line and the nearest known key. Types come from the
+dataclasses, not from YAML's guesses, so `2e-4` is a float; where YAML would read a bare word as something else (`off`,
+`016`), it is refused rather than guessed.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from common.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def _need(holds: bool, key: str, what: str) -> None:
+    if not holds:
+        raise ValueError(f"{key}: {what}")
+
+
+@dataclass(frozen=True)
+class Base:
+    path: str  # hub id or folder of the frozen base model and its tokenizer
+    revision: str = "main"  # hub revision; unused for a folder
+    quant: Literal["nf4", "fp4", "none"] = "nf4"  # storage of the frozen linear layers
+    double_quant: bool = True  # quantise the quantisation constants too
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # compute; auto: bf16 or fp16 on a GPU, fp32 on a CPU
+    min_gpu_gib: float = 0.0  # smallest GPU memory that training and evaluation fit in; 0: a CPU does too
+
+    def __post_init__(self) -> None:
+        _need(self.min_gpu_gib >= 0, "min_gpu_gib", "must be ≥ 0")
+
+
+@dataclass(frozen=True)
+class Lora:
+    rank: int = 16  # columns of A and rows of B, ≥ 1
+    alpha: float = 16.0  # the update is scaled by alpha / rank
+    dropout: float = 0.0  # on the adapter's input, [0, 1); above 0 shared prefixes are no longer exact
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    def __post_init__(self) -> None:
+        _need(self.rank >= 1, "rank", "must be ≥ 1")
+        _need(self.alpha > 0, "alpha", "must be > 0")
+        _need(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
+        _need(len(self.targets) > 0, "targets", "name at least one layer")
+
+
+@dataclass(frozen=True)
+class Data:
+    train: str = "rajpurkar/squad"  # SQuAD v1.1 JSON (plain or .gz), or a hub id; SQUAD_DIR wins over a hub id
+    dev: str = "rajpurkar/squad"  # the same for the dev split
+    train_paragraphs: int | None = None  # only the first N paragraphs; null: all
+    dev_questions: int | None = None  # only a fixed, article-stratified N; null: all
+    fix_offsets: bool = False  # repair an answer_start that is off, and count it
+
+    def __post_init__(self) -> None:
+        _need(self.train_paragraphs is None or self.train_paragraphs >= 1, "train_paragraphs", "must be ≥ 1")
+        _need(self.dev_questions is None or self.dev_questions >= 1, "dev_questions", "must be ≥ 1")
+
+
+@dataclass(frozen=True)
+class Window:
+    context: int = 416  # most tokens of "Context: …", BOS included
+    question: int = 64  # most tokens of "\n\nQuestion: …\n\nAnswer:"
+    answer: int = 32  # most tokens of an answer: trained on with EOS, decoded at most
+    overflow: Literal["truncate", "chunk"] = "truncate"  # a longer context: keep its head, or read it in windows
+    stride: int = 208  # chunk: tokens from one window's start to the next's
+    tokenizer: str | None = None  # cuts the text for every system alike; null: the system's own
+
+    @property
+    def tokens(self) -> int:
+        """The whole window: what one question may take, in tokens."""
+        return self.context + self.question + self.answer
+
+    def __post_init__(self) -> None:
+        for key in ("context", "question", "answer"):
+            _need(getattr(self, key) >= 16, key, "must be ≥ 16")
+        _need(1 <= self.stride <= self.context, "stride", "must be between 1 and window.context")
+
+
+@dataclass(frozen=True)
+class Train:
+    lr: float = 2e-4  # peak learning rate
+    epochs: float = 1.0  # passes over the train set
+    questions_per_step: int = 64  # the batch size: questions of one optimizer step
+    pack_tokens: int | None = None  # tokens of one micro-batch; null: 1,024 on a CPU, 4,096 on a GPU
+    warmup: float = 0.03  # share of the steps in which the rate rises, [0, 1]
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # clip the gradient's norm to this
+    gradient_checkpointing: bool = True  # recompute activations: less memory, more time
+    eval_every: int = 250  # steps between two evaluations (and saves)
+    max_steps: int | None = None  # stop here at the latest; the schedule ends here too
+
+    def __post_init__(self) -> None:
+        for key in ("lr", "epochs", "max_grad_norm"):
+            _need(getattr(self, key) > 0, key, "must be > 0")
+        for key in ("questions_per_step", "eval_every"):
+            _need(getattr(self, key) >= 1, key, "must be ≥ 1")
+        _need(0 <= self.warmup <= 1, "warmup", "must be in [0, 1]")
+        _need(self.weight_decay >= 0, "weight_decay", "must be ≥ 0")
+        _need(self.max_steps is None or self.max_steps >= 1, "max_steps", "must be ≥ 1")
+        _need(self.pack_tokens is None or self.pack_tokens >= 64, "pack_tokens", "must be ≥ 64")
+
+
+@dataclass(frozen=True)
+class EarlyStop:
+    patience: int = 4  # evaluations without a gain before training stops
+    min_delta: float = 0.1  # smallest gain in EM points that counts
+    split: Literal["dev", "heldout"] = "dev"  # heldout: whole articles taken out of train
+    heldout_share: float = 0.05  # heldout: share of the train questions, (0, 0.5]
+    questions: int | None = None  # a fixed, article-stratified N of that split; null: all of it
+
+    def __post_init__(self) -> None:
+        _need(self.patience >= 1, "patience", "must be ≥ 1")
+        _need(self.min_delta >= 0, "min_delta", "must be ≥ 0")
+        _need(0 < self.heldout_share <= 0.5, "heldout_share", "must be in (0, 0.5]")
+        _need(self.questions is None or self.questions >= 1, "questions", "must be ≥ 1")
+
+
+@dataclass(frozen=True)
+class Eval:
+    pack_tokens: int | None = None  # tokens of paragraphs and questions decoded together; null: by device
+
+    def __post_init__(self) -> None:
+        _need(self.pack_tokens is None or self.pack_tokens >= 64, "pack_tokens", "must be ≥ 64")
+
+
+@dataclass(frozen=True)
+class Bench:
+    queries: int = 400  # timed single queries, drawn article by article from dev
+    warmup_queries: int = 10  # before the clock starts
+
+    def __post_init__(self) -> None:
+        _need(self.queries >= 1, "queries", "must be ≥ 1")
+        _need(self.warmup_queries >= 0, "warmup_queries", "must be ≥ 0")
+
+
+@dataclass(frozen=True)
+class Config:
+    system: str  # the name in tables, run folders and `MODEL=`
+    base: Base
+    seed: int = 0  # sampler order, LoRA init, dropout
+    lora: Lora | None = None  # null: the base as it is
+    adapter: str | None = None  # folder of a trained adapter; null: the newest run of this system
+    data: Data = field(default_factory=Data)
+    window: Window = field(default_factory=Window)
+    train: Train = field(default_factory=Train)
+    early_stop: EarlyStop = field(default_factory=EarlyStop)
+    eval: Eval = field(default_factory=Eval)
+    bench: Bench = field(default_factory=Bench)
+    runs: str = "runs"  # where run folders go
+
+    def __post_init__(self) -> None:
+        _need(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.system) is not None, "system", "use letters, digits, - _")
+        _need(self.seed >= 0, "seed", "must be ≥ 0")
+        _need(self.adapter is None or self.lora is not None, "adapter", "needs a lora section beside it")
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def hash(self) -> str:
+        """8 hex digits of everything that decides the result: all but where runs are written."""
+        decides = self.to_dict()
+        del decides["runs"]
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def find(name: str) -> Path:
+    """`MODEL=` names a file of `configs/`, or is a path to a YAML file itself."""
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise UserError(f"{name}: no such file")
+        return Path(name)
+    known = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+    if name not in known:
+        raise UserError(f'unknown MODEL "{name}"{_nearest(name, known)}; known: {", ".join(known)}, or a .yaml file')
+    return known[name]
+
+
+def load(name: str, overrides: typing.Iterable[str] = ()) -> Config:
+    """Read the YAML of system `name`, apply `key=value` overrides, check everything.
+
+    Raises `UserError` with file and line (or the override) of the first thing that is wrong.
+    """
+    path = find(name)
+    tree = _read(path)
+    for override in overrides:
+        _override(tree, override)
+    return _build(Config, tree, "", str(path))
+
+
+# ---- YAML with line numbers: mappings become dicts, everything else a leaf ----------------------------------------
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    node: yaml.Node
+    where: str  # "file:line", or the override
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise UserError(f"{path}:{line}: not valid YAML ({error.problem})") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path}: expected `key: value` lines")
+    return _mapping(root, "", str(path))
+
+
+def _mapping(node: yaml.MappingNode, prefix: str, source: str) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in node.value:
+        where = f"{source}:{key.start_mark.line + 1}"
+        name = prefix + str(key.value)
+        if key.value in out:
+            raise UserError(f'{where}: key "{name}" stands here twice')
+        out[key.value] = (
+            _mapping(value, name + ".", source) if isinstance(value, yaml.MappingNode) else _Leaf(value, where)
+        )
+    return out
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    where = f"override {text}"
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f'"{text}": an override looks like train.lr=1e-4')
+    try:
+        node = yaml.compose(value, Loader=yaml.SafeLoader) or yaml.ScalarNode("tag:yaml.org,2002:null", "")
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"{where}: not valid YAML ({error.problem})") from error
+    *sections, name = key.split(".")
+    for section in sections:
+        inner = tree.get(section)
+        if not isinstance(inner, dict):  # absent, or `lora: null` in the file
+            inner = tree[section] = {}
+        tree = inner
+    tree[name] = _mapping(node, key + ".", where) if isinstance(node, yaml.MappingNode) else _Leaf(node, where)
+
+
+# ---- dicts of leaves into dataclasses ------------------------------------------------------------------------------
+
+
+def _build(cls: type, tree: dict[str, Any], prefix: str, source: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    for key, value in tree.items():
+        if key not in hints:
+            where = value.where if isinstance(value, _Leaf) else _first_where(value, source)
+            raise UserError(f'{where}: unknown key "{prefix}{key}"{_nearest(prefix + key, known_keys())}')
+    values = {}
+    for name, hint in hints.items():
+        if name in tree:
+            values[name] = _value(tree[name], hint, prefix + name, source)
+        elif all(f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(cls) if f.name == name):
+            raise UserError(f'{source}: missing key "{prefix}{name}"')
+    try:
+        return cls(**values)
+    except ValueError as error:
+        key = str(error).partition(":")[0]
+        where = tree[key].where if isinstance(tree.get(key), _Leaf) else source
+        raise UserError(f"{where}: {prefix}{error}") from error
+
+
+def _value(value: Any, hint: Any, key: str, source: str) -> Any:
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    optional = type(None) in choices
+    (hint,) = [choice for choice in choices if choice is not type(None)]
+    if isinstance(value, dict):
+        if not dataclasses.is_dataclass(hint):
+            raise UserError(f'{_first_where(value, source)}: "{key}" takes a value, not a section')
+        return _build(typing.cast(type, hint), value, key + ".", source)
+    if optional and _tag(value.node) == "null":
+        return None
+    if dataclasses.is_dataclass(hint):
+        raise UserError(f'{value.where}: "{key}" is a section; set one of its keys, such as {key}.'
+                        f"{dataclasses.fields(hint)[0].name}")
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value.node, yaml.SequenceNode):
+            raise UserError(f'{value.where}: "{key}" takes a list, such as [a, b]')
+        return tuple(_scalar(_Leaf(item, value.where), typing.get_args(hint)[0], key) for item in value.node.value)
+    return _scalar(value, hint, key)
+
+
+def _scalar(leaf: _Leaf, hint: Any, key: str) -> Any:
+    if not isinstance(leaf.node, yaml.ScalarNode):
+        raise UserError(f'{leaf.where}: "{key}" takes one value, not a list')
+    text, tag = leaf.node.value, _tag(leaf.node)
+    if typing.get_origin(hint) is Literal:
+        words = typing.get_args(hint)
+        if text not in words or (tag != "str" and leaf.node.style is None and text != "none"):
+            raise UserError(f'{leaf.where}: "{key}" is one of {", ".join(words)}, not "{text}"{_nearest(text, words)}')
+        return text
+    if hint is str:
+        if tag != "str":
+            raise UserError(f'{leaf.where}: "{key}" takes a word, and YAML reads {text or "nothing"} as {tag}; quote it')
+        return text
+    if leaf.node.style is None:  # a plain scalar: numbers and truth values are never quoted
+        if hint is bool and text in ("true", "false"):
+            return text == "true"
+        if hint is int and re.fullmatch(r"[+-]?(0|[1-9][0-9]*)", text):
+            return int(text)
+        if hint is float and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
+            return float(text)
+    want = {bool: "true or false", int: "a whole number", float: "a number"}[hint]
+    raise UserError(f'{leaf.where}: "{key}" takes {want}, not "{text}"')
+
+
+def _tag(node: yaml.Node) -> str:
+    return node.tag.rpartition(":")[2]
+
+
+def _first_where(tree: dict[str, Any], source: str) -> str:
+    for value in tree.values():
+        return value.where if isinstance(value, _Leaf) else _first_where(value, source)
+    return source
+
+
+def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """Every dotted key that a YAML file or an override may set."""
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        inner = [h for h in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(h)]
+        keys += known_keys(typing.cast(type, inner[0]), f"{prefix}{name}.") if inner else [prefix + name]
+    return keys
+
+
+def _nearest(word: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), 1, cutoff=0.5)
+    return f' — did you mean "{close[0]}"?' if close else ""

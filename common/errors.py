@@ -1,0 +1,22 @@
+"""What a person can cause ends as one line and exit code 2; only our own mistakes show a traceback."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """What is wrong, where (file, line or id), and what to do about it, in one line."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Wrap a script's `main()`: `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; what was saved stays, run the same command to go on", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,79 @@
+"""The one clock and the memory gauges."""
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a monotonic clock, after the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What a record says of the machine."""
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        return {"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1), "cuda": torch.version.cuda}
+    return {"name": f"CPU {_cpu_name()}", "threads": torch.get_num_threads()}
+
+
+def reset_peaks(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peaks(device: torch.device) -> dict[str, int | None]:
+    """Peak bytes: torch's allocator on a GPU; on a CPU the process's resident set since its start, loading included."""
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    cuda = device.type == "cuda"
+    return {
+        "allocated_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
+        "reserved_bytes": torch.cuda.max_memory_reserved(device) if cuda else None,
+        "rss_bytes": rss,
+    }
+
+
+@contextmanager
+def nvml_sampler(device: torch.device) -> Iterator[dict[str, int | None]]:
+    """Sample NVML from a process of its own while the body runs; afterwards the dict holds its peaks in bytes.
+
+    Stays empty on a CPU. `process_bytes` is None where the driver does not tell one process from another.
+    """
+    found: dict[str, int | None] = {}
+    if device.type != "cuda":
+        yield found
+        return
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = [sys.executable, "-m", "common.nvml", uuid, str(os.getpid())]
+    root = Path(__file__).resolve().parent.parent
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as sampler:
+        try:
+            yield found
+        finally:
+            answer, _ = sampler.communicate()  # closing its stdin ends it
+            found.update(json.loads(answer or "{}"))
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,138 @@
+"""Load a frozen base (NF4, FP4 or plain), put a LoRA adapter on it, new or trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from common.config import Base, Config, Lora
+from common.errors import UserError
+from common.packing import ATTENTION
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
+    """`auto`: bf16 where a GPU has it in hardware, else fp16; fp32 on a CPU."""
+    if base.dtype != "auto":
+        return DTYPES[base.dtype]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_tokenizer(path: str, revision: str = "main") -> Any:
+    """The tokenizer of a hub id or folder; its EOS must be set."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no tokenizer could be loaded from there ({_first_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: its tokenizer has no EOS token, which ends every answer")
+    return tokenizer
+
+
+def load_base(base: Base, device: torch.device) -> Any:
+    """The frozen base in eval mode, quantised as configured, attending over trees (`common.packing`)."""
+    dtype = compute_dtype(base, device)
+    quantization = None
+    if base.quant != "none":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=base.quant,
+            bnb_4bit_use_double_quant=base.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base.path,
+            revision=base.revision,
+            dtype=dtype,
+            quantization_config=quantization,
+            attn_implementation=ATTENTION,
+            device_map={"": device},
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{base.path}: no model could be loaded from there ({_first_line(error)})") from error
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # On a CPU with AVX512-BF16 the first evaluation would repack the weights for good, and later training
+            # would go on with wrong gradients.
+            module.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def add_lora(model: Any, lora: Lora, seed: int) -> Any:
+    """A new adapter on `model`: A random from `seed`, B zero, both fp32."""
+    torch.manual_seed(seed)
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float is fine
+                lora_dropout=lora.dropout,
+                target_modules=list(lora.targets),
+                bias="none",
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        raise UserError(f"lora.targets: {_first_line(error)}") from error
+
+
+def load_adapter(model: Any, folder: Path, base: Base) -> Any:
+    """A trained PEFT adapter on `model`, checked against the base that it is put on."""
+    config_file, weights_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    try:
+        config = json.loads(config_file.read_text())
+        weights = load_file(weights_file)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: not a whole adapter ({_first_line(error)}); train it anew") from error
+    trained_on = str(config.get("base_model_name_or_path"))
+    if Path(trained_on).name != Path(base.path).name:
+        raise UserError(f"{folder}: this adapter was trained on {trained_on}, not on {base.path}")
+    lora = Lora(config["r"], config["lora_alpha"], config["lora_dropout"], tuple(sorted(config["target_modules"])))
+    peft_model = add_lora(model, lora, seed=0)
+    load_weights(peft_model, weights, str(folder))
+    return peft_model.eval()
+
+
+def load_weights(peft_model: Any, weights: dict[str, torch.Tensor], origin: str) -> None:
+    """Copy adapter weights in; every one of them must be there and fit."""
+    try:
+        result = set_peft_model_state_dict(peft_model, weights)
+    except RuntimeError as error:
+        raise UserError(f"{origin}: the adapter does not fit this base (its shapes differ)") from error
+    missing = [key for key in result.missing_keys if "lora_" in key]
+    if missing or result.unexpected_keys:
+        odd = (missing + result.unexpected_keys)[0]
+        raise UserError(f"{origin}: the adapter does not fit this base (first odd weight: {odd})")
+
+
+def load_system(config: Config, adapter: Path | None, device: torch.device) -> tuple[Any, Any]:
+    """(model, tokenizer) of a system, ready to answer."""
+    tokenizer = load_tokenizer(config.base.path, config.base.revision)
+    model = load_base(config.base, device)
+    return (load_adapter(model, adapter, config.base) if adapter else model), tokenizer
+
+
+def parameter_counts(model: Any) -> tuple[int, int]:
+    """(trained, all) weights; a 4-bit weight counts as one, not as half a byte."""
+    trained = total = 0
+    for p in model.parameters():
+        n = p.quant_state.shape.numel() if getattr(p, "quant_state", None) is not None else p.numel()
+        total += n
+        trained += n if p.requires_grad else 0
+    return trained, total
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

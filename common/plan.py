@@ -1,0 +1,57 @@
+"""Which trees make up each optimizer step: a pure function of (seed, epoch), so that resuming is arithmetic.
+
+Imports no torch.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+
+from common.prompt import Tree
+
+Step = list[list[Tree]]  # the packs of one optimizer step; one pack is one micro-batch
+
+
+def bounded(trees: Sequence[Tree], max_tokens: int, max_questions: int) -> list[Tree]:
+    """Split what is too large for one pack or one step; the rest stays as it is."""
+    return [part for tree in trees for part in tree.split(max_tokens, max_questions)]
+
+
+def steps_per_epoch(trees: Sequence[Tree], questions_per_step: int) -> int:
+    return max(1, _questions(trees) // questions_per_step)
+
+
+def epoch(trees: Sequence[Tree], seed: int, epoch: int, questions_per_step: int, pack_tokens: int) -> Iterator[Step]:
+    """The steps of one epoch: always `steps_per_epoch` of them, every tree in exactly one.
+
+    Trees are shuffled, so a step mixes paragraphs of many articles. Tree i belongs to the step in whose equal share of
+    the questions its first question falls; no step is empty where no tree exceeds `questions_per_step` (`bounded`).
+    """
+    order = list(trees)
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    n_steps, n_questions = steps_per_epoch(order, questions_per_step), _questions(order)
+    members: list[list[Tree]] = [[] for _ in range(n_steps)]
+    before = 0
+    for tree in order:
+        members[before * n_steps // n_questions].append(tree)
+        before += len(tree.branches)
+    for step in members:
+        yield fill(step, pack_tokens)
+
+
+def fill(trees: Sequence[Tree], pack_tokens: int) -> list[list[Tree]]:
+    """Pack trees into as few packs as first-fit decreasing finds, each of at most `pack_tokens` where a tree fits."""
+    packs: list[list[Tree]] = []
+    room: list[int] = []
+    for tree in sorted(trees, key=len, reverse=True):
+        fits = next((i for i, free in enumerate(room) if len(tree) <= free), None)
+        if fits is None:
+            packs.append([])
+            room.append(pack_tokens)
+            fits = len(packs) - 1
+        packs[fits].append(tree)
+        room[fits] -= len(tree)
+    return packs
+
+
+def _questions(trees: Sequence[Tree]) -> int:
+    return sum(len(tree.branches) for tree in trees)

@@ -1,0 +1,89 @@
+"""Before anything is downloaded: can this machine run the system, and may it have the weights?"""
+
+import os
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+from common.config import Base
+from common.errors import UserError
+
+TRY = "To try everything on this machine: make demo"
+
+
+def check(base: Base, system: str) -> None:
+    """Raises `UserError` saying what stands in the way and what to do. Downloads nothing."""
+    _gpu(base, system)
+    if _is_folder(base.path) or _is_cached(base):
+        return
+    _licence(base)
+    _disk(base)
+
+
+def _gpu(base: Base, system: str) -> None:
+    if not base.min_gpu_gib:
+        return
+    if not torch.cuda.is_available():
+        raise UserError(f"No CUDA device. {system} needs one with ≥ {base.min_gpu_gib:g} GiB. {TRY}")
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    has = gpu.total_memory / 2**30
+    if has < base.min_gpu_gib:
+        raise UserError(f"{gpu.name} has {has:.1f} GiB. {system} needs ≥ {base.min_gpu_gib:g} GiB. {TRY}")
+
+
+def _is_folder(path: str) -> bool:
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise UserError(f"{path}: this folder holds no config.json, so no model")
+        return True
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        hint = "make smollm2 fetches it" if "smollm2" in path else "set base.path to a model folder or a hub id"
+        raise UserError(f"{path}: no such model folder; {hint}")
+    return False
+
+
+def _is_cached(base: Base) -> bool:
+    names = ("config.json", "model.safetensors", "model.safetensors.index.json")
+    found = [isinstance(huggingface_hub.try_to_load_from_cache(base.path, n, revision=base.revision), str) for n in names]
+    return found[0] and any(found[1:])
+
+
+def _licence(base: Base) -> None:
+    page = f"https://huggingface.co/{base.path}"
+    try:
+        huggingface_hub.auth_check(base.path)
+    except GatedRepoError as error:
+        raise UserError(
+            f"{base.path} is gated: accept its licence at {page}, then set HF_TOKEN to a token of that account. {TRY}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"{base.path}: the hub knows no such model, or HF_TOKEN may not see it; see base.path") from error
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise UserError(
+            f"{base.path} is not on this disk and the hub cannot be reached ({type(error).__name__}): "
+            f"copy the model here and set base.path to its folder. {TRY}"
+        ) from error
+    except Exception as error:  # the hub's HTTP client has its own kinds for a network that is not there
+        if "connect" not in type(error).__name__.lower() and "proxy" not in type(error).__name__.lower():
+            raise
+        raise UserError(
+            f"{base.path} is not on this disk and the hub cannot be reached ({type(error).__name__}): "
+            f"copy the model here and set base.path to its folder. {TRY}"
+        ) from error
+
+
+def _disk(base: Base) -> None:
+    info = huggingface_hub.model_info(base.path, revision=base.revision, files_metadata=True)
+    need = sum(f.size or 0 for f in info.siblings or [] if f.rfilename.endswith(".safetensors"))
+    cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache"))
+    while not cache.exists():
+        cache = cache.parent
+    free = shutil.disk_usage(cache).free
+    if free < need:
+        raise UserError(
+            f"{base.path} takes {need / 2**30:.1f} GiB and {cache} has {free / 2**30:.1f} GiB free: "
+            "make room, or set HF_HOME to a larger disk"
+        )

@@ -1,0 +1,212 @@
+"""The one prompt: its text, its token ids, its window, and the trees of questions that share a paragraph.
+
+Training, evaluation and a single query all come through `build_trees`, so they read the same ids. Ids are the
+tokenizer's ids of the whole text, as any other tool would make them; parts are never tokenised apart. Imports no torch
+(a tokenizer is handed in).
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from common.config import Window
+from common.errors import UserError
+from common.squad import Example
+
+VERSION = "1"
+_CONTEXT = "Context: {}"
+_QUESTION = "\n\nQuestion: {}\n\nAnswer:"
+_TARGET = " {}"  # then EOS
+_SHARED = _CONTEXT + _QUESTION.partition(" {}")[0]  # what all questions of a paragraph begin with
+
+Ids = list[int]
+
+
+def fingerprint() -> str:
+    """Changes with any byte of the prompt."""
+    return hashlib.sha256("\0".join((VERSION, _CONTEXT, _QUESTION, _TARGET)).encode()).hexdigest()[:12]
+
+
+def text(context: str, question: str) -> str:
+    """The prompt of one question, the same bytes for every system."""
+    return _CONTEXT.format(context) + _QUESTION.format(question)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One question below its paragraph's prefix."""
+
+    id: str
+    prompt_ids: Ids  # what follows the prefix, up to and with "Answer:"; never empty
+    answer_ids: Ids  # the target with EOS; empty when the answer is to be decoded
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.answer_ids)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A paragraph once, and its questions as branches."""
+
+    prefix_ids: Ids
+    branches: tuple[Branch, ...]
+
+    def __len__(self) -> int:
+        return len(self.prefix_ids) + sum(map(len, self.branches))
+
+    def split(self, max_tokens: int, max_branches: int) -> Iterator["Tree"]:
+        """Trees of at most that many tokens and branches (one branch at least), the prefix repeated in each."""
+        group: list[Branch] = []
+        for branch in self.branches:
+            size = len(self.prefix_ids) + sum(map(len, group)) + len(branch)
+            if group and (size > max_tokens or len(group) == max_branches):
+                yield Tree(self.prefix_ids, tuple(group))
+                group = []
+            group.append(branch)
+        yield Tree(self.prefix_ids, tuple(group))
+
+
+@dataclass(frozen=True)
+class Trees:
+    trees: list[Tree]
+    counts: dict[str, int] = field(default_factory=dict)  # what the window did; see `build_trees`
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One question in one window, as text."""
+
+    id: str
+    context: str
+    prompt: str
+    target: str  # " answer", or "" when it is to be decoded
+
+
+def build_trees(
+    examples: Iterable[Example],
+    tokenizer: Any,
+    window: Window,
+    *,
+    train: bool,
+    window_tokenizer: Any = None,
+    progress: bool = True,
+) -> Trees:
+    """Cut every text to its window, tokenise, and gather the questions of a paragraph below their common prefix.
+
+    `train` adds the first gold answer and EOS; there a question goes to the first window that holds its answer, or is
+    dropped. Counts: `questions`, `truncated` (context cut, or read in windows), `dropped_outside` and `dropped_long`
+    (train: the answer lies outside the window, or has more tokens than `window.answer`).
+    """
+    counts = Counter(questions=0, truncated=0)
+    if train:
+        counts.update(dropped_outside=0, dropped_long=0)
+    rows = list(_rows(list(examples), window_tokenizer or tokenizer, window, train, counts))
+    contexts = list(dict.fromkeys(row.context for row in rows))
+    shared = dict(zip(contexts, _tokenize(tokenizer, [_SHARED.format(c) for c in contexts]), strict=True))
+    prompts = _tokenize(tokenizer, [row.prompt for row in rows], progress)
+    fulls = _tokenize(tokenizer, [row.prompt + row.target for row in rows], progress) if train else prompts
+    groups: dict[object, list[Branch]] = {}
+    for row, prompt_ids, full_ids in zip(rows, prompts, fulls, strict=True):
+        if full_ids[: len(prompt_ids)] != prompt_ids:
+            raise UserError(f"question {row.id}: this tokenizer merges the prompt's end with the answer's start")
+        answer_ids = full_ids[len(prompt_ids) :] + [tokenizer.eos_token_id] if train else []
+        if len(answer_ids) > window.answer:
+            counts["dropped_long"] += 1
+            continue
+        shares = prompt_ids[: len(shared[row.context])] == shared[row.context]
+        key = row.context if shares else row  # a question that does not share the prefix gets a tree of its own
+        groups.setdefault(key, []).append(Branch(row.id, prompt_ids, answer_ids))
+    return Trees([_tree(group) for group in groups.values()], dict(counts))
+
+
+def _tree(branches: list[Branch]) -> Tree:
+    """Lift the longest common id prefix out of the branches; the last prompt token stays in its branch."""
+    low, high = min(b.prompt_ids for b in branches), max(b.prompt_ids for b in branches)
+    same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
+    n = min(same, min(len(b.prompt_ids) for b in branches) - 1)
+    return Tree(low[:n], tuple(Branch(b.id, b.prompt_ids[n:], b.answer_ids) for b in branches))
+
+
+# ---- the window ----------------------------------------------------------------------------------------------------
+
+Span = tuple[int, int]  # characters
+
+
+def _rows(examples: list[Example], tokenizer: Any, window: Window, train: bool, counts: Counter[str]) -> Iterator[_Row]:
+    contexts = list(dict.fromkeys(e.context.strip() for e in examples))
+    windows = dict(zip(contexts, _context_windows(contexts, tokenizer, window), strict=True))
+    questions = list(dict.fromkeys(e.question.strip() for e in examples))
+    cut = dict(zip(questions, _fit(questions, _QUESTION, window.question, tokenizer), strict=True))
+    for example in examples:
+        context, question = example.context.strip(), example.question.strip()
+        question = question[: cut[question]].rstrip()
+        spans = windows[context]
+        counts["questions"] += 1
+        counts["truncated"] += spans != [(0, len(context))]
+        target = ""
+        if train:
+            answer = example.answers[0]
+            start = answer.start - (len(example.context) - len(example.context.lstrip()))
+            start += len(answer.text) - len(answer.text.lstrip())
+            stop = start + len(answer.text.strip())
+            spans = [(a, b) for a, b in spans if a <= start and stop <= b][:1]
+            counts["dropped_outside"] += not spans
+            target = _TARGET.format(answer.text.strip())
+        for a, b in spans:
+            part = context[a:b].strip()
+            yield _Row(example.id, part, text(part, question), target)
+
+
+def _context_windows(contexts: list[str], tokenizer: Any, window: Window) -> list[list[Span]]:
+    """For each context the spans to read: itself, its head (truncate), or overlapping windows (chunk)."""
+    out: list[list[Span]] = []
+    for context, stop in zip(contexts, _fit(contexts, _CONTEXT, window.context, tokenizer), strict=True):
+        spans = [(0, stop)]
+        if stop < len(context) and window.overflow == "chunk":
+            starts = [a for a, _ in _offsets(tokenizer, context)[:: window.stride]]
+            while spans[-1][1] < len(context):
+                reached = spans[-1]
+                start = max((a for a in starts if reached[0] < a <= reached[1]), default=reached[1])
+                (length,) = _fit([context[start:]], _CONTEXT, window.context, tokenizer)
+                spans.append((start, start + length))
+        out.append(spans)
+    return out
+
+
+def _fit(texts: list[str], template: str, limit: int, tokenizer: Any) -> list[int]:
+    """For each text, how many of its characters fit `limit` tokens inside `template`; cut between two tokens."""
+    special = template is _CONTEXT  # it opens the prompt, so BOS counts with it
+    filled = _tokenize(tokenizer, [template.format(t) for t in texts], special=special)
+    return [
+        len(t) if len(ids) <= limit else _cut(t, template, limit, tokenizer, special)
+        for t, ids in zip(texts, filled, strict=True)
+    ]
+
+
+def _cut(whole: str, template: str, limit: int, tokenizer: Any, special: bool) -> int:
+    stops = [stop for _, stop in _offsets(tokenizer, whole)]
+    keep = min(len(stops), limit)
+    while keep > 0:
+        filled = template.format(whole[: stops[keep - 1]].strip())
+        over = len(_tokenize(tokenizer, [filled], special=special)[0]) - limit
+        if over <= 0:
+            return stops[keep - 1]
+        keep -= over
+    raise UserError(f"a window of {limit} tokens leaves no room for text; raise window.context or window.question")
+
+
+def _offsets(tokenizer: Any, whole: str) -> list[Span]:
+    return tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+
+
+def _tokenize(tokenizer: Any, texts: list[str], progress: bool = False, special: bool = True) -> list[Ids]:
+    out: list[Ids] = []
+    with tqdm(total=len(texts), desc="tokenise", unit="text", disable=not progress or len(texts) < 5000) as bar:
+        for i in range(0, len(texts), 1000):
+            out += tokenizer(texts[i : i + 1000], add_special_tokens=special)["input_ids"]
+            bar.update(len(texts[i : i + 1000]))
+    return out

@@ -1,0 +1,146 @@
+"""Run folders and their records: what was run, on what, and what came out. Nothing is ever overwritten.
+
+    runs/SYSTEM-sSEED-CONFIGHASH-KIND-NUMBER/
+        config.yaml       as resolved from file and overrides
+        record.json       written last: a folder without it is unfinished
+        metrics.jsonl     train: a line per logged step and evaluation
+        predictions.json  {id: text}, the official format
+        best/ last/       train: checkpoints
+
+Imports no torch.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common import prompt, score
+from common.config import Config
+from common.errors import UserError
+from common.squad import Dataset
+
+SCHEMA = 1
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "bitsandbytes", "numpy", "scipy")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def new_run(config: Config, kind: str) -> Path:
+    """Make the next free run folder of this system, seed and configuration, with its `config.yaml`."""
+    root = Path(config.runs)
+    stem = _stem(config, kind)
+    numbers = [int(path.name.rpartition("-")[2]) for path in root.glob(f"{stem}-[0-9]*")]
+    number = max(numbers, default=0) + 1
+    while True:
+        folder = root / f"{stem}-{number:03}"
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:  # another process took it meanwhile
+            number += 1
+        except OSError as error:
+            raise UserError(f"runs={config.runs}: cannot make a folder there ({error})") from error
+    write_text(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+    return folder
+
+
+def newest_run(config: Config, kind: str) -> Path | None:
+    """The last run folder of exactly this configuration, finished or not."""
+    return max(Path(config.runs).glob(f"{_stem(config, kind)}-[0-9]*"), default=None)
+
+
+def trained_adapter(config: Config) -> Path | None:
+    """The adapter a LoRA system answers with: `adapter` where given, else `best/` of its newest finished training."""
+    if config.lora is None:
+        return None
+    if config.adapter is not None:
+        if not Path(config.adapter).is_dir():
+            raise UserError(f"adapter={config.adapter}: no such folder")
+        return Path(config.adapter)
+    wanted = {key: config.to_dict()[key] for key in ("system", "seed", "base", "lora")}
+    runs = [
+        record
+        for record in read_all(Path(config.runs))
+        if record["kind"] == "train" and wanted.items() <= record["config"].items()
+    ]
+    if not runs:
+        raise UserError(
+            f"{config.system} (seed {config.seed}) has no finished training under {config.runs}/: "
+            f"make train MODEL={config.system}, or name an adapter with ADAPTER=folder"
+        )
+    return Path(max(runs, key=lambda record: record["created"])["folder"]) / "best"
+
+
+def write(folder: Path, config: Config, kind: str, data: Dataset, device: dict[str, Any], result: dict[str, Any]) -> dict:
+    """Write `record.json` and return it. `must_match` decides whether two records may be compared."""
+    commit, dirty = _git()
+    record = {
+        "schema": SCHEMA,
+        "kind": kind,
+        "system": config.system,
+        "seed": config.seed,
+        "folder": str(folder),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "must_match": {
+            "data": data.sha256,
+            "questions": len(data.examples),
+            "prompt": prompt.fingerprint(),
+            "scorer": score.VERSION,
+            "window": config.to_dict()["window"],
+        },
+        "may_differ": {
+            "data_source": data.source,
+            "fixed_offsets": data.fixed_offsets,
+            "config_hash": config.hash(),
+            "commit": commit,
+            "dirty": dirty,
+            "python": platform.python_version(),
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "device": device,
+        },
+        "config": config.to_dict(),
+        "result": result,
+    }
+    write_text(folder / "record.json", json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def read_all(root: Path) -> list[dict[str, Any]]:
+    """Every finished run's record below `root`, oldest first."""
+    records = []
+    for path in sorted(root.glob("*/record.json")):
+        try:
+            record = json.loads(path.read_text())
+            records.append({**record, "folder": str(path.parent)})  # where it is now, moved or not
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: not a readable record ({error}); move the folder away") from error
+    return sorted(records, key=lambda record: record["created"])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _stem(config: Config, kind: str) -> str:
+    return f"{config.system}-s{config.seed}-{config.hash()}-{kind}"
+
+
+def _git() -> tuple[str | None, bool | None]:
+    """(commit, whether the tree differs from it); None where this is no git checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
