@@ -16,7 +16,7 @@ from common import plan
 from common.packing import Pack, logits, pack, pack_logits
 from common.prompt import Tree
 
-CPU_PACK_TOKENS, GPU_PACK_TOKENS = 2048, 4096
+CPU_PACK_TOKENS, GPU_PACK_TOKENS = 8192, 4096
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def predict(
     """
     device = next(model.parameters()).device
     pack_tokens = pack_tokens or (CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS)
-    stops_on_device = torch.tensor(stops, device=device)
+    ends = torch.tensor(stops, device=device)
     trees = [part for tree in trees for part in tree.split(pack_tokens, max_branches=len(tree.branches))]
     packs = plan.fill(trees, pack_tokens)
     training = model.training
@@ -81,22 +81,27 @@ def predict(
     n = sum(len(tree.branches) for tree in trees)
     with tqdm(total=n, desc=progress, unit="question", disable=progress is None) as bar:
         for members in packs:
-            for prediction in _answers(model, tokenizer, pack(members).to(device), stops_on_device, max_new_tokens):
+            for prediction in _answers(model, tokenizer, pack(members).to(device), ends, max_new_tokens, bar):
                 other = best.get(prediction.id)
                 if other is None or prediction.logprob > other.logprob:
                     best[prediction.id] = prediction
-                bar.update()
     model.train(training)
     return best
 
 
-def _answers(model: Any, tokenizer: Any, pack: Pack, stops: Tensor, max_new_tokens: int) -> list[Prediction]:
+def _answers(
+    model: Any, tokenizer: Any, pack: Pack, stops: Tensor, max_new_tokens: int, bar: Any
+) -> list[Prediction]:
     tokens: list[list[int]] = [[] for _ in pack.ids]
     logprob = [0.0] * len(pack.ids)
+    before = len(pack.ids)
     for live, step_tokens, step_logprob in greedy(model, pack, stops, max_new_tokens):
         for branch, token, p in zip(live.tolist(), step_tokens.tolist(), step_logprob.tolist(), strict=True):
             tokens[branch].append(token)
             logprob[branch] += p
+        bar.update(before - len(live))
+        before = len(live)
+    bar.update(before)
     ended = set(stops.tolist())
     return [
         Prediction(id_, to_text(tokenizer, ids), ids, p, ids[-1] not in ended)

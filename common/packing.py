@@ -46,7 +46,6 @@ class Layout:
 class Pack:
     input_ids: Tensor  # [T]
     layout: Layout  # of the T tokens
-    spans: list[tuple[int, int]]  # of each tree in the row
     prompt_ends: Tensor  # [B] index of each branch's last prompt token: its logits are the answer's first
     target_index: Tensor  # [A] indices whose logits predict an answer token or EOS
     target_ids: Tensor  # [A] what they must predict
@@ -64,7 +63,6 @@ def pack(trees: Sequence[Tree]) -> Pack:
     tree_of: list[int] = []
     branch_of: list[int] = []
     position: list[int] = []
-    spans: list[tuple[int, int]] = []
     ends: list[int] = []
     target_index: list[int] = []
     target_ids: list[int] = []
@@ -86,10 +84,9 @@ def pack(trees: Sequence[Tree]) -> Pack:
             branch_of += [len(questions)] * length
             position += range(prefix, prefix + length)
         tree_of += [t] * (len(ids) - start)
-        spans.append((start, len(ids)))
     layout = Layout(torch.tensor(tree_of), torch.tensor(branch_of), torch.tensor(position))
     index, targets = torch.tensor(target_index, dtype=torch.long), torch.tensor(target_ids, dtype=torch.long)
-    return Pack(torch.tensor(ids), layout, spans, torch.tensor(ends), index, targets, questions)
+    return Pack(torch.tensor(ids), layout, torch.tensor(ends), index, targets, questions)
 
 
 def visible(query: Layout, key: Layout) -> Tensor:
@@ -99,14 +96,22 @@ def visible(query: Layout, key: Layout) -> Tensor:
     return (same_tree & on_path & (key.position <= query.position[:, None]))[None, None]
 
 
+def by_tree(query: Layout, key: Layout) -> list[tuple[slice, slice | Tensor]]:
+    """For each tree: the queries [slice] and the keys [slice, or int64 indices where they are scattered] of it."""
+    trees, counts = torch.unique_consecutive(query.tree, return_counts=True)
+    out: list[tuple[slice, slice | Tensor]] = []
+    start = 0
+    for tree, count in zip(trees.tolist(), counts.tolist(), strict=True):
+        index = (key.tree == tree).nonzero()[:, 0]
+        first, last = int(index[0]), int(index[-1])
+        contiguous = last - first + 1 == len(index)
+        out.append((slice(start, start + count), slice(first, last + 1) if contiguous else index))
+        start += count
+    return out
+
+
 def logits(
-    model: Any,
-    input_ids: Tensor,
-    query: Layout,
-    key: Layout,
-    keep: Tensor | int = 0,
-    cache: Any = None,
-    spans: list[tuple[int, int]] | None = None,
+    model: Any, input_ids: Tensor, query: Layout, key: Layout, keep: Tensor | int = 0, cache: Any = None
 ) -> Tensor:
     """Logits [K, V] of the tokens `input_ids` [Q], which stand at `query` and see what `key` shows them.
 
@@ -122,34 +127,33 @@ def logits(
             past_key_values=cache,
             use_cache=cache is not None,
             logits_to_keep=keep,
-            tree_spans=spans,
+            # a CPU attends tree by tree; a GPU does all trees in one call
+            trees=by_tree(query, key) if device.type == "cpu" else None,
         ).logits[0]
 
 
 def pack_logits(model: Any, pack: Pack, keep: Tensor, cache: Any = None) -> Tensor:
     """Logits [K, V] of a pack at its row indices `keep` [K]."""
-    # a CPU attends tree by tree; a GPU does the whole row in one call
-    spans = pack.spans if pack.input_ids.device.type == "cpu" else None
-    return logits(model, pack.input_ids, pack.layout, pack.layout, keep, cache, spans)
+    return logits(model, pack.input_ids, pack.layout, pack.layout, keep, cache)
 
 
 def _tree_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """SDPA under the pack's mask, tree by tree where spans are given. Query [1, H, Q, D], out [1, Q, H, D].
+    """SDPA under the pack's mask, tree by tree where `trees` is given. Query [1, H, Q, D], out [1, Q, H, D].
 
     It stands in transformers' table of attention functions because its own choices would be silently wrong here: with
     no mask it infers packing from the positions, and eager attention adds a bool mask as if it were numbers.
     """
-    spans = kwargs.pop("tree_spans", None)
-    if spans is None or len(spans) == 1:
+    trees = kwargs.pop("trees", None)
+    if trees is None or len(trees) == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    assert attention_mask is not None and query.shape[2] == key.shape[2] == spans[-1][1]
+    assert attention_mask is not None
     out = [
         sdpa_attention_forward(
-            module, query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], attention_mask[:, :, a:b, a:b], **kwargs
+            module, query[:, :, q], key[:, :, k], value[:, :, k], attention_mask[:, :, q][..., k], **kwargs
         )[0]
-        for a, b in spans
+        for q, k in trees
     ]
     return torch.cat(out, dim=1), None
 
