@@ -1,9 +1,10 @@
 """Latency and memory of single queries: one question at a time, from text to text.
 
-    python bench_latency.py qlora7b [key=value ...]
+python bench_latency.py qlora7b [key=value ...]
 """
 
 import argparse
+import itertools
 import json
 import random
 import sys
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
     # ---- data, model -----------------------------------------------------------------------------------------------
     dev = squad.load(config.data, "dev")
     queries = squad.stratified(dev.examples, config.bench.queries)
-    random.Random(0).shuffle(queries := list(queries))  # the same order for every system
+    queries = random.Random(0).sample(queries, len(queries))  # shuffled, the same for every system
     model, tokenizer = load_system(config, adapter, device)
     cutter = load_tokenizer(config.window.tokenizer) if config.window.tokenizer else tokenizer
     stops = torch.tensor(decode.stop_ids(tokenizer), device=device)
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> None:
                 ticks.append(meter.now(device))
             decode.to_text(tokenizer, tokens)
         total = meter.now(device) - began
-        gaps = [later - earlier for earlier, later in zip(ticks, ticks[1:], strict=False)]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(ticks)]
         return {"total": total, "first": ticks[0] - began, "gaps": gaps, "tokens": len(ticks)}
 
     # ---- measure ---------------------------------------------------------------------------------------------------
@@ -100,7 +101,9 @@ def main(argv: list[str]) -> None:
             cells = "".join(f"{values[f'p{q}_ms']:10.1f}" for q in (50, 90, 95, 99))
             print(f"{name:16}{cells}   {text if row != 'tpot' else ''}")
     if device.type == "cpu":
-        print(f"no GPU, so no VRAM was measured; peak RSS {result['peak']['rss_bytes'] / 2**20:.0f} MiB, loading included")
+        print(
+            f"no GPU, so no VRAM was measured; peak RSS {result['peak']['rss_bytes'] / 2**20:.0f} MiB, loading included"
+        )
     else:
         sizes = {**result["peak"], **(result["nvml_peak"] or {})}
         print("peak MiB: " + ", ".join(f"{k.removesuffix('_bytes')} {v / 2**20:.0f}" for k, v in sizes.items() if v))

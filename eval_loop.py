@@ -1,6 +1,6 @@
 """Official EM and F1 of one system, by greedy decoding with the one prompt and window.
 
-    python eval_loop.py smollm2-raw [key=value ...]
+python eval_loop.py smollm2-raw [key=value ...]
 """
 
 import argparse

@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 import sys
-from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -32,7 +32,7 @@ CPU_PACK_TOKENS, GPU_PACK_TOKENS = 1024, 4096
 
 
 def rate(step: int, total: int, warmup: float, peak: float) -> float:
-    """Learning rate of `step` (from 0): linear warm-up, then a cosine to zero. A pure function, so it needs no state."""
+    """Learning rate of `step` (from 0): linear warm-up, then a cosine to zero. Pure, so there is no state to save."""
     rising = max(1, round(warmup * total))
     if step < rising:
         return peak * (step + 1) / rising
@@ -95,7 +95,15 @@ def main(argv: list[str]) -> None:
 
     # ---- go on, or start -------------------------------------------------------------------------------------------
     identity = {"config": config.hash(), "train": train_set.sha256, "dev": dev_set.sha256}
-    state = {"step": 0, "best_em": None, "best_f1": None, "best_step": None, "waited": 0, "seconds": 0.0, **identity}
+    state: dict[str, Any] = {
+        "step": 0,
+        "best_em": None,
+        "best_f1": None,
+        "best_step": None,
+        "waited": 0,
+        "seconds": 0.0,
+        **identity,
+    }
     if run:
         checkpoint.recover(run / "last")
     if run and (run / "last").exists():
@@ -114,7 +122,8 @@ def main(argv: list[str]) -> None:
     print(
         f"{config.system} on {meter.describe(device)['name']}, {dtype}: trains {trained:,} of {everything:,} weights "
         f"({trained / everything:.3%})\n"
-        f"{train_set.source}: {built.counts}, {train_set.fixed_offsets} offsets fixed, {sum(map(len, trees)):,} tokens\n"
+        f"{train_set.source}: {built.counts}, {train_set.fixed_offsets} offsets fixed, "
+        f"{sum(map(len, trees)):,} tokens\n"
         f"{total} steps of ~{train.questions_per_step} questions; every {train.eval_every} steps EM on "
         f"{len(stop_examples)} questions of {stop.split}; run {run}"
     )
@@ -154,8 +163,8 @@ def main(argv: list[str]) -> None:
                 finite = math.isfinite(loss)
             if not finite:
                 raise UserError(
-                    f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the update, {run}/last is "
-                    f"whole. Lower train.lr or look at these questions: {', '.join(b.id for b in branches)}"
+                    f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the update, {run}/last "
+                    f"is whole. Lower train.lr or look at these questions: {', '.join(b.id for b in branches)}"
                 )
             for group in optimizer.param_groups:
                 group["lr"] = rate(step, total, train.warmup, train.lr)
@@ -166,7 +175,8 @@ def main(argv: list[str]) -> None:
             seconds = seconds_before + meter.now(device) - began
             line = {
                 "step": step + 1, "loss": loss, "lr": group["lr"], "grad_norm": float(grad_norm),
-                "questions": len(branches), "tokens": sum(len(t) for p in packs for t in p), "seconds": round(seconds, 3),
+                "questions": len(branches), "tokens": sum(len(tree) for members in packs for tree in members),
+                "seconds": round(seconds, 3),
             }  # fmt: skip
             metrics.write(json.dumps(line) + "\n")
             bar.set_postfix(loss=f"{loss:.3f}", best_em=state["best_em"], refresh=False)
@@ -176,20 +186,23 @@ def main(argv: list[str]) -> None:
                 answers = decode.predict(
                     adapter, tokenizer, stop_trees, stops, config.window.answer, config.eval.pack_tokens, "evaluate"
                 )
-                result = score(stop_examples, {id_: answer.text for id_, answer in answers.items()})
-                better = state["best_em"] is None or result.em >= state["best_em"] + stop.min_delta
+                texts = {id_: answer.text for id_, answer in sorted(answers.items())}
+                scored = score(stop_examples, texts)
+                better = state["best_em"] is None or scored.em >= state["best_em"] + stop.min_delta
                 state["waited"] = 0 if better else state["waited"] + 1
                 state["seconds"] = seconds_before + meter.now(device) - began
                 if better:
-                    state |= {"best_em": result.em, "best_f1": result.f1, "best_step": step + 1}
+                    state |= {"best_em": scored.em, "best_f1": scored.f1, "best_step": step + 1}
                     checkpoint.save(run / "best", adapter, state)
-                    texts = {id_: answer.text for id_, answer in sorted(answers.items())}
                     record.write_text(run / "predictions.json", json.dumps(texts, ensure_ascii=False, indent=0))
                 checkpoint.save(run / "last", adapter, state, optimizer)
-                metrics.write(json.dumps({"step": step + 1, "em": result.em, "f1": result.f1, "n": result.n}) + "\n")
+                metrics.write(json.dumps({"step": step + 1, "em": scored.em, "f1": scored.f1, "n": scored.n}) + "\n")
                 metrics.flush()
-                tqdm.write(f"step {step + 1}: EM {result.em:.2f} F1 {result.f1:.2f} on {result.n} ({stop.split})"
-                           f"{', best so far' if better else ''}", file=sys.stderr)
+                tqdm.write(
+                    f"step {step + 1}: EM {scored.em:.2f} F1 {scored.f1:.2f} on {scored.n} ({stop.split})"
+                    f"{', best so far' if better else ''}",
+                    file=sys.stderr,
+                )
     bar.close()
 
     # ---- record ----------------------------------------------------------------------------------------------------

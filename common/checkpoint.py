@@ -58,7 +58,9 @@ def verify(folder: Path) -> None:
     recover(folder)
     try:
         lines = (folder / SUMS).read_text().splitlines()
-        damaged = [name for digest, _, name in (line.partition("  ") for line in lines) if sha256(folder / name) != digest]
+        damaged = [
+            name for digest, _, name in (line.partition("  ") for line in lines) if sha256(folder / name) != digest
+        ]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{folder}: not a whole checkpoint ({error})") from error
     if damaged or not lines:

@@ -265,7 +265,9 @@ def _build(cls: type, tree: dict[str, Any], prefix: str, source: str) -> Any:
     for name, hint in hints.items():
         if name in tree:
             values[name] = _value(tree[name], hint, prefix + name, source)
-        elif all(f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(cls) if f.name == name):
+        elif all(
+            f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(cls) if f.name == name
+        ):
             raise UserError(f'{source}: missing key "{prefix}{name}"')
     try:
         return cls(**values)
@@ -286,8 +288,10 @@ def _value(value: Any, hint: Any, key: str, source: str) -> Any:
     if optional and _tag(value.node) == "null":
         return None
     if dataclasses.is_dataclass(hint):
-        raise UserError(f'{value.where}: "{key}" is a section; set one of its keys, such as {key}.'
-                        f"{dataclasses.fields(hint)[0].name}")
+        raise UserError(
+            f'{value.where}: "{key}" is a section; set one of its keys, such as {key}.'
+            f"{dataclasses.fields(hint)[0].name}"
+        )
     if typing.get_origin(hint) is tuple:
         if not isinstance(value.node, yaml.SequenceNode):
             raise UserError(f'{value.where}: "{key}" takes a list, such as [a, b]')
@@ -306,7 +310,9 @@ def _scalar(leaf: _Leaf, hint: Any, key: str) -> Any:
         return text
     if hint is str:
         if tag != "str":
-            raise UserError(f'{leaf.where}: "{key}" takes a word, and YAML reads {text or "nothing"} as {tag}; quote it')
+            raise UserError(
+                f'{leaf.where}: "{key}" takes a word, and YAML reads {text or "nothing"} as {tag}; quote it'
+            )
         return text
     if leaf.node.style is None:  # a plain scalar: numbers and truth values are never quoted
         if hint is bool and text in ("true", "false"):

@@ -89,9 +89,7 @@ def predict(
     return best
 
 
-def _answers(
-    model: Any, tokenizer: Any, pack: Pack, stops: Tensor, max_new_tokens: int, bar: Any
-) -> list[Prediction]:
+def _answers(model: Any, tokenizer: Any, pack: Pack, stops: Tensor, max_new_tokens: int, bar: Any) -> list[Prediction]:
     tokens: list[list[int]] = [[] for _ in pack.ids]
     logprob = [0.0] * len(pack.ids)
     before = len(pack.ids)

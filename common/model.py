@@ -77,7 +77,7 @@ def add_lora(model: Any, lora: Lora, seed: int) -> Any:
             model,
             LoraConfig(
                 r=lora.rank,
-                lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float is fine
+                lora_alpha=lora.alpha,
                 lora_dropout=lora.dropout,
                 target_modules=list(lora.targets),
                 bias="none",

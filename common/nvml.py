@@ -1,6 +1,6 @@
 """`python -m common.nvml GPU-UUID PID`: sample NVML until stdin closes, then print the peaks as one JSON object.
 
-A process of its own, so that measuring never waits for, or allocates in, the process that is measured. Imports no torch.
+A process of its own, so that measuring never waits for, or allocates in, the measured process. Imports no torch.
 """
 
 import json

