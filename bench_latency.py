@@ -10,15 +10,15 @@ import random
 import sys
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
 from common import checkpoint, decode, meter, packing, preflight, record, squad
 from common.config import load
 from common.errors import one_line_errors
 from common.model import load_system, load_tokenizer
 from common.prompt import build_trees
 from common.stats import percentile, percentile_interval
+
+import torch
+from tqdm import tqdm
 
 
 def main(argv: list[str]) -> None:

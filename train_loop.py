@@ -13,6 +13,13 @@ import math
 import sys
 from typing import Any
 
+from common import checkpoint, decode, meter, packing, plan, preflight, record, squad
+from common.config import load
+from common.errors import UserError, one_line_errors
+from common.model import add_lora, compute_dtype, load_base, load_tokenizer, load_weights, parameter_counts
+from common.prompt import build_trees
+from common.score import score
+
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
@@ -20,13 +27,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors.torch import load_file
 from tqdm import tqdm
-
-from common import checkpoint, decode, meter, packing, plan, preflight, record, squad
-from common.config import load
-from common.errors import UserError, one_line_errors
-from common.model import add_lora, compute_dtype, load_base, load_tokenizer, load_weights, parameter_counts
-from common.prompt import build_trees
-from common.score import score
 
 CPU_PACK_TOKENS, GPU_PACK_TOKENS = 1024, 4096
 

@@ -1,1 +1,9 @@
 """What the scripts share. One idea per file; scripts import from here, never from each other."""
+
+import logging
+import warnings
+
+# Noise that a user can do nothing about: on some CPUs bitsandbytes asks at import for a kernel package that this project
+# does not use, and PEFT calls a name that transformers is about to rename.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

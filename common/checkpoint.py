@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common.errors import UserError
+
+import torch
 
 SUMS = "SHA256SUMS"
 
@@ -70,7 +70,7 @@ def verify(folder: Path) -> None:
 def save(folder: Path, model: Any, state: dict[str, Any], optimizer: Any = None) -> None:
     """Adapter and `state`; with `optimizer`, all that is needed to go on from here."""
     with replacing(folder) as new:
-        model.save_pretrained(new)
+        model.save_pretrained(new, save_embedding_layers=False)  # they are frozen
         (new / "README.md").unlink(missing_ok=True)  # PEFT's empty model-card template
         (new / "state.json").write_text(json.dumps(state, indent=1) + "\n")
         if optimizer is not None:

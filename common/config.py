@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from common.errors import UserError
+
+import yaml
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common import plan
+from common.packing import Pack, logits, pack, pack_logits
+from common.prompt import Tree
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
-
-from common import plan
-from common.packing import Pack, logits, pack, pack_logits
-from common.prompt import Tree
 
 CPU_PACK_TOKENS, GPU_PACK_TOKENS = 8192, 4096
 

@@ -4,16 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common.config import Base, Config, Lora
+from common.errors import UserError
+from common.packing import ATTENTION
+
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-from common.config import Base, Config, Lora
-from common.errors import UserError
-from common.packing import ATTENTION
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tqdm import tqdm
-
 from common.config import Window
 from common.errors import UserError
 from common.squad import Example
+
+from tqdm import tqdm
 
 VERSION = "1"
 _CONTEXT = "Context: {}"

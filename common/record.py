@@ -19,12 +19,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common import prompt, score
 from common.config import Config
 from common.errors import UserError
 from common.squad import Dataset
+
+import yaml
 
 SCHEMA = 1
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "bitsandbytes", "numpy", "scipy")

@@ -1,0 +1,101 @@
+"""A tiny random Llama with a tokenizer of its own, small SQuAD files, and SmolLM2 as `make` left it."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOLLM2 = ROOT / ".cache" / "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """A folder with a 2-layer Llama (grouped heads, random weights) and a BPE tokenizer that adds BOS, like Llama-2's."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("base") / "tiny-llama"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<s>", "</s>", "<pad>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator((ROOT / "demo" / "train.json").read_text().splitlines(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        initializer_range=0.2,  # far from uniform, so that greedy answers differ from question to question
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_base() -> Path:
+    assert SMOLLM2.is_dir(), "run `make smollm2` (or `make test`, which does) first"
+    return SMOLLM2
+
+
+def squad_file(path: Path, paragraphs: int, questions: int, seed: int = 0) -> Path:
+    """A small valid SQuAD file of invented words: `paragraphs` paragraphs of `questions` questions each."""
+    rng = random.Random(seed)
+    words = ["amber", "bridge", "canal", "delta", "ember", "forest", "granite", "harbour", "island", "jetty", "kiln"]
+    data = []
+    for p in range(paragraphs):
+        context = f"Number {p}: " + " ".join(rng.choices(words, k=12)) + "."
+        qas = []
+        for q in range(questions):
+            answer = rng.choice([word for word in words if word in context])
+            qas.append(
+                {
+                    "id": f"p{p}q{q}",
+                    "question": f"Which word is meant by {rng.choice(words)} {q}?",
+                    "answers": [{"text": answer, "answer_start": context.index(answer)}],
+                }
+            )
+        data.append({"title": f"Article {p % 3}", "paragraphs": [{"context": context, "qas": qas}]})
+    path.write_text(json.dumps({"version": "1.1", "data": data}))
+    return path
+
+
+@pytest.fixture
+def train_file(tmp_path) -> Path:
+    return squad_file(tmp_path / "train.json", paragraphs=8, questions=4)
+
+
+@pytest.fixture
+def dev_file(tmp_path) -> Path:
+    return squad_file(tmp_path / "dev.json", paragraphs=4, questions=3, seed=1)
+
+
+@pytest.fixture
+def tiny_config(tmp_path, tiny_base, train_file, dev_file) -> Path:
+    """A YAML of a system on the tiny base, in NF4 on any machine, that writes below `tmp_path`."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        f"""\
+system: tiny
+base: {{path: {tiny_base}, dtype: fp32}}
+lora: {{rank: 4, alpha: 8, targets: [q_proj, v_proj, down_proj]}}
+data: {{train: {train_file}, dev: {dev_file}}}
+train: {{lr: 1e-2, questions_per_step: 8, epochs: 2, eval_every: 2, pack_tokens: 256, gradient_checkpointing: false}}
+early_stop: {{patience: 99}}
+bench: {{queries: 4, warmup_queries: 1}}
+runs: {tmp_path / "runs"}
+"""
+    )
+    return path

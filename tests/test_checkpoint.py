@@ -1,0 +1,61 @@
+"""A checkpoint is whole or not there, and a damaged one is noticed."""
+
+import subprocess
+
+import pytest
+
+from common import checkpoint
+from common.checkpoint import load_state, recover, replacing, verify
+from common.errors import UserError
+
+
+def write(folder, text: str) -> None:
+    with replacing(folder) as new:
+        (new / "state.json").write_text(text)
+
+
+def test_a_failed_write_leaves_the_previous_folder(tmp_path):
+    write(tmp_path / "last", '{"step": 1}')
+    with pytest.raises(OSError, match="disk"), replacing(tmp_path / "last") as new:
+        (new / "state.json").write_text('{"step": 2}')
+        raise OSError("disk full")
+    assert load_state(tmp_path / "last") == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def test_a_crash_between_the_renames_is_mended(tmp_path):
+    write(tmp_path / "last", '{"step": 1}')
+    (tmp_path / "last").rename(tmp_path / "last.old")
+    assert load_state(tmp_path / "last") == {"step": 1}
+
+
+def test_a_crash_after_the_renames_keeps_the_new_folder(tmp_path):
+    write(tmp_path / "last.old", '{"step": 1}')
+    write(tmp_path / "last", '{"step": 2}')
+    recover(tmp_path / "last")
+    assert load_state(tmp_path / "last") == {"step": 2}
+    assert not (tmp_path / "last.old").exists()
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "no sums", "empty sums"])
+def test_damage_is_noticed(tmp_path, harm):
+    folder = tmp_path / "last"
+    write(folder, '{"step": 1}')
+    file, sums = folder / "state.json", folder / checkpoint.SUMS
+    if harm == "flip":
+        file.write_text('{"step": 7}')
+    elif harm == "truncate":
+        file.write_bytes(file.read_bytes()[:3])
+    elif harm == "delete":
+        file.unlink()
+    elif harm == "no sums":
+        sums.unlink()
+    else:
+        sums.write_text("")
+    with pytest.raises(UserError, match=r"last: .*(damaged|not a whole checkpoint)"):
+        verify(folder)
+
+
+def test_sums_are_in_the_format_of_sha256sum(tmp_path):
+    write(tmp_path / "last", '{"step": 1}')
+    subprocess.run(["sha256sum", "--check", "--quiet", checkpoint.SUMS], cwd=tmp_path / "last", check=True)

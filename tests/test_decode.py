@@ -1,0 +1,126 @@
+"""Greedy answers of packs are those of `model.generate`, one question at a time."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common import decode, squad
+from common.config import Base, Window
+from common.decode import predict, stop_ids, to_text
+from common.model import load_base, load_tokenizer
+from common.prompt import Branch, Tree, build_trees
+from tests.conftest import ROOT
+
+CPU = torch.device("cpu")
+LIMIT = 8
+
+
+def system(folder):
+    return load_base(Base(str(folder), quant="none", dtype="fp32"), CPU), load_tokenizer(str(folder))
+
+
+def demo_trees(tokenizer, paragraphs: int, window: Window | None = None) -> list[Tree]:
+    examples = squad.first_paragraphs(squad.read(str(ROOT / "demo" / "dev.json"), "dev").examples, paragraphs)
+    return build_trees(examples, tokenizer, window or Window(), train=False).trees
+
+
+@pytest.mark.parametrize(("base", "paragraphs"), [("tiny_base", 8), ("smollm2_base", 1)])
+def test_every_answer_equals_generate_at_batch_one_token_for_token(base, paragraphs, request):
+    model, tokenizer = system(request.getfixturevalue(base))
+    trees, stops = demo_trees(tokenizer, paragraphs), stop_ids(tokenizer)
+    answers = predict(model, tokenizer, trees, stops, LIMIT, progress=None)
+    assert len(answers) == 5 * paragraphs
+    for tree in trees:
+        for branch in tree.branches:
+            prompt = torch.tensor([tree.prefix_ids + branch.prompt_ids])
+            alone = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=LIMIT,
+                do_sample=False,
+                eos_token_id=stops,
+                pad_token_id=tokenizer.pad_token_id,
+            )[0, prompt.shape[1] :].tolist()
+            assert answers[branch.id].token_ids == alone
+    assert len({tuple(answer.token_ids) for answer in answers.values()}) > 1
+
+
+def test_answers_do_not_depend_on_how_trees_are_packed(tiny_base):
+    model, tokenizer = system(tiny_base)
+    trees, stops = demo_trees(tokenizer, 6), stop_ids(tokenizer)
+    one_pack = predict(model, tokenizer, trees, stops, LIMIT, pack_tokens=100_000, progress=None)
+    many = predict(model, tokenizer, trees, stops, LIMIT, pack_tokens=600, progress=None)
+    assert {k: v.token_ids for k, v in one_pack.items()} == {k: v.token_ids for k, v in many.items()}
+    assert one_pack.keys() == {branch.id for tree in trees for branch in tree.branches}
+
+
+def test_limit_is_kept_and_reported(tiny_base):
+    model, tokenizer = system(tiny_base)
+    trees = demo_trees(tokenizer, 2)
+    never_stop = predict(model, tokenizer, trees, [], 5, progress=None)
+    assert all(len(answer.token_ids) == 5 and answer.hit_limit for answer in never_stop.values())
+    everything = list(range(len(tokenizer)))
+    at_once = predict(model, tokenizer, trees, everything, 5, progress=None)
+    assert all(len(answer.token_ids) == 1 and not answer.hit_limit for answer in at_once.values())
+
+
+def test_log_probability_is_that_of_the_decoded_tokens(tiny_base):
+    model, tokenizer = system(tiny_base)
+    (tree,) = demo_trees(tokenizer, 1)
+    for answer in predict(model, tokenizer, [tree], [], 4, progress=None).values():
+        (branch,) = [b for b in tree.branches if b.id == answer.id]
+        prompt = tree.prefix_ids + branch.prompt_ids
+        out = model(input_ids=torch.tensor([prompt + answer.token_ids[:-1]])).logits[0, len(prompt) - 1 :]
+        expected = torch.log_softmax(out, -1).gather(1, torch.tensor(answer.token_ids)[:, None]).sum()
+        assert answer.logprob == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_of_several_windows_the_most_probable_answer_stays(tiny_base):
+    model, tokenizer = system(tiny_base)
+    tree = demo_trees(tokenizer, 1)[0]
+    branches = tree.branches[:2]
+    apart = [Tree(tree.prefix_ids, (branch,)) for branch in branches]
+    alone = [predict(model, tokenizer, [t], [], 4, progress=None)[t.branches[0].id] for t in apart]
+    same_id = [Tree(tree.prefix_ids, (replace(branch, id="q"),)) for branch in branches]
+    (kept,) = predict(model, tokenizer, same_id, [], 4, progress=None).values()
+    best = max(alone, key=lambda answer: answer.logprob)
+    assert (kept.token_ids, kept.id) == (best.token_ids, "q")
+
+
+def test_stops_are_eos_and_every_token_with_a_line_break(tiny_base):
+    tokenizer = load_tokenizer(str(tiny_base))
+    stops = stop_ids(tokenizer)
+    assert tokenizer.eos_token_id in stops
+    assert set(tokenizer("\n", add_special_tokens=False).input_ids) <= set(stops)
+    assert not set(tokenizer(" plain words", add_special_tokens=False).input_ids) & set(stops)
+
+
+def test_text_is_the_first_line_without_special_tokens(tiny_base):
+    tokenizer = load_tokenizer(str(tiny_base))
+    ids = tokenizer(" an answer \nmore", add_special_tokens=False).input_ids
+    assert to_text(tokenizer, [*ids, tokenizer.eos_token_id]) == "an answer"
+    assert to_text(tokenizer, [tokenizer.eos_token_id]) == ""
+
+
+def test_predict_leaves_the_model_in_the_mode_it_was_in(tiny_base):
+    model, tokenizer = system(tiny_base)
+    model.train()
+    predict(model, tokenizer, demo_trees(tokenizer, 1), [], 2, progress=None)
+    assert model.training
+
+
+def test_nothing_to_answer_is_no_error(tiny_base):
+    model, tokenizer = system(tiny_base)
+    assert predict(model, tokenizer, [], [], 2, progress=None) == {}
+
+
+def test_keys_and_values_of_a_prefix_are_stored_once(tiny_base, monkeypatch):
+    model, tokenizer = system(tiny_base)
+    (tree,) = demo_trees(tokenizer, 1)
+    caches = []
+    original = decode.DynamicCache
+    monkeypatch.setattr(decode, "DynamicCache", lambda **kw: caches.append(original(**kw)) or caches[-1])
+    predict(model, tokenizer, [Tree(tree.prefix_ids, tuple(Branch(f"{i}", [5], []) for i in range(4)))], [], 3, progress=None)
+    (cache,) = caches
+    assert cache.get_seq_length() == len(tree.prefix_ids) + 4 + 4 * 2  # prefix, prompts, all but the last tokens

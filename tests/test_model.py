@@ -1,0 +1,163 @@
+"""Bases stay frozen and exact, adapters fit or are refused."""
+
+import json
+import shutil
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from common import decode
+from common.config import Base, Lora, load
+from common.errors import UserError
+from common.model import add_lora, compute_dtype, load_adapter, load_base, load_tokenizer, parameter_counts
+from tests.test_packing import gradient, packed_loss, trees_of
+
+CPU = torch.device("cpu")
+
+
+def nf4(folder) -> Base:
+    return Base(str(folder), quant="nf4", dtype="fp32")
+
+
+def perturb(model) -> None:
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.add_(0.01)
+
+
+def test_an_evaluation_pass_leaves_later_gradients_bit_equal(tiny_base):
+    trees, tokenizer = trees_of(tiny_base, 2)
+    model = add_lora(load_base(nf4(tiny_base), CPU), Lora(), seed=0).train()
+    perturb(model)
+    packed_loss(model, [trees])
+    before = gradient(model)
+    decode.predict(model, tokenizer, trees, [], 3, progress=None)
+    packed_loss(model, [trees])
+    assert torch.equal(before, gradient(model))
+
+
+def test_training_leaves_the_quantised_base_as_it_was(tiny_base):
+    trees, _ = trees_of(tiny_base, 2)
+    model = add_lora(load_base(nf4(tiny_base), CPU), Lora(), seed=0)
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(layers) == 2 * 7
+    before = [layer.weight.data.clone() for layer in layers]
+    optimizer = bnb.optim.PagedAdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    first = packed_loss(model, [trees])
+    for _ in range(3):
+        optimizer.step()
+        optimizer.zero_grad()
+        last = packed_loss(model, [trees])
+    assert last < first
+    assert all(torch.equal(a, layer.weight.data) for a, layer in zip(before, layers, strict=True))
+
+
+def test_checkpointing_changes_no_gradient(tiny_base):
+    trees, _ = trees_of(tiny_base, 2)
+    model = add_lora(load_base(nf4(tiny_base), CPU), Lora(), seed=0).train()
+    perturb(model)
+    packed_loss(model, [trees])
+    plain = gradient(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    packed_loss(model, [trees])
+    torch.testing.assert_close(plain, gradient(model), rtol=1e-5, atol=1e-6)
+
+
+def test_the_seed_decides_the_adapters_start(tiny_base):
+    def start(seed: int) -> torch.Tensor:
+        model = add_lora(load_base(nf4(tiny_base), CPU), Lora(), seed)
+        return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+    assert torch.equal(start(0), start(0))
+    assert not torch.equal(start(0), start(1))
+
+
+def test_qlora7b_trains_the_share_of_llama_2_that_its_rank_and_targets_say():
+    config = load("qlora7b")
+    with torch.device("meta"):
+        llama_2_7b = AutoModelForCausalLM.from_config(LlamaConfig())  # its defaults are Llama-2-7B's shapes
+        llama_2_7b.requires_grad_(False)
+        trained, everything = parameter_counts(add_lora(llama_2_7b, config.lora, seed=0))
+    assert trained == 39_976_960
+    assert everything - trained == 6_738_415_616
+
+
+def test_a_four_bit_weight_counts_as_one_weight(tiny_base):
+    plain = parameter_counts(load_base(Base(str(tiny_base), quant="none", dtype="fp32"), CPU))
+    assert parameter_counts(load_base(nf4(tiny_base), CPU)) == plain
+
+
+def test_compute_is_fp32_on_a_cpu_unless_said_otherwise():
+    assert compute_dtype(Base("x"), CPU) == torch.float32
+    assert compute_dtype(Base("x", dtype="bf16"), CPU) == torch.bfloat16
+
+
+# ---- adapters ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tiny_base, tmp_path):
+    model = add_lora(load_base(nf4(tiny_base), CPU), Lora(rank=4, targets=("q_proj", "down_proj")), seed=0)
+    perturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_a_saved_adapter_gives_the_same_logits_here_and_in_plain_peft(adapter, tiny_base):
+    from peft import PeftModel
+
+    ids = torch.arange(5, 25)[None]
+    ours = load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
+    plain = PeftModel.from_pretrained(load_base(nf4(tiny_base), CPU), adapter)
+    without = load_base(nf4(tiny_base), CPU)
+    assert torch.equal(ours(input_ids=ids).logits, plain(input_ids=ids).logits)
+    assert not torch.equal(ours(input_ids=ids).logits, without(input_ids=ids).logits)
+
+
+def test_an_adapter_of_another_base_is_refused_by_name(adapter, tiny_base):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "meta-llama/Llama-2-7b-hf"
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="trained on meta-llama/Llama-2-7b-hf, not on"):
+        load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
+
+
+def test_an_adapter_of_other_shapes_is_refused(adapter, smollm2_base, tmp_path):
+    moved = tmp_path / "tiny-llama"  # the name fits, the shapes do not
+    shutil.copytree(smollm2_base, moved, ignore=shutil.ignore_patterns("*.json"), dirs_exist_ok=True)
+    for file in smollm2_base.glob("*.json"):
+        shutil.copy(file, moved)
+    base = Base(str(moved), quant="none", dtype="fp32")
+    with pytest.raises(UserError, match="does not fit this base"):
+        load_adapter(load_base(base, CPU), adapter, base)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_truncated_adapter_is_refused(adapter, tiny_base, file):
+    whole = (adapter / file).read_bytes()
+    (adapter / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="not a whole adapter"):
+        load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
+
+
+def test_unknown_lora_targets_are_named(tiny_base):
+    with pytest.raises(UserError, match="lora.targets"):
+        add_lora(load_base(nf4(tiny_base), CPU), Lora(targets=("no_such_layer",)), seed=0)
+
+
+def test_a_folder_without_a_model_is_a_users_error(tmp_path):
+    with pytest.raises(UserError, match="no model could be loaded"):
+        load_base(Base(str(tmp_path), quant="none"), CPU)
+    with pytest.raises(UserError, match="no tokenizer could be loaded"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_smollm2_ends_answers_with_its_own_eos_and_pads_with_another_token(smollm2_base):
+    tokenizer = load_tokenizer(str(smollm2_base))
+    model_config = json.loads((smollm2_base / "config.json").read_text())
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", model_config["eos_token_id"])
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert tokenizer("text").input_ids[0] != tokenizer.bos_token_id

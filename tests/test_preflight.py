@@ -1,0 +1,114 @@
+"""What stands in the way is said before anything is downloaded, with what to do."""
+
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import httpx2
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+from common import preflight
+from common.config import Base, load
+from common.errors import UserError
+
+LLAMA = Base("meta-llama/Llama-2-7b-hf", min_gpu_gib=8)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A machine with a 16 GiB GPU, an empty hub cache and a hub that says yes; nothing may be downloaded."""
+    hub = SimpleNamespace(
+        auth_check=Mock(),
+        try_to_load_from_cache=Mock(return_value=None),
+        model_info=Mock(return_value=SimpleNamespace(siblings=[])),
+        snapshot_download=Mock(side_effect=AssertionError("downloads")),
+    )
+    for name, mock in vars(hub).items():
+        monkeypatch.setattr(huggingface_hub, name, mock)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    set_gpu(monkeypatch, 16)
+    return hub
+
+
+def set_gpu(monkeypatch, gib: float | None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gib is not None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    gpu = SimpleNamespace(name="Some GPU", total_memory=(gib or 0) * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+
+
+def refusal(kind: type[Exception]) -> Exception:
+    response = httpx2.Response(401, request=httpx2.Request("GET", "https://huggingface.co"))
+    return kind("no", response=response)
+
+
+def test_no_gpu_is_said_first_with_the_way_out(hub, monkeypatch):
+    set_gpu(monkeypatch, None)
+    with pytest.raises(UserError, match=r"No CUDA device. qlora7b needs one with ≥ 8 GiB.*make demo"):
+        preflight.check(LLAMA, "qlora7b")
+    hub.auth_check.assert_not_called()
+
+
+def test_a_gpu_that_is_too_small_is_named(hub, monkeypatch):
+    set_gpu(monkeypatch, 6)
+    with pytest.raises(UserError, match=r"Some GPU has 6.0 GiB. qlora7b needs ≥ 8 GiB"):
+        preflight.check(LLAMA, "qlora7b")
+
+
+def test_a_gated_licence_names_the_page_and_the_variable(hub):
+    hub.auth_check.side_effect = refusal(GatedRepoError)
+    with pytest.raises(UserError, match=r"gated.*https://huggingface.co/meta-llama/Llama-2-7b-hf.*HF_TOKEN"):
+        preflight.check(LLAMA, "qlora7b")
+
+
+def test_an_unknown_model_is_said_to_be_unknown(hub):
+    hub.auth_check.side_effect = refusal(RepositoryNotFoundError)
+    with pytest.raises(UserError, match="knows no such model"):
+        preflight.check(LLAMA, "qlora7b")
+
+
+@pytest.mark.parametrize(
+    "error", [OfflineModeIsEnabled("off"), OSError("no route"), httpx2.ConnectError("no"), httpx2.ProxyError("no")]
+)
+def test_a_hub_out_of_reach_says_how_to_go_without(hub, error):
+    hub.auth_check.side_effect = error
+    with pytest.raises(UserError, match=r"hub cannot be reached.*base.path"):
+        preflight.check(LLAMA, "qlora7b")
+
+
+def test_a_full_disk_is_said_before_the_download(hub):
+    file = SimpleNamespace(rfilename="model-00001-of-00002.safetensors", size=10**18)
+    hub.model_info.return_value = SimpleNamespace(siblings=[file])
+    with pytest.raises(UserError, match=r"takes .* GiB .*HF_HOME"):
+        preflight.check(LLAMA, "qlora7b")
+
+
+def test_what_fits_passes_and_cached_weights_need_no_hub(hub):
+    preflight.check(LLAMA, "qlora7b")
+    hub.auth_check.assert_called_once()
+    hub.try_to_load_from_cache.return_value = "/cache/config.json"
+    hub.auth_check.side_effect = LocalEntryNotFoundError("unreachable")
+    preflight.check(LLAMA, "qlora7b")
+
+
+def test_a_model_folder_needs_neither_hub_nor_gpu(hub, monkeypatch, tiny_base):
+    set_gpu(monkeypatch, None)
+    hub.auth_check.side_effect = AssertionError("asks the hub")
+    preflight.check(Base(str(tiny_base)), "tiny")
+
+
+def test_a_missing_model_folder_says_what_makes_it(hub, tmp_path):
+    with pytest.raises(UserError, match="no such model folder"):
+        preflight.check(Base(str(tmp_path / "absent")), "x")
+    with pytest.raises(UserError, match="make smollm2"):
+        preflight.check(Base("./.cache/other/smollm2"), "x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no config.json"):
+        preflight.check(Base(str(tmp_path / "empty")), "x")
+
+
+def test_the_systems_of_seven_billion_weights_ask_for_a_gpu():
+    assert load("qlora7b").base.min_gpu_gib == 8
+    assert load("raw7b").base.min_gpu_gib > 0

@@ -1,0 +1,187 @@
+"""The scripts as a user meets them: what they print, what they write, and how they refuse."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from packaging.requirements import Requirement
+
+import bench_latency
+import eval_loop
+import report
+import train_loop
+from common.errors import UserError
+from tests.conftest import ROOT
+
+
+def run(*command: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+
+
+# ---- from training to the report -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(tiny_config, tmp_path, capsys):
+    """A trained, scored and timed adapter and its scored base; returns what each script printed."""
+    raw = tmp_path / "raw.yaml"
+    raw.write_text(tiny_config.read_text().replace("system: tiny", "system: raw"))
+    out = {}
+    for name, main, arguments in (
+        ("train", train_loop.main, [str(tiny_config)]),
+        ("eval", eval_loop.main, [str(tiny_config)]),
+        ("bench", bench_latency.main, [str(tiny_config)]),
+        ("raw", eval_loop.main, [str(raw), "lora=null"]),
+        ("report", report.main, [str(tmp_path / "runs")]),
+    ):
+        main(arguments)
+        out[name] = capsys.readouterr().out
+    return out
+
+
+def test_every_script_ends_with_one_json_object_and_the_report_says_it_all(finished, tmp_path):
+    results = {name: json.loads(out.strip().splitlines()[-1]) for name, out in finished.items()}
+    evaluation, bench = results["eval"], results["bench"]
+    assert f"EM {evaluation['em']:.2f}" in finished["eval"]
+    assert evaluation["em_interval"][0] <= evaluation["em"] <= evaluation["em_interval"][1]
+    predictions = json.loads((tmp_path / evaluation["run"] / "predictions.json").read_text())
+    assert len(predictions) == evaluation["n"] == 12
+    assert bench["n"] == 4
+    assert bench["latency"]["p95_ms"] >= bench["latency"]["p50_ms"] >= bench["ttft"]["p50_ms"] > 0
+    assert bench["latency"]["p95_interval_ms"] is None  # 4 queries cannot give one
+    assert "too small" in finished["bench"]
+    assert "no VRAM was measured" in finished["bench"]
+    assert bench["peak"]["rss_bytes"] > 0
+
+    (group,) = results["report"]["groups"]
+    assert {row["system"] for row in group["rows"]} == {"tiny", "raw"}
+    (test,) = group["tests"]
+    assert test["em_gain"] == pytest.approx(evaluation["em"] - results["raw"]["em"])
+    page, markdown = ((tmp_path / "runs" / f"report.{kind}").read_text() for kind in ("html", "md"))
+    for text in (page, markdown, finished["report"]):
+        assert f"{evaluation['f1']:.2f}" in text
+        assert "McNemar" in text
+    assert "http" not in page
+
+
+def test_a_record_says_what_decided_the_number(finished, tmp_path):
+    (path,) = (tmp_path / "runs").glob("tiny-*-eval-001/record.json")
+    record = json.loads(path.read_text())
+    assert record["must_match"].keys() == {"data", "questions", "prompt", "scorer", "window"}
+    assert record["may_differ"]["versions"]["torch"]
+    assert record["config"]["lora"]["rank"] == 4
+
+
+def test_a_report_escapes_what_it_did_not_write(finished, tmp_path):
+    for path in (tmp_path / "runs").glob("*-eval-*/record.json"):
+        path.write_text(path.read_text().replace("dev.json", "<script>.json"))
+    report.main([str(tmp_path / "runs")])
+    assert "<script>" not in (tmp_path / "runs" / "report.html").read_text()
+
+
+def test_a_report_of_nothing_says_what_to_run(tmp_path):
+    with pytest.raises(UserError, match="make eval"):
+        report.main([str(tmp_path)])
+
+
+def test_an_untrained_system_says_how_to_train_it(tiny_config):
+    with pytest.raises(UserError, match="make train MODEL=tiny"):
+        eval_loop.main([str(tiny_config)])
+
+
+def test_a_context_longer_than_the_window_is_cut_and_counted(tiny_config, dev_file, capsys):
+    data = json.loads(dev_file.read_text())
+    paragraph = data["data"][0]["paragraphs"][0]
+    paragraph["context"] += " amber" * 2000
+    dev_file.write_text(json.dumps(data))
+    for overflow in ("truncate", "chunk"):
+        eval_loop.main([str(tiny_config), "lora=null", f"window.overflow={overflow}"])
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert result["truncated_share"] == len(paragraph["qas"]) / 12
+
+
+def test_dev_can_be_a_fixed_part_of_itself(tiny_config, capsys):
+    eval_loop.main([str(tiny_config), "lora=null", "data.dev_questions=5"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 5
+
+
+# ---- errors, from outside ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["train_loop.py", "qlora7B"], 'did you mean "qlora7b"'),
+        (["eval_loop.py", "raw7b"], "No CUDA device. raw7b needs one"),
+        (["bench_latency.py", "smollm2-raw", "data.dev=absent.json"], "absent.json: no such file"),
+        (["report.py", "absent"], "no finished evaluation"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(command, words):
+    result = run(sys.executable, *command, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert result.stdout == ""
+
+
+# ---- make ----------------------------------------------------------------------------------------------------------
+
+
+def test_make_alone_lists_every_target_with_one_line():
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    lines = run("make").stdout.splitlines()
+    listed = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line.startswith("  ")}
+    assert set(listed) == set(phony)
+    assert all(listed.values())
+
+
+def test_a_mistyped_target_is_named():
+    result = run("make", "trian")
+    assert result.returncode == 2
+    assert 'no target "trian"' in result.stderr
+
+
+def test_set_up_is_skipped_where_nothing_changed():
+    assert (ROOT / ".venv" / ".ready").exists(), "run the tests by `make test`"
+    dry = run("make", "--dry-run", "eval", "MODEL=smollm2-raw").stdout
+    assert "eval_loop.py" in dry
+    assert "pip install" not in dry
+
+
+# ---- packaging -----------------------------------------------------------------------------------------------------
+
+
+def test_the_lock_holds_every_requirement_within_its_range():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    locked = dict(line.lower().replace("_", "-").split("==") for line in lines if "==" in line and line[0] != "#")
+    for requirement in map(Requirement, wanted):
+        assert locked[requirement.name.lower()] in requirement.specifier, requirement
+
+
+def test_demo_sets_are_as_large_and_as_apart_as_promised():
+    train, dev = (json.loads((ROOT / "demo" / f"{name}.json").read_text())["data"] for name in ("train", "dev"))
+    for data, articles, paragraphs, questions in ((train, 8, 30, 150), (dev, 5, 16, 80)):
+        blocks = [p for article in data for p in article["paragraphs"]]
+        assert len(data) >= articles
+        assert len(blocks) >= paragraphs
+        assert sum(len(p["qas"]) for p in blocks) >= questions
+    assert not {a["title"] for a in train} & {a["title"] for a in dev}
+    assert all(2 <= len(qa["answers"]) <= 3 for a in dev for p in a["paragraphs"] for qa in p["qas"])
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_nothing_large_and_no_squad_text_is_tracked():
+    if run("git", "rev-parse", "HEAD").returncode:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in run("git", "ls-files").stdout.split()]
+    assert all(file.stat().st_size < 2**20 for file in files if file.exists())
+    assert not [file for file in files if re.search(r"(train|dev)-v[12]\.[01]", file.name)]

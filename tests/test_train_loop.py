@@ -1,0 +1,183 @@
+"""The loop: it learns, stops, saves, goes on where it was, and refuses what would spoil a run."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import eval_loop
+import train_loop
+from common import checkpoint, decode
+from common.errors import UserError
+from tests.conftest import squad_file
+
+
+def last_json(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def metrics(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_clock(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def only_run(tmp_path, pattern: str = "*-train-*"):
+    (run,) = (tmp_path / "runs").glob(pattern)
+    return run
+
+
+def interrupt_at_evaluation(monkeypatch, n: int) -> None:
+    """As a power cut would: the n-th evaluation never ends."""
+    calls = []
+    predict = decode.predict
+
+    def cut(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == n:
+            raise KeyboardInterrupt
+        return predict(*args, **kwargs)
+
+    monkeypatch.setattr(decode, "predict", cut)
+
+
+def test_a_run_learns_and_leaves_a_whole_folder(tiny_config, tmp_path, capsys):
+    train_loop.main([str(tiny_config), "train.epochs=8"])
+    result, run = last_json(capsys), only_run(tmp_path)
+    losses = [row["loss"] for row in metrics(run) if "loss" in row]
+    assert len(losses) == 32  # 32 questions at 8 a step, 8 epochs
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+    evaluations = [row for row in metrics(run) if "em" in row]
+    assert [row["step"] for row in evaluations] == list(range(2, 33, 2))
+    assert result["em"] == max(row["em"] for row in evaluations)
+    names = {path.name for path in run.iterdir()}
+    assert names == {"config.yaml", "record.json", "metrics.jsonl", "predictions.json", "best", "last"}
+    for folder in ("best", "last"):
+        checkpoint.verify(run / folder)
+        assert (run / folder / "adapter_config.json").exists()
+    assert json.loads((run / "record.json").read_text())["result"] == result
+
+
+def test_evaluation_scores_the_kept_adapter_as_training_did(tiny_config, tmp_path, capsys):
+    train_loop.main([str(tiny_config)])
+    trained = last_json(capsys)
+    eval_loop.main([str(tiny_config)])
+    evaluated = last_json(capsys)
+    assert (evaluated["em"], evaluated["f1"], evaluated["n"]) == (trained["em"], trained["f1"], trained["n"])
+    assert evaluated["adapter"] == f"{trained['run']}/best"
+    kept = json.loads((only_run(tmp_path) / "predictions.json").read_text())
+    assert json.loads((only_run(tmp_path, "*-eval-*") / "predictions.json").read_text()) == kept
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_an_interrupted_run_goes_on_to_the_same_end(tiny_config, tmp_path, monkeypatch, dropout):
+    arguments = [str(tiny_config), f"lora.dropout={dropout}", "train.epochs=2"]
+    train_loop.main([*arguments, f"runs={tmp_path / 'whole'}"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at_evaluation(patch, 3)  # steps 5 and 6 are done, and lost
+        train_loop.main([*arguments, f"runs={tmp_path / 'cut'}"])
+    (cut,) = (tmp_path / "cut").iterdir()
+    assert not (cut / "record.json").exists()
+    assert checkpoint.load_state(cut / "last")["step"] == 4
+    train_loop.main([*arguments, f"runs={tmp_path / 'cut'}"])
+    (whole,) = (tmp_path / "whole").iterdir()
+    assert (cut / "record.json").exists()
+    assert without_clock(metrics(cut)) == without_clock(metrics(whole))
+    ours, theirs = (load_file(run / "last" / "adapter_model.safetensors") for run in (cut, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_finished_run_is_not_trained_twice_unless_fresh(tiny_config, tmp_path, capsys):
+    train_loop.main([str(tiny_config), "train.max_steps=1"])
+    first = last_json(capsys)
+    train_loop.main([str(tiny_config), "train.max_steps=1"])
+    again = capsys.readouterr().out
+    assert "FRESH=1" in again
+    assert json.loads(again.splitlines()[-1]) == first
+    train_loop.main([str(tiny_config), "train.max_steps=1", "--fresh"])
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_training_stops_after_patience_evaluations_without_a_gain(tiny_config, capsys):
+    train_loop.main([str(tiny_config), "train.lr=1e-12", "train.epochs=20", "early_stop.patience=3"])
+    result = last_json(capsys)
+    assert result["stopped_early"]
+    assert (result["best_step"], result["steps"]) == (2, 2 + 3 * 2)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tiny_config, tmp_path, monkeypatch):
+    cross_entropy = train_loop.F.cross_entropy
+    calls = []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        return cross_entropy(*args, **kwargs) * (math.nan if len(calls) > 9 else 1)
+
+    monkeypatch.setattr(train_loop.F, "cross_entropy", broken)
+    with pytest.raises(UserError, match=r"step \d+: loss nan.*last is whole.*p\dq\d"):
+        train_loop.main([str(tiny_config)])
+    run = only_run(tmp_path)
+    checkpoint.verify(run / "last")
+    assert all(weight.isfinite().all() for weight in load_file(run / "last" / "adapter_model.safetensors").values())
+    assert not (run / "record.json").exists()
+
+
+def test_data_that_changed_under_an_unfinished_run_is_refused(tiny_config, train_file, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at_evaluation(patch, 2)
+        train_loop.main([str(tiny_config)])
+    squad_file(train_file, paragraphs=9, questions=4)
+    with pytest.raises(UserError, match=r"data has changed.*FRESH=1"):
+        train_loop.main([str(tiny_config)])
+
+
+def test_a_damaged_checkpoint_is_refused_and_left_as_it_is(tiny_config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at_evaluation(patch, 2)
+        train_loop.main([str(tiny_config)])
+    weights = only_run(tmp_path) / "last" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"last: adapter_model.safetensors is damaged.*FRESH=1"):
+        train_loop.main([str(tiny_config)])
+    assert weights.exists()
+
+
+def test_held_out_articles_are_neither_trained_on_nor_taken_from_dev(tiny_config, tmp_path, capsys):
+    train_loop.main([str(tiny_config), "early_stop.split=heldout", "early_stop.heldout_share=0.3", "train.max_steps=1"])
+    result, run = last_json(capsys), only_run(tmp_path)
+    assert result["selected_on"] == "heldout"
+    assert result["n"] + result["window_counts"]["questions"] == 32
+    assert len(json.loads((run / "predictions.json").read_text())) == result["n"]
+
+
+def test_another_seed_trains_another_adapter_and_the_same_seed_the_same(tiny_config, tmp_path):
+    for seed, runs in ((0, "a"), (0, "b"), (1, "c")):
+        train_loop.main([str(tiny_config), f"seed={seed}", "train.max_steps=2", f"runs={tmp_path / runs}"])
+    a, b, c = (load_file(next((tmp_path / r).glob("*/last")) / "adapter_model.safetensors") for r in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_a_system_without_an_adapter_cannot_be_trained(tiny_config):
+    with pytest.raises(UserError, match="nothing to train"):
+        train_loop.main([str(tiny_config), "lora=null"])
+
+
+def test_nothing_is_left_behind_where_a_run_could_not_begin(tiny_config, tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        train_loop.main([str(tiny_config), "data.train=absent.json"])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_rate_rises_then_falls_to_nothing():
+    rates = [train_loop.rate(step, total=100, warmup=0.1, peak=1.0) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == rates[10] == 1.0
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[-1] < 0.001
+    assert train_loop.rate(0, total=1, warmup=0.0, peak=1.0) == 1.0
