@@ -25,6 +25,8 @@ PAGE = """<!doctype html>
 <style>
 :root {{ color-scheme: light dark }}
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }}
+h1 {{ font-size: 1.6rem }} h2 {{ font-size: 1.2rem; margin-top: 2.5rem }}
+p {{ opacity: .7; overflow-wrap: anywhere }}
 div {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .4rem .8rem; border-bottom: 1px solid color-mix(in srgb, currentColor 25%, transparent);
@@ -111,9 +113,9 @@ def main(argv: list[str]) -> None:
         elif r["kind"] == "bench":
             timings[comparable, r["system"], r["seed"]] = r
 
-    # ---- tables ----------------------------------------------------------------------------------------------------
-    markdown, sections, output = [], [], []
-    for comparable, evaluations in groups.items():
+    # ---- tables, the freshest last ---------------------------------------------------------------------------------
+    markdown, sections, plain, output = [], [], [], []
+    for comparable, evaluations in sorted(groups.items(), key=lambda g: max(e["created"] for e in g[1].values())):
         rows = [row(e, timings.get((comparable, *key))) for key, e in evaluations.items()]
         verdicts = [
             verdict(a, b)
@@ -123,23 +125,23 @@ def main(argv: list[str]) -> None:
         ]
         some = next(iter(evaluations.values()))
         must = some["must_match"]
-        title = (
-            f"{some['may_differ']['data_source']}: {must['questions']} questions, data {must['data'][:12]}, "
-            f"prompt {must['prompt']}, scorer {must['scorer']}"
-        )
+        window = must["window"]
+        title = f"{some['may_differ']['data_source']}, {must['questions']} questions"
+        cut = f"{window['context']}+{window['question']}+{window['answer']} tokens"
+        same = f"data {must['data'][:12]}, prompt {must['prompt']}, scorer {must['scorer']}, window {cut}"
         table = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ("---",) * len(COLUMNS), *rows)]
-        markdown += [f"## {title}", "", *table, "", *(f"- {sentence(v)}" for v in verdicts), ""]
+        markdown += [f"## {title}", "", same, "", *table, "", *(f"- {sentence(v)}" for v in verdicts), ""]
         cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>\n" for cells in rows)
         head = "".join(f"<th>{c}</th>" for c in COLUMNS)
         items = "".join(f"<li>{html.escape(sentence(v))}</li>\n" for v in verdicts)
         sections.append(
-            f"<h2>{html.escape(title)}</h2>\n<div><table>\n<tr>{head}</tr>\n{cells}</table></div>\n<ul>\n{items}</ul>"
+            f"<h2>{html.escape(title)}</h2>\n<p>{html.escape(same)}</p>\n<div><table>\n<tr>{head}</tr>\n{cells}</table></div>\n<ul>\n{items}</ul>"
         )
         widths = [max(len(r[i]) for r in (COLUMNS, *rows)) for i in range(len(COLUMNS) - 2)]
-        print(title)
+        plain += [title, same]
         for line in (COLUMNS, *rows):
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip())
-        print("\n".join(sentence(v) for v in verdicts), end="\n\n")
+            plain.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip())
+        plain += [*(sentence(v) for v in verdicts), ""]
         output.append(
             {"must_match": must, "rows": [dict(zip(COLUMNS, r, strict=True)) for r in rows], "tests": verdicts}
         )
@@ -149,6 +151,7 @@ def main(argv: list[str]) -> None:
     record.write_text(root / "report.md", "# SQuAD v1.1: exact match, F1, latency, memory\n\n" + "\n".join(markdown))
     page = PAGE.format(systems=html.escape(systems), sections="\n".join(sections))
     record.write_text(root / "report.html", page)
+    print("\n".join(plain))
     print(f"{root}/report.md, {root}/report.html")
     print(json.dumps({"report": str(root / "report.html"), "groups": output}, ensure_ascii=False))
 

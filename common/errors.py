@@ -1,5 +1,6 @@
 """What a person can cause ends as one line and exit code 2; only our own mistakes show a traceback."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,3 +21,6 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted; what was saved stays, run the same command to go on", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

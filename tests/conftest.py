@@ -12,7 +12,7 @@ SMOLLM2 = ROOT / ".cache" / "smollm2-135m-instruct"
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
-    """A folder with a 2-layer Llama (grouped heads, random weights) and a BPE tokenizer that adds BOS, like Llama-2's."""
+    """A folder with a 2-layer Llama (grouped heads, random weights) and a BPE tokenizer that adds BOS."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -2,11 +2,11 @@
 
 import subprocess
 
-import pytest
-
 from common import checkpoint
 from common.checkpoint import load_state, recover, replacing, verify
 from common.errors import UserError
+
+import pytest
 
 
 def write(folder, text: str) -> None:

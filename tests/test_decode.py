@@ -2,15 +2,15 @@
 
 from dataclasses import replace
 
-import pytest
-import torch
-
 from common import decode, squad
 from common.config import Base, Window
 from common.decode import predict, stop_ids, to_text
 from common.model import load_base, load_tokenizer
 from common.prompt import Branch, Tree, build_trees
 from tests.conftest import ROOT
+
+import pytest
+import torch
 
 CPU = torch.device("cpu")
 LIMIT = 8
@@ -121,6 +121,13 @@ def test_keys_and_values_of_a_prefix_are_stored_once(tiny_base, monkeypatch):
     caches = []
     original = decode.DynamicCache
     monkeypatch.setattr(decode, "DynamicCache", lambda **kw: caches.append(original(**kw)) or caches[-1])
-    predict(model, tokenizer, [Tree(tree.prefix_ids, tuple(Branch(f"{i}", [5], []) for i in range(4)))], [], 3, progress=None)
+    predict(
+        model,
+        tokenizer,
+        [Tree(tree.prefix_ids, tuple(Branch(f"{i}", [5], []) for i in range(4)))],
+        [],
+        3,
+        progress=None,
+    )
     (cache,) = caches
     assert cache.get_seq_length() == len(tree.prefix_ids) + 4 + 4 * 2  # prefix, prompts, all but the last tokens

@@ -3,16 +3,16 @@
 import json
 import shutil
 
-import bitsandbytes as bnb
-import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
-
 from common import decode
 from common.config import Base, Lora, load
 from common.errors import UserError
 from common.model import add_lora, compute_dtype, load_adapter, load_base, load_tokenizer, parameter_counts
 from tests.test_packing import gradient, packed_loss, trees_of
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 CPU = torch.device("cpu")
 
@@ -144,7 +144,7 @@ def test_a_truncated_adapter_is_refused(adapter, tiny_base, file):
 
 
 def test_unknown_lora_targets_are_named(tiny_base):
-    with pytest.raises(UserError, match="lora.targets"):
+    with pytest.raises(UserError, match=r"lora\.targets"):
         add_lora(load_base(nf4(tiny_base), CPU), Lora(targets=("no_such_layer",)), seed=0)
 
 

@@ -1,16 +1,16 @@
 """A pack computes for every question exactly what a row of its own would."""
 
-import pytest
-import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-
 from common import plan, squad
 from common.config import Base, Lora, Window
 from common.model import add_lora, load_base, load_tokenizer
 from common.packing import Layout, by_tree, logits, pack, pack_logits, visible
 from common.prompt import Branch, Tree, build_trees
 from tests.conftest import ROOT
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 CPU = torch.device("cpu")
 

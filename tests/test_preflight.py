@@ -3,15 +3,20 @@
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+from common import preflight
+from common.config import Base, load
+from common.errors import UserError
+
 import httpx2
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
-
-from common import preflight
-from common.config import Base, load
-from common.errors import UserError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 
 LLAMA = Base("meta-llama/Llama-2-7b-hf", min_gpu_gib=8)
 
@@ -105,7 +110,7 @@ def test_a_missing_model_folder_says_what_makes_it(hub, tmp_path):
     with pytest.raises(UserError, match="make smollm2"):
         preflight.check(Base("./.cache/other/smollm2"), "x")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no config.json"):
+    with pytest.raises(UserError, match=r"no config\.json"):
         preflight.check(Base(str(tmp_path / "empty")), "x")
 
 

@@ -8,15 +8,15 @@ import subprocess
 import sys
 import tomllib
 
-import pytest
-from packaging.requirements import Requirement
-
 import bench_latency
 import eval_loop
 import report
 import train_loop
 from common.errors import UserError
 from tests.conftest import ROOT
+
+import pytest
+from packaging.requirements import Requirement
 
 
 def run(*command: str, **env: str) -> subprocess.CompletedProcess:

@@ -1,17 +1,18 @@
 """The loop: it learns, stops, saves, goes on where it was, and refuses what would spoil a run."""
 
+import itertools
 import json
 import math
-
-import pytest
-import torch
-from safetensors.torch import load_file
 
 import eval_loop
 import train_loop
 from common import checkpoint, decode
 from common.errors import UserError
 from tests.conftest import squad_file
+
+import pytest
+import torch
+from safetensors.torch import load_file
 
 
 def last_json(capsys) -> dict:
@@ -178,6 +179,6 @@ def test_the_rate_rises_then_falls_to_nothing():
     rates = [train_loop.rate(step, total=100, warmup=0.1, peak=1.0) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == rates[10] == 1.0
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert rates[-1] < 0.001
     assert train_loop.rate(0, total=1, warmup=0.0, peak=1.0) == 1.0
