@@ -51,11 +51,6 @@ def main(argv: list[str]) -> None:
     if config.lora is None:
         raise UserError(f"{config.system} has no lora section, so there is nothing to train; try MODEL=qlora7b")
     preflight.check(config.base, config.system)
-    run = None if args.fresh else record.newest_run(config, "train")
-    if run and (run / "record.json").exists():
-        print(f"{run} is finished; FRESH=1 trains anew")
-        print(json.dumps(json.loads((run / "record.json").read_text())["result"]))
-        return
     set_seed(config.seed)
     device = meter.pick_device()
     dtype = compute_dtype(config.base, device)
@@ -66,6 +61,15 @@ def main(argv: list[str]) -> None:
 
     # ---- data ------------------------------------------------------------------------------------------------------
     train_set, dev_set = squad.load(config.data, "train"), squad.load(config.data, "dev")
+    identity = {"config": config.hash(), "train": train_set.sha256, "dev": dev_set.sha256}
+    run = None if args.fresh else record.newest_run(config, "train")
+    if run and (run / "record.json").exists():
+        finished = json.loads((run / "record.json").read_text())["result"]
+        if finished["identity"] == identity:
+            print(f"{run} is finished; FRESH=1 trains anew")
+            print(json.dumps(finished))
+            return
+        run = None  # that was on other data
     train_examples, stop_examples = train_set.examples, dev_set.examples
     if stop.split == "heldout":
         train_examples, stop_examples = squad.hold_out(train_examples, stop.heldout_share)
@@ -91,24 +95,18 @@ def main(argv: list[str]) -> None:
     optimizer = bnb.optim.PagedAdamW8bit(weights, lr=train.lr, weight_decay=train.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
     adapter = accelerator.unwrap_model(model)
-    trained, everything = parameter_counts(adapter)
+    trained, frozen = parameter_counts(adapter)
 
     # ---- go on, or start -------------------------------------------------------------------------------------------
-    identity = {"config": config.hash(), "train": train_set.sha256, "dev": dev_set.sha256}
     state: dict[str, Any] = {
-        "step": 0,
-        "best_em": None,
-        "best_f1": None,
-        "best_step": None,
-        "waited": 0,
-        "seconds": 0.0,
-        **identity,
-    }
+        "step": 0, "best_em": None, "best_f1": None, "best_step": None, "waited": 0, "seconds": 0.0,
+        "identity": identity,
+    }  # fmt: skip
     if run:
         checkpoint.recover(run / "last")
     if run and (run / "last").exists():
         state = checkpoint.load_state(run / "last")
-        if any(state[key] != value for key, value in identity.items()):
+        if state["identity"] != identity:
             raise UserError(f"{run}: the data has changed since this run began; FRESH=1 starts a new one")
         load_weights(adapter, load_file(run / "last" / "adapter_model.safetensors"), str(run / "last"))
         checkpoint.load_training(run / "last", optimizer)
@@ -120,8 +118,8 @@ def main(argv: list[str]) -> None:
     kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]  # what came after is done again
     record.write_text(metrics_file, "".join(line + "\n" for line in kept))
     print(
-        f"{config.system} on {meter.describe(device)['name']}, {dtype}: trains {trained:,} of {everything:,} weights "
-        f"({trained / everything:.3%})\n"
+        f"{config.system} on {meter.describe(device)['name']}, {dtype}: trains {trained:,} weights beside {frozen:,} "
+        f"frozen ones ({trained / frozen:.3%})\n"
         f"{train_set.source}: {built.counts}, {train_set.fixed_offsets} offsets fixed, "
         f"{sum(map(len, trees)):,} tokens\n"
         f"{total} steps of ~{train.questions_per_step} questions; every {train.eval_every} steps EM on "
@@ -208,11 +206,11 @@ def main(argv: list[str]) -> None:
     # ---- record ----------------------------------------------------------------------------------------------------
     steps = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     result = {
-        "run": str(run), "em": state["best_em"], "f1": state["best_f1"], "selected_on": stop.split,
-        "n": len(stop_examples), "best_step": state["best_step"], "steps": state["step"],
+        "run": str(run), "identity": identity, "em": state["best_em"], "f1": state["best_f1"],
+        "selected_on": stop.split, "n": len(stop_examples), "best_step": state["best_step"], "steps": state["step"],
         "stopped_early": state["step"] < total, "questions": sum(line.get("questions", 0) for line in steps),
         "seconds": round(seconds_before + meter.now(device) - began, 1), "window_counts": built.counts,
-        "trained_weights": trained, "all_weights": everything, "peak": meter.peaks(device),
+        "trained_weights": trained, "frozen_weights": frozen, "peak": meter.peaks(device),
     }  # fmt: skip
     record.write(run, config, "train", dev_set, meter.describe(device), result)
     print(f"best EM {result['em']:.2f} F1 {result['f1']:.2f} at step {result['best_step']}; adapter in {run}/best")

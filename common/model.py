@@ -125,13 +125,13 @@ def load_system(config: Config, adapter: Path | None, device: torch.device) -> t
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
-    """(trained, all) weights; a 4-bit weight counts as one, not as half a byte."""
-    trained = total = 0
+    """(trained, frozen) weights; a 4-bit weight counts as one, not as half a byte."""
+    trained = frozen = 0
     for p in model.parameters():
         n = p.quant_state.shape.numel() if getattr(p, "quant_state", None) is not None else p.numel()
-        total += n
         trained += n if p.requires_grad else 0
-    return trained, total
+        frozen += 0 if p.requires_grad else n
+    return trained, frozen
 
 
 def _first_line(error: BaseException) -> str:

@@ -80,9 +80,9 @@ def test_qlora7b_trains_the_share_of_llama_2_that_its_rank_and_targets_say():
     with torch.device("meta"):
         llama_2_7b = AutoModelForCausalLM.from_config(LlamaConfig())  # its defaults are Llama-2-7B's shapes
         llama_2_7b.requires_grad_(False)
-        trained, everything = parameter_counts(add_lora(llama_2_7b, config.lora, seed=0))
+        trained, frozen = parameter_counts(add_lora(llama_2_7b, config.lora, seed=0))
     assert trained == 39_976_960
-    assert everything - trained == 6_738_415_616
+    assert frozen == 6_738_415_616
 
 
 def test_a_four_bit_weight_counts_as_one_weight(tiny_base):

@@ -104,6 +104,14 @@ def test_a_finished_run_is_not_trained_twice_unless_fresh(tiny_config, tmp_path,
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
+def test_a_finished_run_on_other_data_does_not_stand_in_for_this_one(tiny_config, train_file, tmp_path, capsys):
+    train_loop.main([str(tiny_config), "train.max_steps=1"])
+    first = last_json(capsys)
+    squad_file(train_file, paragraphs=9, questions=4)
+    train_loop.main([str(tiny_config), "train.max_steps=1"])
+    assert last_json(capsys)["run"] != first["run"]
+
+
 def test_training_stops_after_patience_evaluations_without_a_gain(tiny_config, capsys):
     train_loop.main([str(tiny_config), "train.lr=1e-12", "train.epochs=20", "early_stop.patience=3"])
     result = last_json(capsys)
