@@ -11,9 +11,9 @@ NEEDS   = $(READY) $(if $(findstring smollm2,$(MODEL)),$(SMOLLM2))
 SET     = runs=$(RUNS) $(if $(SEED),seed=$(SEED)) $(if $(ADAPTER),adapter=$(ADAPTER)) $(ARGS)
 # the demo: the real scripts on demo/, small enough for two CPU cores
 DEMO    = runs=runs/demo data.train=demo/train.json data.dev=demo/dev.json
-DEMO_TRAIN ?= train.lr=2e-3 train.questions_per_step=16 train.eval_every=15 early_stop.questions=40
+DEMO_TRAIN ?= train.lr=2e-3 train.questions_per_step=16 train.eval_every=15 early_stop.questions=20
 DEMO_EVAL  ?=
-DEMO_BENCH ?= bench.queries=10 bench.warmup_queries=1
+DEMO_BENCH ?= bench.queries=8 bench.warmup_queries=1
 export TOKENIZERS_PARALLELISM = true
 
 .DEFAULT_GOAL := help
