@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="a name in configs/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     config = load(args.model, args.overrides)
     preflight.check(config.base, config.system)
     adapter = record.trained_adapter(config)

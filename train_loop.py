@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("model", help="a name in configs/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--fresh", action="store_true", help="start anew, in a new run folder")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     config = load(args.model, args.overrides)
     train, stop = config.train, config.early_stop
     if config.lora is None:
