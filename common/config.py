@@ -213,9 +213,9 @@ def _read(path: Path) -> dict[str, Any]:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise UserError(f"{path}:{line}: not valid YAML ({error.problem})") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"{path}:{mark.line + 1 if mark else '?'}: not valid YAML ({_reason(error)})") from error
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}: expected `key: value` lines")
     return _mapping(root, "", str(path))
@@ -241,8 +241,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
         raise UserError(f'"{text}": an override looks like train.lr=1e-4')
     try:
         node = yaml.compose(value, Loader=yaml.SafeLoader) or yaml.ScalarNode("tag:yaml.org,2002:null", "")
-    except yaml.MarkedYAMLError as error:
-        raise UserError(f"{where}: not valid YAML ({error.problem})") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML ({_reason(error)})") from error
     *sections, name = key.split(".")
     for section in sections:
         inner = tree.get(section)
@@ -257,10 +257,11 @@ def _override(tree: dict[str, Any], text: str) -> None:
 
 def _build(cls: type, tree: dict[str, Any], prefix: str, source: str) -> Any:
     hints = typing.get_type_hints(cls)
+    sections = [name for name in hints if not prefix]
     for key, value in tree.items():
         if key not in hints:
             where = value.where if isinstance(value, _Leaf) else _first_where(value, source)
-            raise UserError(f'{where}: unknown key "{prefix}{key}"{_nearest(prefix + key, known_keys())}')
+            raise UserError(f'{where}: unknown key "{prefix}{key}"{_nearest(prefix + key, [*known_keys(), *sections])}')
     values = {}
     for name, hint in hints.items():
         if name in tree:
@@ -342,6 +343,10 @@ def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
         inner = [h for h in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(h)]
         keys += known_keys(typing.cast(type, inner[0]), f"{prefix}{name}.") if inner else [prefix + name]
     return keys
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    return getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__
 
 
 def _nearest(word: str, known: typing.Iterable[str]) -> str:

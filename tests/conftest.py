@@ -5,6 +5,10 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("repo", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("repo")
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / ".cache" / "smollm2-135m-instruct"

@@ -1,0 +1,61 @@
+"""The order of training is arithmetic: a pure function of (seed, epoch) that uses every tree once."""
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common import plan
+from common.prompt import Branch, Tree
+
+
+def tree(number: int, branches: int, prefix: int = 10) -> Tree:
+    return Tree([number] * prefix, tuple(Branch(f"{number}.{b}", [1, 2], [3, 0]) for b in range(branches)))
+
+
+def ids(steps) -> list[str]:
+    return [branch.id for step in steps for members in step for t in members for branch in t.branches]
+
+
+TREES = [tree(i, 1 + i % 5) for i in range(40)]
+sizes = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 60)), min_size=1, max_size=40)
+
+
+def test_order_depends_on_seed_and_epoch_and_on_nothing_else():
+    def order(seed: int, epoch: int) -> list[str]:
+        return ids(plan.epoch(TREES, seed, epoch, questions_per_step=8, pack_tokens=64))
+
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+@given(sizes, st.integers(1, 20), st.integers(30, 200), st.integers(0, 5))
+def test_every_question_is_in_exactly_one_step_and_no_step_is_empty(shapes, questions_per_step, pack_tokens, seed):
+    trees = plan.bounded([tree(i, n, p) for i, (n, p) in enumerate(shapes)], pack_tokens, questions_per_step)
+    steps = list(plan.epoch(trees, seed, 0, questions_per_step, pack_tokens))
+    assert Counter(ids(steps)) == Counter(f"{i}.{b}" for i, (n, _) in enumerate(shapes) for b in range(n))
+    assert len(steps) == plan.steps_per_epoch(trees, questions_per_step)
+    assert all(step and all(step) for step in steps)
+
+
+@given(sizes, st.integers(30, 200))
+def test_packs_keep_to_their_size_where_a_tree_fits(shapes, pack_tokens):
+    trees = [tree(i, n, p) for i, (n, p) in enumerate(shapes)]
+    for members in plan.fill(trees, pack_tokens):
+        assert sum(map(len, members)) <= pack_tokens or len(members) == 1
+
+
+@given(st.integers(1, 30), st.integers(1, 40), st.integers(1, 10))
+def test_a_split_tree_keeps_prefix_and_branches_within_the_limits(branches, max_tokens, max_branches):
+    whole = tree(7, branches, prefix=5)
+    parts = list(whole.split(max_tokens, max_branches))
+    assert [b for part in parts for b in part.branches] == list(whole.branches)
+    for part in parts:
+        assert part.prefix_ids == whole.prefix_ids
+        assert len(part.branches) <= max_branches
+        assert len(part) <= max_tokens or len(part.branches) == 1
+
+
+def test_steps_are_of_nearly_equal_size():
+    counts = [len(ids([step])) for step in plan.epoch(TREES, 0, 0, questions_per_step=20, pack_tokens=100)]
+    assert all(15 <= count <= 25 for count in counts)

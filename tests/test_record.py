@@ -1,0 +1,88 @@
+"""Runs never overwrite each other, and the adapter that answers is the one that was trained for it."""
+
+import os
+
+import pytest
+
+from common import record
+from common.config import load
+from common.errors import UserError
+from common.squad import Answer, Dataset, Example
+
+DATA = Dataset([Example("q1", "T", "An amber canal.", "Which canal?", (Answer("amber", 3),))], "dev.json")
+SYSTEM = "smollm2-qlora"
+
+
+@pytest.fixture
+def config(tmp_path):
+    def with_overrides(*overrides: str):
+        return load(SYSTEM, [f"runs={tmp_path / 'runs'}", *overrides])
+
+    return with_overrides
+
+
+def finish(config, kind: str = "train"):
+    run = record.new_run(config, kind)
+    return run, record.write(run, config, kind, DATA, {"name": "CPU"}, {"em": 50.0})
+
+
+def test_every_run_has_a_folder_of_its_own_with_its_configuration(config):
+    first, second = record.new_run(config(), "eval"), record.new_run(config(), "eval")
+    assert (first.name[-3:], second.name[-3:]) == ("001", "002")
+    assert first.name.startswith(f"{SYSTEM}-s0-{config().hash()}-eval-")
+    assert load(str(first / "config.yaml")) == config()
+    first.joinpath("config.yaml").unlink()
+    first.rmdir()
+    assert record.new_run(config(), "eval").name[-3:] == "003"  # a number is not used twice while a later one stands
+
+
+def test_a_record_reads_back_and_says_what_must_match(config):
+    run, written = finish(config())
+    (read,) = record.read_all(run.parent)
+    assert {**read, "folder": None} == {**written, "folder": None}
+    assert written["must_match"]["data"] == DATA.sha256
+    other = Dataset([*DATA.examples, Example("q2", "T", "x y", "Which?", (Answer("x", 0),))], "dev.json")
+    assert other.sha256 != DATA.sha256
+
+
+def test_a_run_without_a_record_is_unfinished_and_a_damaged_record_is_named(config):
+    run = record.new_run(config(), "train")
+    assert record.read_all(run.parent) == []
+    assert record.newest_run(config(), "train") == run
+    (run / "record.json").write_text('{"schema"')
+    with pytest.raises(UserError, match=r"001/record\.json: not a readable record"):
+        record.read_all(run.parent)
+
+
+def test_the_adapter_is_that_of_the_newest_training_of_the_same_system_seed_base_and_lora(config):
+    assert record.trained_adapter(load("smollm2-raw")) is None
+    with pytest.raises(UserError, match=rf"no finished training.*make train MODEL={SYSTEM}"):
+        record.trained_adapter(config())
+    finish(config("seed=1"))
+    finish(config("lora.rank=4"))
+    finish(config("base.quant=fp4"))
+    record.new_run(config(), "train")  # not finished
+    with pytest.raises(UserError, match="no finished training"):
+        record.trained_adapter(config())
+    run, _ = finish(config("train.lr=1e-5"))
+    assert record.trained_adapter(config("data.dev_questions=5")) == run / "best"
+
+
+def test_a_named_adapter_wins_and_must_exist(config, tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        record.trained_adapter(config(f"adapter={tmp_path / 'absent'}"))
+    assert record.trained_adapter(config(f"adapter={tmp_path}")) == tmp_path
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    record.write_text(tmp_path / "file", "old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        record.write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_a_folder_that_cannot_be_made_is_a_users_error(config, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(UserError, match="cannot make a folder"):
+        record.new_run(config(), "eval")
