@@ -169,8 +169,8 @@ def _context_windows(contexts: list[str], tokenizer: Any, window: Window) -> lis
         if stop < len(context) and window.overflow == "chunk":
             starts = [a for a, _ in _offsets(tokenizer, context)[:: window.stride]]
             while spans[-1][1] < len(context):
-                reached = spans[-1]
-                start = max((a for a in starts if reached[0] < a <= reached[1]), default=reached[1])
+                begun, reached = spans[-1]
+                start = min([reached, *(a for a in starts if a > begun)])  # never a gap
                 (length,) = _fit([context[start:]], _CONTEXT, window.context, tokenizer)
                 spans.append((start, start + length))
         out.append(spans)

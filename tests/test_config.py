@@ -4,14 +4,14 @@ import ast
 import dataclasses
 import typing
 
+from common.config import CONFIGS, Base, Config, known_keys, load
+from common.errors import UserError
+from tests.conftest import ROOT
+
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-
-from common.config import CONFIGS, Base, Config, known_keys, load
-from common.errors import UserError
-from tests.conftest import ROOT
 
 MINIMAL = "system: x\nbase:\n  path: some/model\n"
 

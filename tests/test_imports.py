@@ -22,7 +22,9 @@ def imported(path) -> set[str]:
 
 def test_modules_that_need_no_torch_do_not_import_it():
     modules = ", ".join(f"common.{name}" for name in TORCH_FREE)
-    code = f"import sys, {modules}, report; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
+    code = (
+        f"import sys, {modules}, report; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -2,11 +2,11 @@
 
 from collections import Counter
 
-from hypothesis import given
-from hypothesis import strategies as st
-
 from common import plan
 from common.prompt import Branch, Tree
+
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 def tree(number: int, branches: int, prefix: int = 10) -> Tree:

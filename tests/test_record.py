@@ -2,12 +2,12 @@
 
 import os
 
-import pytest
-
 from common import record
 from common.config import load
 from common.errors import UserError
 from common.squad import Answer, Dataset, Example
+
+import pytest
 
 DATA = Dataset([Example("q1", "T", "An amber canal.", "Which canal?", (Answer("amber", 3),))], "dev.json")
 SYSTEM = "smollm2-qlora"

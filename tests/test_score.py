@@ -6,16 +6,18 @@ import string
 import subprocess
 from collections import Counter
 
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from common.score import exact_match, f1, normalize, score
 from common.squad import Answer, Example
 from tests.conftest import ROOT
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 SHARED = ROOT.parent / "shared" / "data"
-words = st.lists(st.sampled_from(["a", "an", "The", "bridge", "Bridge!", "1,820", "x-y", "été", "  ", ";"])).map(" ".join)
+words = st.lists(st.sampled_from(["a", "an", "The", "bridge", "Bridge!", "1,820", "x-y", "été", "  ", ";"])).map(
+    " ".join
+)
 anything = st.one_of(words, st.text(max_size=20))
 
 
@@ -104,7 +106,9 @@ def test_published_predictions_score_as_published(name, lines):
 
 def test_any_predictions_can_be_verified(tmp_path, dev_file):
     (tmp_path / "p.json").write_text(json.dumps({"p0q0": "amber", "other": "x"}))
-    assert re.match(r"11 missing, 1 unknown\nEM \d+\.\d{4} F1 \d+\.\d{4}\n$", verify(tmp_path / "p.json", dev_file).stdout)
+    assert re.match(
+        r"11 missing, 1 unknown\nEM \d+\.\d{4} F1 \d+\.\d{4}\n$", verify(tmp_path / "p.json", dev_file).stdout
+    )
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"q": 3}', '{"q": "a'])

@@ -5,13 +5,13 @@ import gzip
 import json
 from collections import Counter
 
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from common import squad
 from common.errors import UserError
 from tests.conftest import squad_file
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 GOOD = {
     "data": [

@@ -1,9 +1,9 @@
 """Intervals and tests agree with published worked examples and with their definitions."""
 
+from common.stats import mcnemar, percentile, percentile_interval, wilson
+
 import numpy as np
 import pytest
-
-from common.stats import mcnemar, percentile, percentile_interval, wilson
 
 
 def test_wilson_equals_a_published_example():

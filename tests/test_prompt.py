@@ -1,0 +1,163 @@
+"""One prompt, one window, one tokenisation: for training, evaluation and a single query."""
+
+from dataclasses import replace
+
+from common import prompt
+from common.config import Window
+from common.prompt import build_trees
+from common.squad import Answer, Example, read
+from tests.conftest import ROOT
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOMY = Window(context=1500)  # for a tokenizer of few words
+SMALL = Window(context=40, question=24, answer=16, stride=12)
+
+
+@pytest.fixture(scope="module", params=["tiny_base", "smollm2_base"])
+def tokenizer(request):
+    """One that adds BOS, and a real one that does not."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(request.getfixturevalue(request.param))
+
+
+@pytest.fixture(scope="module")
+def demo() -> list[Example]:
+    return read(str(ROOT / "demo" / "train.json"), "train").examples[:20]  # four paragraphs
+
+
+def example(context: str, answer: str, question: str = "Which one?", id_: str = "q") -> Example:
+    return Example(id_, "T", context, question, (Answer(answer, context.index(answer)),))
+
+
+def prompts(trees) -> dict[str, list[int]]:
+    return {branch.id: tree.prefix_ids + branch.prompt_ids for tree in trees for branch in tree.branches}
+
+
+def test_the_prompt_is_these_bytes():
+    assert prompt.text("A canal.", "What is it?") == "Context: A canal.\n\nQuestion: What is it?\n\nAnswer:"
+
+
+def test_the_fingerprint_changes_with_the_prompt_and_only_with_it(monkeypatch):
+    assert prompt.fingerprint() == "debd7cbbbb31"  # a new prompt is a new version: say so in docs/log.md
+    monkeypatch.setattr(prompt, "_QUESTION", "\n\nQ: {}\n\nAnswer:")
+    assert prompt.fingerprint() != "debd7cbbbb31"
+
+
+def test_ids_are_the_tokenizers_ids_of_the_whole_text_with_eos_behind(tokenizer, demo):
+    for tree in build_trees(demo, tokenizer, ROOMY, train=True).trees:
+        for branch in tree.branches:
+            (e,) = [e for e in demo if e.id == branch.id]
+            whole = prompt.text(e.context, e.question) + f" {e.answers[0].text}"
+            expected = [*tokenizer(whole)["input_ids"], tokenizer.eos_token_id]
+            assert tree.prefix_ids + branch.prompt_ids + branch.answer_ids == expected
+            assert tokenizer.pad_token_id not in expected
+
+
+def test_a_single_query_reads_the_ids_that_training_and_evaluation_read(tokenizer, demo):
+    trained = prompts(build_trees(demo, tokenizer, ROOMY, train=True).trees)
+    evaluated = prompts(build_trees(demo, tokenizer, ROOMY, train=False).trees)
+    alone = {}
+    for e in demo:
+        alone |= prompts(build_trees([e], tokenizer, ROOMY, train=False).trees)
+    assert trained == evaluated == alone
+
+
+def test_questions_of_a_paragraph_share_one_tree_with_the_paragraph_in_its_prefix(tokenizer, demo):
+    built = build_trees(demo, tokenizer, ROOMY, train=True)
+    assert len(built.trees) == len({e.context for e in demo}) == 4
+    for tree in built.trees:
+        assert len(tree.branches) == 5
+        (context,) = {e.context for e in demo if e.id in {branch.id for branch in tree.branches}}
+        assert context in tokenizer.decode(tree.prefix_ids)
+        assert all(branch.prompt_ids for branch in tree.branches)
+    assert built.counts == {"questions": 20, "truncated": 0, "dropped_outside": 0, "dropped_long": 0}
+
+
+def test_a_question_whose_ids_break_the_shared_prefix_gets_a_tree_of_its_own(tokenizer, demo, monkeypatch):
+    tokenize = prompt._tokenize
+
+    def odd(tokenizer, texts, *args, **kwargs):
+        rows = tokenize(tokenizer, texts, *args, **kwargs)
+        return [[5, *ids[1:]] if demo[1].question in text else ids for text, ids in zip(texts, rows, strict=True)]
+
+    monkeypatch.setattr(prompt, "_tokenize", odd)
+    trees = build_trees(demo[:5], tokenizer, Window(), train=False).trees
+    assert sorted(len(tree.branches) for tree in trees) == [1, 4]
+
+
+def test_white_space_around_the_fields_changes_nothing(tokenizer):
+    plain = [example("The old canal is long.", "canal")]
+    spaced = [Example("q", "T", " \n The old canal is long. ", " Which one?\n", (Answer(" canal ", 10),))]
+    assert build_trees(plain, tokenizer, Window(), train=True) == build_trees(spaced, tokenizer, Window(), train=True)
+
+
+WORDS = st.lists(
+    st.sampled_from(["canal", "bridge", "Zürich", "運河", "1820", "an", "x.", "…"]), min_size=1, max_size=60
+)
+
+
+@given(WORDS.map(" ".join), WORDS.map(" ".join))
+def test_nothing_is_longer_than_its_window(tokenizer, context, question):
+    e = Example("q", "T", context, question, (Answer(context.split()[0], 0),))
+    for train in (True, False):
+        for tree in build_trees([e], tokenizer, SMALL, train=train).trees:
+            for branch in tree.branches:
+                assert len(tree.prefix_ids) + len(branch.prompt_ids) <= SMALL.context + SMALL.question
+                assert len(branch.answer_ids) <= SMALL.answer
+
+
+def test_a_long_context_is_cut_alike_whatever_the_question(tokenizer):
+    context = " ".join(f"word{i}" for i in range(200))
+    long, short = (example(context, "word0", question) for question in ("Which? " * 30, "Which?"))
+    texts = [
+        tokenizer.decode(prompts(build_trees([e], tokenizer, SMALL, train=False).trees)["q"]) for e in (long, short)
+    ]
+    cut = [text.partition("\n\nQuestion:")[0] for text in texts]
+    assert cut[0] == cut[1]
+    assert context.startswith(cut[0].partition("Context: ")[2])
+    used = len(tokenizer(cut[0].partition("Context: ")[1] + cut[0].partition("Context: ")[2])["input_ids"])
+    assert SMALL.context - 4 <= used <= SMALL.context  # no more is cut than must be
+
+
+def test_another_tokenizer_can_do_the_cutting_so_that_systems_read_the_same_text(tokenizer, tiny_base):
+    from transformers import AutoTokenizer
+
+    cutter = AutoTokenizer.from_pretrained(tiny_base)
+    context = " ".join(f"word{i}" for i in range(200))
+    by_other = build_trees([example(context, "word0")], tokenizer, SMALL, train=False, window_tokenizer=cutter)
+    by_itself = build_trees([example(context, "word0")], cutter, SMALL, train=False)
+    texts = [tok.decode(prompts(b.trees)["q"], skip_special_tokens=True)
+             for tok, b in ((tokenizer, by_other), (cutter, by_itself))]  # fmt: skip
+    assert texts[0] == texts[1]
+
+
+def test_a_training_answer_outside_the_window_is_dropped_and_counted(tokenizer):
+    context = " ".join(f"word{i}" for i in range(100))
+    rows = [example(context, "word1", id_="in"), example(context, "word99", id_="out")]
+    built = build_trees(rows, tokenizer, SMALL, train=True)
+    assert prompts(built.trees).keys() == {"in"}
+    assert built.counts == {"questions": 2, "truncated": 2, "dropped_outside": 1, "dropped_long": 0}
+    assert prompts(build_trees(rows, tokenizer, SMALL, train=False).trees).keys() == {"in", "out"}
+
+
+def test_a_training_answer_too_long_to_be_decoded_is_dropped_and_counted(tokenizer):
+    context = " ".join(f"w{i}" for i in range(12))
+    built = build_trees([example(context, context)], tokenizer, SMALL, train=True)
+    assert (built.trees, built.counts["dropped_long"]) == ([], 1)
+
+
+def test_chunks_cover_the_whole_context_and_training_takes_the_one_that_holds_the_answer(tokenizer):
+    chunk = replace(SMALL, overflow="chunk")
+    words = [f"word{i}" for i in range(100)]
+    context = " ".join(words)
+    windows = build_trees([example(context, "word7")], tokenizer, chunk, train=False).trees
+    texts = [tokenizer.decode(tree.prefix_ids).partition("Context: ")[2] for tree in windows]
+    assert len(windows) > 3
+    assert all(any(word in text.split() for text in texts) for word in words)
+    for word in ("word2", "word50", "word99"):
+        (tree,) = build_trees([example(context, word)], tokenizer, chunk, train=True).trees
+        assert word in tokenizer.decode(tree.prefix_ids)
