@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     built = build_trees(train_examples, tokenizer, config.window, train=True, window_tokenizer=cutter)
     stop_trees = build_trees(stop_examples, tokenizer, config.window, train=False, window_tokenizer=cutter).trees
     pack_tokens = train.pack_tokens or (CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS)
-    trees = plan.bounded(built.trees, pack_tokens, train.questions_per_step)
+    trees = plan.bounded(built.trees, train.questions_per_step)
     if not trees:
         raise UserError(f"{train_set.source}: no question is left to train on ({built.counts})")
     per_epoch = plan.steps_per_epoch(trees, train.questions_per_step)

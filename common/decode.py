@@ -73,7 +73,6 @@ def predict(
     device = next(model.parameters()).device
     pack_tokens = pack_tokens or (CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS)
     ends = torch.tensor(stops, device=device)
-    trees = [part for tree in trees for part in tree.split(pack_tokens, max_branches=len(tree.branches))]
     packs = plan.fill(trees, pack_tokens)
     training = model.training
     model.eval()

@@ -11,9 +11,9 @@ from common.prompt import Tree
 Step = list[list[Tree]]  # the packs of one optimizer step; one pack is one micro-batch
 
 
-def bounded(trees: Sequence[Tree], max_tokens: int, max_questions: int) -> list[Tree]:
-    """Split what is too large for one pack or one step; the rest stays as it is."""
-    return [part for tree in trees for part in tree.split(max_tokens, max_questions)]
+def bounded(trees: Sequence[Tree], max_questions: int) -> list[Tree]:
+    """Split trees of more questions than one step has; the rest stays as it is."""
+    return [part for tree in trees for part in tree.split(max_questions=max_questions)]
 
 
 def steps_per_epoch(trees: Sequence[Tree], questions_per_step: int) -> int:
@@ -25,6 +25,7 @@ def epoch(trees: Sequence[Tree], seed: int, epoch: int, questions_per_step: int,
 
     Trees are shuffled, so a step mixes paragraphs of many articles. Tree i belongs to the step in whose equal share of
     the questions its first question falls; no step is empty where no tree exceeds `questions_per_step` (`bounded`).
+    `pack_tokens` cuts a step into packs and changes nothing else.
     """
     order = list(trees)
     random.Random(f"{seed} {epoch}").shuffle(order)
@@ -39,10 +40,14 @@ def epoch(trees: Sequence[Tree], seed: int, epoch: int, questions_per_step: int,
 
 
 def fill(trees: Sequence[Tree], pack_tokens: int) -> list[list[Tree]]:
-    """Pack trees into as few packs as first-fit decreasing finds, each of at most `pack_tokens` where a tree fits."""
+    """As few packs as first-fit decreasing finds, each of at most `pack_tokens`; a larger tree is split.
+
+    Only a single question that is longer than `pack_tokens` has a pack above it.
+    """
     packs: list[list[Tree]] = []
     room: list[int] = []
-    for tree in sorted(trees, key=len, reverse=True):
+    parts = [part for tree in trees for part in tree.split(max_tokens=pack_tokens)]
+    for tree in sorted(parts, key=len, reverse=True):
         fits = next((i for i, free in enumerate(room) if len(tree) <= free), None)
         if fits is None:
             packs.append([])

@@ -6,6 +6,7 @@ tokenizer's ids of the whole text, as any other tool would make them; parts are 
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -58,12 +59,12 @@ class Tree:
     def __len__(self) -> int:
         return len(self.prefix_ids) + sum(map(len, self.branches))
 
-    def split(self, max_tokens: int, max_branches: int) -> Iterator["Tree"]:
+    def split(self, max_tokens: float = math.inf, max_questions: float = math.inf) -> Iterator["Tree"]:
         """Trees of at most that many tokens and branches (one branch at least), the prefix repeated in each."""
         group: list[Branch] = []
         for branch in self.branches:
             size = len(self.prefix_ids) + sum(map(len, group)) + len(branch)
-            if group and (size > max_tokens or len(group) == max_branches):
+            if group and (size > max_tokens or len(group) == max_questions):
                 yield Tree(self.prefix_ids, tuple(group))
                 group = []
             group.append(branch)

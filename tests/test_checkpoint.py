@@ -1,6 +1,7 @@
 """A checkpoint is whole or not there, and a damaged one is noticed."""
 
 import subprocess
+from pathlib import Path
 
 from common import checkpoint
 from common.checkpoint import load_state, recover, replacing, verify
@@ -21,6 +22,21 @@ def test_a_failed_write_leaves_the_previous_folder(tmp_path):
         raise OSError("disk full")
     assert load_state(tmp_path / "last") == {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def test_a_rename_that_fails_brings_the_previous_folder_back(tmp_path, monkeypatch):
+    write(tmp_path / "last", '{"step": 1}')
+    rename = Path.rename
+
+    def fail(self, target):
+        if self.name == "last.partial":
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no"):
+        write(tmp_path / "last", '{"step": 2}')
+    assert load_state(tmp_path / "last") == {"step": 1}
 
 
 def test_a_crash_between_the_renames_is_mended(tmp_path):

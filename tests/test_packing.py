@@ -105,7 +105,7 @@ def test_split_trees_give_the_gradient_of_whole_ones(tiny_base):
     model = lora_model(tiny_base)
     packed_loss(model, [trees])
     whole = gradient(model)
-    packed_loss(model, [plan.bounded(trees, max_tokens=10_000, max_questions=2)])
+    packed_loss(model, [plan.bounded(trees, max_questions=2)])
     split = gradient(model)
     assert (whole - split).norm() / whole.norm() <= 1e-5
 

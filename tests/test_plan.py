@@ -31,7 +31,7 @@ def test_order_depends_on_seed_and_epoch_and_on_nothing_else():
 
 @given(sizes, st.integers(1, 20), st.integers(30, 200), st.integers(0, 5))
 def test_every_question_is_in_exactly_one_step_and_no_step_is_empty(shapes, questions_per_step, pack_tokens, seed):
-    trees = plan.bounded([tree(i, n, p) for i, (n, p) in enumerate(shapes)], pack_tokens, questions_per_step)
+    trees = plan.bounded([tree(i, n, p) for i, (n, p) in enumerate(shapes)], questions_per_step)
     steps = list(plan.epoch(trees, seed, 0, questions_per_step, pack_tokens))
     assert Counter(ids(steps)) == Counter(f"{i}.{b}" for i, (n, _) in enumerate(shapes) for b in range(n))
     assert len(steps) == plan.steps_per_epoch(trees, questions_per_step)
@@ -39,20 +39,29 @@ def test_every_question_is_in_exactly_one_step_and_no_step_is_empty(shapes, ques
 
 
 @given(sizes, st.integers(30, 200))
-def test_packs_keep_to_their_size_where_a_tree_fits(shapes, pack_tokens):
+def test_packs_keep_to_their_size_where_a_question_fits(shapes, pack_tokens):
     trees = [tree(i, n, p) for i, (n, p) in enumerate(shapes)]
-    for members in plan.fill(trees, pack_tokens):
-        assert sum(map(len, members)) <= pack_tokens or len(members) == 1
+    packs = plan.fill(trees, pack_tokens)
+    for members in packs:
+        assert sum(map(len, members)) <= pack_tokens or [len(t.branches) for t in members] == [1]
+    assert Counter(ids([packs])) == Counter(ids([[trees]]))
+
+
+@given(sizes, st.integers(30, 200))
+def test_the_size_of_packs_does_not_decide_which_questions_make_up_a_step(shapes, pack_tokens):
+    trees = plan.bounded([tree(i, n, p) for i, (n, p) in enumerate(shapes)], 8)
+    ours, theirs = (list(plan.epoch(trees, 0, 0, 8, tokens)) for tokens in (pack_tokens, 10**6))
+    assert [Counter(ids([step])) for step in ours] == [Counter(ids([step])) for step in theirs]
 
 
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(1, 10))
-def test_a_split_tree_keeps_prefix_and_branches_within_the_limits(branches, max_tokens, max_branches):
+def test_a_split_tree_keeps_prefix_and_branches_within_the_limits(branches, max_tokens, max_questions):
     whole = tree(7, branches, prefix=5)
-    parts = list(whole.split(max_tokens, max_branches))
+    parts = list(whole.split(max_tokens, max_questions))
     assert [b for part in parts for b in part.branches] == list(whole.branches)
     for part in parts:
         assert part.prefix_ids == whole.prefix_ids
-        assert len(part.branches) <= max_branches
+        assert len(part.branches) <= max_questions
         assert len(part) <= max_tokens or len(part.branches) == 1
 
 

@@ -93,6 +93,18 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tiny_config, tmp_path, monke
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_how_a_step_is_cut_into_packs_changes_nothing(tiny_config, tmp_path):
+    rows = []
+    for pack_tokens in (100_000, 64):
+        runs = tmp_path / str(pack_tokens)
+        train_loop.main([str(tiny_config), f"train.pack_tokens={pack_tokens}", "train.max_steps=1", f"runs={runs}"])
+        rows += [row for row in metrics(next(runs.iterdir())) if "loss" in row]
+    whole, cut = rows
+    assert whole["tokens"] < cut["tokens"]  # prefixes are repeated in the split trees
+    assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert cut["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+
+
 def test_a_finished_run_is_not_trained_twice_unless_fresh(tiny_config, tmp_path, capsys):
     train_loop.main([str(tiny_config), "train.max_steps=1"])
     first = last_json(capsys)
