@@ -113,10 +113,8 @@ def main(argv: list[str]) -> None:
         print(f"{run}: going on after step {state['step']}")
     elif run is None:
         run = record.new_run(config, "train")
-    metrics_file = run / "metrics.jsonl"
-    lines = metrics_file.read_text().splitlines() if metrics_file.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]  # what came after is done again
-    record.write_text(metrics_file, "".join(line + "\n" for line in kept))
+    kept = [row for row in record.read_metrics(run) if row["step"] <= state["step"]]  # what came after is done again
+    record.write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
     print(
         f"{config.system} on {meter.describe(device)['name']}, {dtype}: trains {trained:,} weights beside {frozen:,} "
         f"frozen ones ({trained / frozen:.3%})\n"
@@ -134,7 +132,7 @@ def main(argv: list[str]) -> None:
     epoch_plan: list[plan.Step] = []
     bar = tqdm(total=total, initial=state["step"], desc="train", unit="step")
     began, seconds_before = meter.now(device), state["seconds"]
-    with metrics_file.open("a", encoding="utf-8") as metrics:
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
         while state["step"] < total and state["waited"] < stop.patience:
             step = state["step"]
             if not epoch_plan or step % per_epoch == 0:
@@ -161,8 +159,9 @@ def main(argv: list[str]) -> None:
                 finite = math.isfinite(loss)
             if not finite:
                 raise UserError(
-                    f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the update, {run}/last "
-                    f"is whole. Lower train.lr or look at these questions: {', '.join(b.id for b in branches)}"
+                    f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the update, and what "
+                    f"{run} holds is whole. Lower train.lr, or look at these questions: "
+                    f"{', '.join(branch.id for branch in branches)}"
                 )
             for group in optimizer.param_groups:
                 group["lr"] = rate(step, total, train.warmup, train.lr)
@@ -189,13 +188,13 @@ def main(argv: list[str]) -> None:
                 better = state["best_em"] is None or scored.em >= state["best_em"] + stop.min_delta
                 state["waited"] = 0 if better else state["waited"] + 1
                 state["seconds"] = seconds_before + meter.now(device) - began
+                metrics.write(json.dumps({"step": step + 1, "em": scored.em, "f1": scored.f1, "n": scored.n}) + "\n")
+                metrics.flush()
                 if better:
                     state |= {"best_em": scored.em, "best_f1": scored.f1, "best_step": step + 1}
                     checkpoint.save(run / "best", adapter, state)
-                    record.write_text(run / "predictions.json", json.dumps(texts, ensure_ascii=False, indent=0))
+                    record.write_text(run / "predictions.json", json.dumps(texts, ensure_ascii=False, indent=0) + "\n")
                 checkpoint.save(run / "last", adapter, state, optimizer)
-                metrics.write(json.dumps({"step": step + 1, "em": scored.em, "f1": scored.f1, "n": scored.n}) + "\n")
-                metrics.flush()
                 tqdm.write(
                     f"step {step + 1}: EM {scored.em:.2f} F1 {scored.f1:.2f} on {scored.n} ({stop.split})"
                     f"{', best so far' if better else ''}",
@@ -204,11 +203,11 @@ def main(argv: list[str]) -> None:
     bar.close()
 
     # ---- record ----------------------------------------------------------------------------------------------------
-    steps = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    questions = sum(row.get("questions", 0) for row in record.read_metrics(run))
     result = {
         "run": str(run), "identity": identity, "em": state["best_em"], "f1": state["best_f1"],
         "selected_on": stop.split, "n": len(stop_examples), "best_step": state["best_step"], "steps": state["step"],
-        "stopped_early": state["step"] < total, "questions": sum(line.get("questions", 0) for line in steps),
+        "stopped_early": state["step"] < total, "questions": questions,
         "seconds": round(seconds_before + meter.now(device) - began, 1), "window_counts": built.counts,
         "trained_weights": trained, "frozen_weights": frozen, "peak": meter.peaks(device),
     }  # fmt: skip

@@ -10,6 +10,7 @@
 Imports no torch.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -123,6 +124,16 @@ def read_all(root: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}: not a readable record ({error}); move the folder away") from error
     return sorted(records, key=lambda record: record["created"])
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl`, none where there is no file; a line that a crash cut short is left out."""
+    path = run / "metrics.jsonl"
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def write_text(path: Path, text: str) -> None:

@@ -84,6 +84,8 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tiny_config, tmp_path, monke
     (cut,) = (tmp_path / "cut").iterdir()
     assert not (cut / "record.json").exists()
     assert checkpoint.load_state(cut / "last")["step"] == 4
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # the cut fell in the middle of a line
     train_loop.main([*arguments, f"runs={tmp_path / 'cut'}"])
     (whole,) = (tmp_path / "whole").iterdir()
     assert (cut / "record.json").exists()
@@ -140,7 +142,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny_config, tmp_path
         return cross_entropy(*args, **kwargs) * (math.nan if len(calls) > 9 else 1)
 
     monkeypatch.setattr(train_loop.F, "cross_entropy", broken)
-    with pytest.raises(UserError, match=r"step \d+: loss nan.*last is whole.*p\dq\d"):
+    with pytest.raises(UserError, match=r"step \d+: loss nan.*what .* holds is whole.*p\dq\d"):
         train_loop.main([str(tiny_config)])
     run = only_run(tmp_path)
     checkpoint.verify(run / "last")
