@@ -1,0 +1,33 @@
+"""A user's mistake is one line and exit code 2; our own is a traceback."""
+
+import subprocess
+import sys
+
+from common.errors import UserError, one_line_errors
+from tests.conftest import ROOT
+
+import pytest
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("a: b"), 2), (KeyboardInterrupt(), 130)])
+def test_what_a_person_can_cause_ends_in_one_line(error, code, capsys):
+    with pytest.raises(SystemExit) as caught, one_line_errors():
+        raise error
+    assert caught.value.code == code
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_our_own_mistakes_are_not_hidden():
+    with pytest.raises(ValueError, match="ours"), one_line_errors():
+        raise ValueError("ours")
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    code = "from common.errors import *\nwith one_line_errors():\n for _ in range(99999): print('line')"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as writer:
+        writer.stdout.readline()
+        writer.stdout.close()
+        assert writer.stderr.read() == ""
+        assert writer.wait() == 141
