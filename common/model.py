@@ -1,6 +1,5 @@
 """Load a frozen base (NF4, FP4 or plain), put a LoRA adapter on it, new or trained."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from common.packing import ATTENTION
 
 import bitsandbytes as bnb
 import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -90,17 +89,15 @@ def add_lora(model: Any, lora: Lora, seed: int) -> Any:
 
 def load_adapter(model: Any, folder: Path, base: Base) -> Any:
     """A trained PEFT adapter on `model`, checked against the base that it is put on."""
-    config_file, weights_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     try:
-        config = json.loads(config_file.read_text())
-        weights = load_file(weights_file)
-    except (OSError, ValueError, SafetensorError) as error:
+        config = PeftConfig.from_pretrained(str(folder))
+        weights = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder}: not a whole adapter ({_first_line(error)}); train it anew") from error
-    trained_on = str(config.get("base_model_name_or_path"))
+    trained_on = str(config.base_model_name_or_path)
     if Path(trained_on).name != Path(base.path).name:
         raise UserError(f"{folder}: this adapter was trained on {trained_on}, not on {base.path}")
-    lora = Lora(config["r"], config["lora_alpha"], config["lora_dropout"], tuple(sorted(config["target_modules"])))
-    peft_model = add_lora(model, lora, seed=0)
+    peft_model = get_peft_model(model, config)
     load_weights(peft_model, weights, str(folder))
     return peft_model.eval()
 

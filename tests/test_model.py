@@ -117,6 +117,24 @@ def test_a_saved_adapter_gives_the_same_logits_here_and_in_plain_peft(adapter, t
     assert not torch.equal(ours(input_ids=ids).logits, without(input_ids=ids).logits)
 
 
+def test_what_another_tool_set_in_an_adapters_configuration_is_kept(adapter, tiny_base):
+    from peft import PeftModel
+
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
+    ids = torch.arange(5, 25)[None]
+    ours = load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
+    plain = PeftModel.from_pretrained(load_base(nf4(tiny_base), CPU), adapter)
+    assert torch.equal(ours(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("config", ["{}", "[]", '{"peft_type": "NONE"}', '{"r": 4'])
+def test_a_configuration_that_is_none_is_refused(adapter, tiny_base, config):
+    (adapter / "adapter_config.json").write_text(config)
+    with pytest.raises(UserError, match=r"not a whole adapter|trained on None"):
+        load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
+
+
 def test_an_adapter_of_another_base_is_refused_by_name(adapter, tiny_base):
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "meta-llama/Llama-2-7b-hf"
