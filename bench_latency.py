@@ -6,14 +6,15 @@ python bench_latency.py qlora7b [key=value ...]
 import argparse
 import itertools
 import json
+import os
 import random
 import sys
 from typing import Any
 
 from common import checkpoint, decode, meter, packing, preflight, record, squad
 from common.config import load
-from common.errors import one_line_errors
-from common.model import load_system, load_tokenizer
+from common.errors import UserError, one_line_errors
+from common.model import load_system, load_tokenizers
 from common.prompt import build_trees
 from common.stats import percentile, percentile_interval
 
@@ -28,6 +29,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
     config = load(args.model, args.overrides)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("single queries are timed by one process; start it without a launcher")
     preflight.check(config.base, config.system)
     adapter = record.trained_adapter(config)
     if adapter and (adapter / checkpoint.SUMS).exists():
@@ -38,8 +41,8 @@ def main(argv: list[str]) -> None:
     dev = squad.load(config.data, "dev")
     queries = squad.stratified(dev.examples, config.bench.queries)
     queries = random.Random(0).sample(queries, len(queries))  # shuffled, the same for every system
-    model, tokenizer = load_system(config, adapter, device)
-    cutter = load_tokenizer(config.window.tokenizer) if config.window.tokenizer else tokenizer
+    tokenizer, cutter = load_tokenizers(config)
+    model = load_system(config, adapter, device)
     stops = torch.tensor(decode.stop_ids(tokenizer), device=device)
 
     def ask(example: squad.Example) -> dict[str, Any]:
@@ -59,11 +62,12 @@ def main(argv: list[str]) -> None:
         return {"total": total, "first": ticks[0] - began, "gaps": gaps, "tokens": len(ticks)}
 
     # ---- measure ---------------------------------------------------------------------------------------------------
-    for i in tqdm(range(config.bench.warmup_queries), desc="warm up", unit="query"):
-        ask(queries[i % len(queries)])
-    meter.reset_peaks(device)
-    with meter.nvml_sampler(device) as nvml:
-        samples = [ask(example) for example in tqdm(queries, desc="time", unit="query")]
+    with meter.out_of_memory("a single query does not fit beside the base: lower window.context, or base.quant=nf4"):
+        for i in tqdm(range(config.bench.warmup_queries), desc="warm up", unit="query"):
+            ask(queries[i % len(queries)])
+        meter.reset_peaks(device)
+        with meter.nvml_sampler(device) as nvml:
+            samples = [ask(example) for example in tqdm(queries, desc="time", unit="query")]
 
     # ---- record ----------------------------------------------------------------------------------------------------
     def spread(values: list[float]) -> dict[str, Any]:
@@ -78,8 +82,9 @@ def main(argv: list[str]) -> None:
 
     gaps = [gap for sample in samples for gap in sample["gaps"]]
     result = {
-        "run": "", "n": len(samples), "latency": spread([s["total"] for s in samples]),
-        "ttft": spread([s["first"] for s in samples]), "tpot": spread(gaps) if gaps else None,
+        "run": "", "n": len(samples), "random_weights": config.base.random_weights,
+        "latency": spread([s["total"] for s in samples]), "ttft": spread([s["first"] for s in samples]),
+        "tpot": spread(gaps) if gaps else None,
         "mean_tokens": round(sum(s["tokens"] for s in samples) / len(samples), 2),
         "peak": meter.peaks(device), "nvml_peak": nvml or None,
     }  # fmt: skip
@@ -91,7 +96,7 @@ def main(argv: list[str]) -> None:
     ]
     record.write_text(run / "queries.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     record.write(run, config, "bench", dev, meter.describe(device), result)
-    print(f"{config.system} on {meter.describe(device)['name']}: {len(samples)} single queries, "
+    print(f"{config.title} on {meter.describe(device)['name']}: {len(samples)} single queries, "
           f"{result['mean_tokens']} tokens each")  # fmt: skip
     print(f"{'ms':16}{'p50':>10}{'p90':>10}{'p95':>10}{'p99':>10}   95 % interval of p95")
     for name, row in (("text to text", "latency"), ("first token", "ttft"), ("per token", "tpot")):

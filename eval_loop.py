@@ -1,19 +1,23 @@
 """Official EM and F1 of one system, by greedy decoding with the one prompt and window.
 
 python eval_loop.py smollm2-raw [key=value ...]
+accelerate launch --num_processes 2 eval_loop.py smollm2-raw …      (paragraphs shared out, the same figures)
 """
 
 import argparse
 import json
 import sys
+from typing import Any
 
-from common import checkpoint, decode, meter, preflight, record, squad
+from common import checkpoint, decode, meter, plan, preflight, ranks, record, squad
 from common.config import load
 from common.errors import one_line_errors
-from common.model import load_system, load_tokenizer
+from common.model import load_system, load_tokenizers
 from common.prompt import build_trees
 from common.score import score
 from common.stats import wilson
+
+from accelerate.utils import gather_object
 
 
 def main(argv: list[str]) -> None:
@@ -27,43 +31,56 @@ def main(argv: list[str]) -> None:
     adapter = record.trained_adapter(config)
     if adapter and (adapter / checkpoint.SUMS).exists():
         checkpoint.verify(adapter)
+    process = ranks.join()
     device = meter.pick_device()
 
     # ---- data, model -----------------------------------------------------------------------------------------------
     dev = squad.load(config.data, "dev")
-    model, tokenizer = load_system(config, adapter, device)
-    cutter = load_tokenizer(config.window.tokenizer) if config.window.tokenizer else tokenizer
+    tokenizer, cutter = load_tokenizers(config)
+    model = load_system(config, adapter, device)
     built = build_trees(dev.examples, tokenizer, config.window, train=False, window_tokenizer=cutter)
 
     # ---- decode, score ---------------------------------------------------------------------------------------------
     stops = decode.stop_ids(tokenizer)
     meter.reset_peaks(device)
     began = meter.now(device)
-    answers = decode.predict(model, tokenizer, built.trees, stops, config.window.answer, config.eval.pack_tokens)
+    mine = plan.share(built.trees, process.num_processes)[process.process_index]
+    own = decode.predict(
+        model, tokenizer, mine, stops, config.window.answer, config.eval.pack_tokens,
+        "decode" if process.is_main_process else None,
+    )  # fmt: skip
+    answers = decode.merge(gather_object(list(own.values())))
     seconds = meter.now(device) - began
-    scored = score(dev.examples, {id_: answer.text for id_, answer in answers.items()})
-    low, high = wilson(sum(scored.correct.values()), scored.n)
+    if not process.is_main_process:
+        return
+    texts = {e.id: answers[e.id].text for e in dev.examples}
+    rows = [vars(answers[e.id]) for e in dev.examples]
+    accuracy: dict[str, Any] = {"em": None, "em_interval": None, "f1": None}
+    shown = "random weights: no accuracy"
+    if not config.base.random_weights:
+        scored = score(dev.examples, texts)
+        rows = [{**row, "em": scored.correct[row["id"]], "f1": round(scored.overlap[row["id"]], 6)} for row in rows]
+        low, high = (100 * share for share in wilson(sum(scored.correct.values()), scored.n))
+        accuracy = {"em": scored.em, "em_interval": [low, high], "f1": scored.f1}
+        shown = f"EM {scored.em:.2f} [{low:.2f}, {high:.2f}]  F1 {scored.f1:.2f}"
 
     # ---- record ----------------------------------------------------------------------------------------------------
-    run = record.new_run(config, "eval")
-    texts = {e.id: answers[e.id].text for e in dev.examples}
+    run, n = record.new_run(config, "eval"), len(dev.examples)
     record.write_text(run / "predictions.json", json.dumps(texts, ensure_ascii=False, indent=0) + "\n")
-    rows = [
-        {**vars(answers[e.id]), "em": scored.correct[e.id], "f1": round(scored.overlap[e.id], 6)} for e in dev.examples
-    ]
     record.write_text(run / "questions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     result = {
-        "run": str(run), "em": scored.em, "em_interval": [100 * low, 100 * high], "f1": scored.f1, "n": scored.n,
-        "truncated_share": built.counts["truncated"] / scored.n,
-        "hit_limit_share": sum(answer.hit_limit for answer in answers.values()) / scored.n,
+        "run": str(run), **accuracy, "n": n, "random_weights": config.base.random_weights,
+        "truncated_share": built.counts["truncated"] / n,
+        "hit_limit_share": sum(answer.hit_limit for answer in answers.values()) / n,
         "adapter": str(adapter) if adapter else None,
         "adapter_sha256": checkpoint.sha256(adapter / "adapter_model.safetensors") if adapter else None,
-        "seconds": round(seconds, 2), "questions_per_s": round(scored.n / seconds, 2), "peak": meter.peaks(device),
+        "processes": process.num_processes,
+        "seconds": round(seconds, 2), "questions_per_s": round(n / seconds, 2), "peak": meter.peaks(device),
     }  # fmt: skip
     record.write(run, config, "eval", dev, meter.describe(device), result)
     print(
-        f"{config.system}{f' with {adapter}' if adapter else ''} on {dev.source}\n"
-        f"EM {scored.em:.2f} [{100 * low:.2f}, {100 * high:.2f}]  F1 {scored.f1:.2f}  n {scored.n}\n"
+        f"{config.title}{f' with {adapter}' if adapter else ''} on {dev.source}\n"
+        f"{shown}  n {n}\n"
         f"context cut {result['truncated_share']:.2%}, answer ran into the limit {result['hit_limit_share']:.2%}, "
         f"{result['questions_per_s']} questions/s; {run}/predictions.json"
     )

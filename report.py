@@ -2,7 +2,8 @@
 
     python report.py [runs folder]
 
-Of each system and seed it takes the newest evaluation and the newest timing on the same data. Imports no torch.
+Of each system and seed it takes the newest evaluation and the newest timing on the same data. Systems with random
+weights have rows of their own, without accuracy. Imports no torch.
 """
 
 import argparse
@@ -51,20 +52,27 @@ def memory(bench: dict[str, Any]) -> str:
     return "–"
 
 
-def row(evaluation: dict[str, Any], bench: dict[str, Any] | None) -> tuple[str, ...]:
-    r = evaluation["result"]
-    low, high = r["em_interval"]
+def row(evaluation: dict[str, Any] | None, bench: dict[str, Any] | None) -> tuple[str, ...]:
+    """One line of the table, of an evaluation, a timing or both."""
+    some = evaluation or bench
+    assert some is not None
+    r = evaluation["result"] if evaluation else {}
+    scored = r.get("em") is not None
     return (
-        evaluation["system"],
-        str(evaluation["seed"]),
-        f"{r['em']:.2f} [{low:.2f}, {high:.2f}]",
-        f"{r['f1']:.2f}",
-        str(r["n"]),
+        some["system"] + (" (random weights)" if is_random(some) else ""),
+        str(some["seed"]),
+        f"{r['em']:.2f} [{r['em_interval'][0]:.2f}, {r['em_interval'][1]:.2f}]" if scored else "–",
+        f"{r['f1']:.2f}" if scored else "–",
+        str(r["n"]) if scored else "–",
         f"{bench['result']['latency']['p95_ms']:.0f} (n {bench['result']['n']})" if bench else "–",
         memory(bench) if bench else "–",
-        evaluation["may_differ"]["device"]["name"],
-        Path(evaluation["folder"]).name,
+        some["may_differ"]["device"]["name"],
+        Path(some["folder"]).name,
     )
+
+
+def is_random(r: dict[str, Any]) -> bool:
+    return r.get("random_weights", False)
 
 
 def verdict(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
@@ -98,32 +106,32 @@ def main(argv: list[str]) -> None:
     parser.add_argument("runs", nargs="?", default="runs", help="the folder of run folders")
     root = Path(parser.parse_args(argv).runs)
     records = record.read_all(root)
-    if not any(r["kind"] == "eval" for r in records):
+    records = [r for r in records if r["kind"] in ("eval", "bench")]
+    if not records:
         raise UserError(
             f"{root}/: no finished evaluation there yet; make eval MODEL=… makes one, make demo a whole set"
         )
 
     # ---- gather: newest last, so later records win -----------------------------------------------------------------
-    groups: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
-    timings: dict[tuple[str, str, int], dict[str, Any]] = {}
+    groups: dict[str, dict[tuple[Any, ...], dict[str, dict[str, Any]]]] = {}
     for r in records:
-        comparable = json.dumps(r["must_match"], sort_keys=True)
-        if r["kind"] == "eval":
-            groups.setdefault(comparable, {})[r["system"], r["seed"]] = r
-        elif r["kind"] == "bench":
-            timings[comparable, r["system"], r["seed"]] = r
+        group = groups.setdefault(json.dumps(r["must_match"], sort_keys=True), {})
+        group.setdefault((r["system"], r["seed"], is_random(r)), {})[r["kind"]] = r
 
     # ---- tables, the freshest last ---------------------------------------------------------------------------------
     markdown, sections, plain, output = [], [], [], []
-    for comparable, evaluations in sorted(groups.items(), key=lambda g: max(e["created"] for e in g[1].values())):
-        rows = [row(e, timings.get((comparable, *key))) for key, e in evaluations.items()]
+    newest = {key: max(r["created"] for runs in group.values() for r in runs.values()) for key, group in groups.items()}
+    for comparable in sorted(groups, key=lambda key: newest[key]):
+        systems = groups[comparable].values()
+        rows = [row(runs.get("eval"), runs.get("bench")) for runs in systems]
+        scored = [runs["eval"] for runs in systems if "eval" in runs and not is_random(runs["eval"])]
         verdicts = [
             verdict(a, b)
-            for a in evaluations.values()
-            for b in evaluations.values()
+            for a in scored
+            for b in scored
             if a["config"]["lora"] and not b["config"]["lora"] and a["config"]["base"] == b["config"]["base"]
         ]
-        some = next(iter(evaluations.values()))
+        some = next(r for runs in systems for r in runs.values())
         must = some["must_match"]
         window = must["window"]
         title = f"{some['may_differ']['data_source']}, {must['questions']} questions"
@@ -147,9 +155,9 @@ def main(argv: list[str]) -> None:
         )
 
     # ---- write -----------------------------------------------------------------------------------------------------
-    systems = ", ".join(sorted({r["system"] for r in records}))
+    names = ", ".join(sorted({r["system"] for r in records}))
     record.write_text(root / "report.md", "# SQuAD v1.1: exact match, F1, latency, memory\n\n" + "\n".join(markdown))
-    page = PAGE.format(systems=html.escape(systems), sections="\n".join(sections))
+    page = PAGE.format(systems=html.escape(names), sections="\n".join(sections))
     record.write_text(root / "report.html", page)
     print("\n".join(plain))
     print(f"{root}/report.md, {root}/report.html")

@@ -1,30 +1,31 @@
 """Train one system's LoRA adapter on SQuAD, stop early on exact match, keep `best/` and `last/`.
 
     python train_loop.py qlora7b [key=value ...] [--fresh]
+    accelerate launch --num_processes 2 train_loop.py qlora7b …      (the same training, shared out)
 
 Read it top to bottom: settings, data, model, loop, record. Started again, it goes on where it stopped; `--fresh` begins
-anew in a new run folder.
+anew in a new run folder. SIGTERM and SIGINT save at the end of the step and exit with 143 and 130.
 """
 
 import argparse
-import contextlib
 import json
 import math
+import random
 import sys
-from typing import Any
+from typing import Any, TextIO
 
-from common import checkpoint, decode, meter, packing, plan, preflight, record, squad
+from common import checkpoint, decode, meter, packing, plan, preflight, ranks, record, squad, stopping
 from common.config import load
 from common.errors import UserError, one_line_errors
-from common.model import add_lora, compute_dtype, load_base, load_tokenizer, load_weights, parameter_counts
-from common.prompt import build_trees
+from common.model import add_lora, compute_dtype, load_base, load_tokenizers, load_weights, parameter_counts
+from common.prompt import Tree, build_trees
 from common.score import score
 
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -47,22 +48,34 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--fresh", action="store_true", help="start anew, in a new run folder")
     args = parser.parse_intermixed_args(argv)
     config = load(args.model, args.overrides)
-    train, stop = config.train, config.early_stop
+    train, stop, untrue = config.train, config.early_stop, config.base.random_weights
     if config.lora is None:
         raise UserError(f"{config.system} has no lora section, so there is nothing to train; try MODEL=qlora7b")
     preflight.check(config.base, config.system)
+    process = ranks.join()
+    first, rank, n_ranks = process.is_main_process, process.process_index, process.num_processes
     set_seed(config.seed)
     device = meter.pick_device()
     dtype = compute_dtype(config.base, device)
-    accelerator = Accelerator(
-        mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}[dtype],
-        cpu=device.type == "cpu",
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}[dtype],
+            cpu=device.type == "cpu",
+            log_with=config.tracker,
+            project_dir=config.runs,
+        )
+    except ValueError as error:
+        raise UserError(f"tracker={config.tracker}: {error}") from error
+    if config.tracker and not accelerator.log_with:
+        raise UserError(f"tracker={config.tracker}: its package is not installed; pip install {config.tracker}")
 
     # ---- data ------------------------------------------------------------------------------------------------------
     train_set, dev_set = squad.load(config.data, "train"), squad.load(config.data, "dev")
     identity = {"config": config.hash(), "train": train_set.sha256, "dev": dev_set.sha256}
     run = None if args.fresh else record.newest_run(config, "train")
+    if first and run:
+        checkpoint.recover(run / "last")
+    (run,) = broadcast_object_list([run])  # one rank looks, for the others might see what it makes later
     if run and (run / "record.json").exists():
         finished = json.loads((run / "record.json").read_text())["result"]
         if finished["identity"] == identity:
@@ -74,8 +87,7 @@ def main(argv: list[str]) -> None:
     if stop.split == "heldout":
         train_examples, stop_examples = squad.hold_out(train_examples, stop.heldout_share)
     stop_examples = squad.stratified(stop_examples, stop.questions or len(stop_examples))
-    tokenizer = load_tokenizer(config.base.path, config.base.revision)
-    cutter = load_tokenizer(config.window.tokenizer) if config.window.tokenizer else tokenizer
+    tokenizer, cutter = load_tokenizers(config)
     built = build_trees(train_examples, tokenizer, config.window, train=True, window_tokenizer=cutter)
     stop_trees = build_trees(stop_examples, tokenizer, config.window, train=False, window_tokenizer=cutter).trees
     pack_tokens = train.pack_tokens or (CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS)
@@ -92,72 +104,122 @@ def main(argv: list[str]) -> None:
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = bnb.optim.PagedAdamW8bit(weights, lr=train.lr, weight_decay=train.weight_decay)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    adapter = accelerator.unwrap_model(model)
-    trained, frozen = parameter_counts(adapter)
+    optimizer = accelerator.prepare(bnb.optim.PagedAdamW8bit(weights, lr=train.lr, weight_decay=train.weight_decay))
+    training = {"optimizer": optimizer} | ({"scaler": accelerator.scaler} if accelerator.scaler else {})
+    trained, frozen = parameter_counts(model)
 
     # ---- go on, or start -------------------------------------------------------------------------------------------
     state: dict[str, Any] = {
-        "step": 0, "best_em": None, "best_f1": None, "best_step": None, "waited": 0, "seconds": 0.0,
-        "identity": identity,
+        "step": 0, "evaluated": 0, "best_em": None, "best_f1": None, "best_step": None, "waited": 0,
+        "seconds": 0.0, "evaluation_seconds": 0.0, "identity": identity,
     }  # fmt: skip
-    if run:
-        checkpoint.recover(run / "last")
     if run and (run / "last").exists():
         state = checkpoint.load_state(run / "last")
         if state["identity"] != identity:
             raise UserError(f"{run}: the data has changed since this run began; FRESH=1 starts a new one")
-        load_weights(adapter, load_file(run / "last" / "adapter_model.safetensors"), str(run / "last"))
-        checkpoint.load_training(run / "last", optimizer)
+        load_weights(model, load_file(run / "last" / "adapter_model.safetensors"), str(run / "last"))
+        checkpoint.load_training(run / "last", training)
         print(f"{run}: going on after step {state['step']}")
     elif run is None:
-        run = record.new_run(config, "train")
-    kept = [row for row in record.read_metrics(run) if row["step"] <= state["step"]]  # what came after is done again
-    record.write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        (run,) = broadcast_object_list([record.new_run(config, "train") if first else None])
+    if first:
+        kept = [row for row in record.read_metrics(run) if row["step"] <= state["step"]]  # what came after is redone
+        record.write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+    accelerator.project_configuration.set_directories(str(run))
+    accelerator.init_trackers("squad-qlora", config.flat())
     print(
-        f"{config.system} on {meter.describe(device)['name']}, {dtype}: trains {trained:,} weights beside {frozen:,} "
-        f"frozen ones ({trained / frozen:.3%})\n"
+        f"{config.title} on {f'{n_ranks} × ' if n_ranks > 1 else ''}{meter.describe(device)['name']}, {dtype}: "
+        f"trains {trained:,} weights beside {frozen:,} frozen ones ({trained / frozen:.3%})\n"
         f"{train_set.source}: {built.counts}, {train_set.fixed_offsets} offsets fixed, "
         f"{sum(map(len, trees)):,} tokens\n"
-        f"{total} steps of ~{train.questions_per_step} questions; every {train.eval_every} steps EM on "
+        f"{total} steps of ~{train.questions_per_step} questions; every {train.eval_every} steps "
+        f"{'no accuracy (random weights), but its time and memory' if untrue else 'EM'} on "
         f"{len(stop_examples)} questions of {stop.split}; run {run}"
     )
     if config.lora.dropout:
         print("lora.dropout > 0: branches share one dropout mask on their prefix; valid training, not equal to rows")
 
     # ---- loop ------------------------------------------------------------------------------------------------------
+    def log(metrics: TextIO, row: dict[str, Any]) -> None:
+        if first:
+            metrics.write(json.dumps(row) + "\n")
+            metrics.flush()
+        accelerator.log({key: value for key, value in row.items() if value is not None}, row["step"])
+
+    def save_last() -> None:
+        state["seconds"] = seconds_before + meter.now(device) - began
+        if first:
+            checkpoint.save(run / "last", model, state, training)
+
     model.train()
     meter.reset_peaks(device)
-    epoch_plan: list[plan.Step] = []
-    bar = tqdm(total=total, initial=state["step"], desc="train", unit="step")
-    began, seconds_before = meter.now(device), state["seconds"]
-    with (run / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
-        while state["step"] < total and state["waited"] < stop.patience:
+    epoch_plan: list[list[Tree]] = []
+    bar = tqdm(total=total, initial=state["step"], desc="train", unit="step", disable=not first)
+    began, seconds_before, asked = meter.now(device), state["seconds"], False
+    knob = f"lower train.pack_tokens (now {pack_tokens})" + (
+        "" if train.gradient_checkpointing else ", or set train.gradient_checkpointing=true"
+    )
+    with stopping.listen() as request, (run / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+        while not asked:
             step = state["step"]
-            if not epoch_plan or step % per_epoch == 0:
-                epoch_plan = list(
-                    plan.epoch(trees, config.seed, step // per_epoch, train.questions_per_step, pack_tokens)
-                )
-            packs = epoch_plan[step % per_epoch]
-            branches = [branch for members in packs for tree in members for branch in tree.branches]
-            answer_tokens = sum(len(branch.answer_ids) for branch in branches)
+            if step > state["evaluated"] and (step % train.eval_every == 0 or step == total):
+                evaluation_began = meter.now(device)
+                mine = plan.share(stop_trees, n_ranks)[rank]
+                try:
+                    answers = decode.predict(
+                        model, tokenizer, mine, stops, config.window.answer, config.eval.pack_tokens,
+                        "evaluate" if first else None, request.check,
+                    )  # fmt: skip
+                except stopping.Stopped:
+                    answers = None
+                everyone = gather_object([answers])
+                if None in everyone:
+                    asked = True
+                    continue
+                texts = {id_: a.text for id_, a in decode.merge(a for r in everyone for a in r.values()).items()}
+                scored = score(stop_examples, texts)
+                em, f1 = (None, None) if untrue else (scored.em, scored.f1)
+                better = em is None or state["best_em"] is None or em >= state["best_em"] + stop.min_delta
+                state["waited"] = 0 if better else state["waited"] + 1
+                state["evaluated"] = step
+                if better:
+                    state |= {"best_em": em, "best_f1": f1, "best_step": step}
+                state["evaluation_seconds"] += meter.now(device) - evaluation_began
+                if better and first:
+                    checkpoint.save(run / "best", model, state)
+                    record.write_text(run / "predictions.json", json.dumps(texts, ensure_ascii=False, indent=0) + "\n")
+                save_last()
+                log(metrics, {"step": step, "em": em, "f1": f1, "n": scored.n})
+                if first and not untrue:
+                    tqdm.write(
+                        f"step {step}: EM {em:.2f} F1 {f1:.2f} on {scored.n} ({stop.split})"
+                        f"{', best so far' if better else ''}",
+                        file=sys.stderr,
+                    )
+            if step == total or state["waited"] >= stop.patience:
+                break
 
-            loss = 0.0  # mean over the answer tokens of the whole step, however it is cut into packs
-            for i, members in enumerate(packs):
-                batch = packing.pack(members).to(device)
-                last = i + 1 == len(packs)
-                with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            if not epoch_plan or step % per_epoch == 0:
+                epoch_plan = plan.epoch(trees, config.seed, step // per_epoch, train.questions_per_step)
+            members = epoch_plan[step % per_epoch]
+            packs = plan.fill(plan.share(members, n_ranks)[rank], pack_tokens)
+            branches = [branch for tree in members for branch in tree.branches]
+            answer_tokens = sum(len(branch.answer_ids) for branch in branches)
+            torch.manual_seed(random.Random(f"{config.seed} {step} {rank}").getrandbits(63))  # for dropout
+
+            loss = 0.0  # mean over the answer tokens of the whole step, however it is cut into packs and shared out
+            tokens = float(sum(len(tree) for pack in packs for tree in pack))
+            with meter.out_of_memory(f"{knob}. What {run} holds is whole"):
+                for pack in packs:
+                    batch = packing.pack(pack).to(device)
                     logits = packing.pack_logits(model, batch, batch.target_index)
                     part = F.cross_entropy(logits.float(), batch.target_ids, reduction="sum") / answer_tokens
                     accelerator.backward(part)
-                loss += part.item()
-            grad_norm = accelerator.clip_grad_norm_(weights, train.max_grad_norm)
-            if accelerator.scaler is None:  # fp16's scaler skips steps of its own accord when a gradient overflows
-                finite = math.isfinite(loss) and math.isfinite(grad_norm)
-            else:
-                finite = math.isfinite(loss)
-            if not finite:
+                    loss += part.item()
+                loss, tokens, signals = ranks.sum_gradients(weights, loss, tokens, request.code > 0)
+            grad_norm = float(accelerator.clip_grad_norm_(weights, train.max_grad_norm))
+            # fp16's scaler skips steps of its own accord when a gradient overflows
+            if not math.isfinite(loss) or (accelerator.scaler is None and not math.isfinite(grad_norm)):
                 raise UserError(
                     f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the update, and what "
                     f"{run} holds is whole. Lower train.lr, or look at these questions: "
@@ -167,52 +229,46 @@ def main(argv: list[str]) -> None:
                 group["lr"] = rate(step, total, train.warmup, train.lr)
             optimizer.step()
             optimizer.zero_grad()
+            if optimizer.step_was_skipped and accelerator.scaler.get_scale() < 1:
+                raise UserError(f"step {step + 1}: gradients overflow fp16 at any scale; try base.dtype=bf16 or fp32")
 
             state["step"] = step + 1
-            seconds = seconds_before + meter.now(device) - began
-            line = {
-                "step": step + 1, "loss": loss, "lr": group["lr"], "grad_norm": float(grad_norm),
-                "questions": len(branches), "tokens": sum(len(tree) for members in packs for tree in members),
-                "seconds": round(seconds, 3),
+            asked = signals > 0
+            row = {
+                "step": step + 1, "loss": loss, "lr": group["lr"],
+                "grad_norm": grad_norm if math.isfinite(grad_norm) else None, "questions": len(branches),
+                "tokens": int(tokens), "seconds": round(seconds_before + meter.now(device) - began, 3),
             }  # fmt: skip
-            metrics.write(json.dumps(line) + "\n")
+            log(metrics, row)
             bar.set_postfix(loss=f"{loss:.3f}", best_em=state["best_em"], refresh=False)
             bar.update()
-
-            if (step + 1) % train.eval_every == 0 or step + 1 == total:
-                answers = decode.predict(
-                    adapter, tokenizer, stop_trees, stops, config.window.answer, config.eval.pack_tokens, "evaluate"
-                )
-                texts = {id_: answer.text for id_, answer in sorted(answers.items())}
-                scored = score(stop_examples, texts)
-                better = state["best_em"] is None or scored.em >= state["best_em"] + stop.min_delta
-                state["waited"] = 0 if better else state["waited"] + 1
-                state["seconds"] = seconds_before + meter.now(device) - began
-                metrics.write(json.dumps({"step": step + 1, "em": scored.em, "f1": scored.f1, "n": scored.n}) + "\n")
-                metrics.flush()
-                if better:
-                    state |= {"best_em": scored.em, "best_f1": scored.f1, "best_step": step + 1}
-                    checkpoint.save(run / "best", adapter, state)
-                    record.write_text(run / "predictions.json", json.dumps(texts, ensure_ascii=False, indent=0) + "\n")
-                checkpoint.save(run / "last", adapter, state, optimizer)
-                tqdm.write(
-                    f"step {step + 1}: EM {scored.em:.2f} F1 {scored.f1:.2f} on {scored.n} ({stop.split})"
-                    f"{', best so far' if better else ''}",
-                    file=sys.stderr,
-                )
+        if asked:
+            save_last()
+            accelerator.wait_for_everyone()  # a launcher ends the others as soon as one is gone
     bar.close()
+    accelerator.end_training()
+    if asked:
+        print(f"stopped after step {state['step']}; the same command goes on from {run}")
+        sys.exit(request.code or 143)
 
     # ---- record ----------------------------------------------------------------------------------------------------
+    seconds = seconds_before + meter.now(device) - began
     questions = sum(row.get("questions", 0) for row in record.read_metrics(run))
     result = {
         "run": str(run), "identity": identity, "em": state["best_em"], "f1": state["best_f1"],
-        "selected_on": stop.split, "n": len(stop_examples), "best_step": state["best_step"], "steps": state["step"],
-        "stopped_early": state["step"] < total, "questions": questions,
-        "seconds": round(seconds_before + meter.now(device) - began, 1), "window_counts": built.counts,
+        "random_weights": untrue, "selected_on": stop.split, "n": len(stop_examples), "best_step": state["best_step"],
+        "steps": state["step"], "stopped_early": state["step"] < total, "questions": questions, "processes": n_ranks,
+        "seconds": round(seconds, 1), "evaluation_seconds": round(state["evaluation_seconds"], 1),
+        "questions_per_s": round(questions / (seconds - state["evaluation_seconds"]), 2), "window_counts": built.counts,
         "trained_weights": trained, "frozen_weights": frozen, "peak": meter.peaks(device),
     }  # fmt: skip
-    record.write(run, config, "train", dev_set, meter.describe(device), result)
-    print(f"best EM {result['em']:.2f} F1 {result['f1']:.2f} at step {result['best_step']}; adapter in {run}/best")
+    if first:
+        record.write(run, config, "train", dev_set, meter.describe(device), result)
+    accuracy = "no accuracy" if untrue else f"best EM {result['em']:.2f} F1 {result['f1']:.2f}"
+    print(
+        f"{config.title}: {accuracy} at step {result['best_step']}; {result['questions_per_s']} questions/s; "
+        f"adapter in {run}/best"
+    )
     print(json.dumps(result))
 
 

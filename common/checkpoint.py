@@ -1,7 +1,8 @@
 """Folders that are written whole or not at all, and checked when they are read.
 
 A checkpoint is a plain PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`), a readable `state.json`, in
-`last/` also `training.pt` (optimizer and random state), and `SHA256SUMS` over them (`sha256sum -c SHA256SUMS`).
+`last/` also `training.pt` (the optimizer's state, fp16's loss scale), and `SHA256SUMS` over them (`sha256sum -c` reads
+it).
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from typing import Any
 from common.errors import UserError
 
 import torch
+from safetensors import SafetensorError
 
 SUMS = "SHA256SUMS"
 
@@ -67,16 +69,23 @@ def verify(folder: Path) -> None:
         raise UserError(f"{folder}: {damaged[0] if damaged else SUMS} is damaged; delete the folder or use FRESH=1")
 
 
-def save(folder: Path, model: Any, state: dict[str, Any], optimizer: Any = None) -> None:
-    """Adapter and `state`; with `optimizer`, all that is needed to go on from here."""
-    with replacing(folder) as new:
-        model.save_pretrained(new, save_embedding_layers=False)  # they are frozen
-        (new / "README.md").unlink(missing_ok=True)  # PEFT's empty model-card template
-        (new / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-        if optimizer is not None:
-            cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-            random = {"cpu": torch.get_rng_state(), "cuda": cuda}
-            torch.save({"optimizer": optimizer.state_dict(), "random": random}, new / "training.pt")
+def save(folder: Path, model: Any, state: dict[str, Any], training: dict[str, Any] | None = None) -> None:
+    """Adapter and `state`; with `training` (name → what has a state_dict), all that is needed to go on from here.
+
+    Raises `UserError` where it cannot be written; what `folder` held is then still there.
+    """
+    try:
+        with replacing(folder) as new:
+            model.save_pretrained(new, save_embedding_layers=False)  # they are frozen
+            (new / "README.md").unlink(missing_ok=True)  # PEFT's empty model-card template
+            (new / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+            if training is not None:
+                torch.save({name: part.state_dict() for name, part in training.items()}, new / "training.pt")
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError
+        raise UserError(
+            f"{folder}: could not be saved ({str(error).splitlines()[0][:120]}); its last whole state is untouched. "
+            "Make room, then run the same command to go on"
+        ) from error
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -84,13 +93,11 @@ def load_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text())
 
 
-def load_training(folder: Path, optimizer: Any) -> None:
-    """Optimizer and random state of a verified `last/`, in place."""
+def load_training(folder: Path, training: dict[str, Any]) -> None:
+    """What `save` got as `training`, from a verified `last/`, in place."""
     saved = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["random"]["cpu"])
-    if torch.cuda.is_available() and saved["random"]["cuda"]:
-        torch.cuda.set_rng_state_all(saved["random"]["cuda"])
+    for name, part in training.items():
+        part.load_state_dict(saved[name])
 
 
 def sha256(path: Path) -> str:

@@ -32,6 +32,8 @@ def _need(holds: bool, key: str, what: str) -> None:
 class Base:
     path: str  # hub id or folder of the frozen base model and its tokenizer
     revision: str = "main"  # hub revision; unused for a folder
+    tokenizer: str | None = None  # hub id or folder; null: the one beside the base
+    random_weights: bool = False  # only the shapes of `path`, with random weights: for speed and memory, no accuracy
     quant: Literal["nf4", "fp4", "none"] = "nf4"  # storage of the frozen linear layers
     double_quant: bool = True  # quantise the quantisation constants too
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # compute; auto: bf16 or fp16 on a GPU, fp32 on a CPU
@@ -159,6 +161,7 @@ class Config:
     eval: Eval = field(default_factory=Eval)
     bench: Bench = field(default_factory=Bench)
     runs: str = "runs"  # where run folders go
+    tracker: str | None = None  # tensorboard, wandb or another that Accelerate knows; null: metrics.jsonl alone
 
     def __post_init__(self) -> None:
         _need(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.system) is not None, "system", "use letters, digits, - _")
@@ -168,10 +171,23 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
+    def flat(self) -> dict[str, Any]:
+        """Dotted key → value, lists as text: what trackers keep."""
+        out: dict[str, Any] = {}
+        for key, value in self.to_dict().items():
+            inner = value if isinstance(value, dict) else {"": value}
+            out |= {f"{key}.{k}".rstrip("."): str(v) if isinstance(v, list) else v for k, v in inner.items()}
+        return out
+
+    @property
+    def title(self) -> str:
+        """The system's name, marked where its weights are random."""
+        return f"{self.system} (random weights)" if self.base.random_weights else self.system
+
     def hash(self) -> str:
-        """8 hex digits of everything that decides the result: all but where runs are written."""
+        """8 hex digits of everything that decides the result: all but where it is written."""
         decides = self.to_dict()
-        del decides["runs"]
+        del decides["runs"], decides["tracker"]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -3,11 +3,11 @@
 Exact: in fp32 every answer has the token ids that `model.generate` gives for that question alone (a test).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common import plan
+from common import meter, plan
 from common.packing import Pack, logits, pack, pack_logits
 from common.prompt import Tree
 
@@ -65,10 +65,12 @@ def predict(
     max_new_tokens: int,
     pack_tokens: int | None = None,
     progress: str | None = "decode",
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Prediction]:
     """Answer every question of `trees`. The model is put into eval mode and back.
 
-    A question read in several windows (`overflow: chunk`) keeps its most probable answer.
+    A question read in several windows (`overflow: chunk`) keeps its most probable answer (`merge`). `check` is called
+    between packs; what it raises ends the work.
     """
     device = next(model.parameters()).device
     pack_tokens = pack_tokens or (CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS)
@@ -76,16 +78,27 @@ def predict(
     packs = plan.fill(trees, pack_tokens)
     training = model.training
     model.eval()
-    best: dict[str, Prediction] = {}
+    answers: list[Prediction] = []
     n = sum(len(tree.branches) for tree in trees)
-    with tqdm(total=n, desc=progress, unit="question", disable=progress is None) as bar:
-        for members in packs:
-            for prediction in _answers(model, tokenizer, pack(members).to(device), ends, max_new_tokens, bar):
-                other = best.get(prediction.id)
-                if other is None or prediction.logprob > other.logprob:
-                    best[prediction.id] = prediction
-    model.train(training)
-    return best
+    lower = f"lower eval.pack_tokens (now {pack_tokens})"
+    try:
+        with tqdm(total=n, desc=progress, unit="question", disable=progress is None) as bar, meter.out_of_memory(lower):
+            for members in packs:
+                check()
+                answers += _answers(model, tokenizer, pack(members).to(device), ends, max_new_tokens, bar)
+    finally:
+        model.train(training)
+    return merge(answers)
+
+
+def merge(answers: Iterable[Prediction]) -> dict[str, Prediction]:
+    """By id, the most probable where a question was read in several windows; in order of ids."""
+    best: dict[str, Prediction] = {}
+    for answer in answers:
+        other = best.get(answer.id)
+        if other is None or (answer.logprob, answer.token_ids) > (other.logprob, other.token_ids):
+            best[answer.id] = answer
+    return dict(sorted(best.items()))
 
 
 def _answers(model: Any, tokenizer: Any, pack: Pack, stops: Tensor, max_new_tokens: int, bar: Any) -> list[Prediction]:

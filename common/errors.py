@@ -1,5 +1,6 @@
 """What a person can cause ends as one line and exit code 2; only our own mistakes show a traceback."""
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -24,3 +25,9 @@ def one_line_errors() -> Iterator[None]:
     except BrokenPipeError:  # the reader of our output has gone, as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        print(f"error: no room left to write{where}; make room, then run the same command again", file=sys.stderr)
+        sys.exit(2)

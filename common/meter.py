@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
+
 import torch
 
 
@@ -48,6 +50,19 @@ def peaks(device: torch.device) -> dict[str, int | None]:
         "reserved_bytes": torch.cuda.max_memory_reserved(device) if cuda else None,
         "rss_bytes": rss,
     }
+
+
+@contextmanager
+def out_of_memory(advice: str) -> Iterator[None]:
+    """Running out of memory in the body becomes a `UserError` that ends with `advice`: which knob to turn."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of GPU memory; {advice}") from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(f"out of memory; {advice}") from error
 
 
 @contextmanager

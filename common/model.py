@@ -1,8 +1,9 @@
-"""Load a frozen base (NF4, FP4 or plain), put a LoRA adapter on it, new or trained."""
+"""Load a frozen base (NF4, FP4 or plain; real or random weights), put a LoRA adapter on it, new or trained."""
 
 from pathlib import Path
 from typing import Any
 
+from common import meter
 from common.config import Base, Config, Lora
 from common.errors import UserError
 from common.packing import ATTENTION
@@ -12,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -24,6 +25,13 @@ def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_tokenizers(config: Config) -> tuple[Any, Any]:
+    """(the system's own, the one that cuts the text to the window: the same unless `window.tokenizer` names another)"""
+    base, window = config.base, config.window
+    own = load_tokenizer(base.tokenizer) if base.tokenizer else load_tokenizer(base.path, base.revision)
+    return own, load_tokenizer(window.tokenizer) if window.tokenizer else own
 
 
 def load_tokenizer(path: str, revision: str = "main") -> Any:
@@ -48,17 +56,24 @@ def load_base(base: Base, device: torch.device) -> Any:
             bnb_4bit_use_double_quant=base.double_quant,
             bnb_4bit_compute_dtype=dtype,
         )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base.path,
-            revision=base.revision,
-            dtype=dtype,
-            quantization_config=quantization,
-            attn_implementation=ATTENTION,
-            device_map={"": device},
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{base.path}: no model could be loaded from there ({_first_line(error)})") from error
+    options = {
+        "dtype": dtype,
+        "quantization_config": quantization,
+        "attn_implementation": ATTENTION,
+        "device_map": {"": device},
+    }
+    with meter.out_of_memory(f"{base.path} does not fit with base.quant={base.quant}; nf4 takes the least"):
+        try:
+            if base.random_weights:  # the same loader as for real ones, handed numbers in place of a file
+                kind, config, weights = random_weights(base)
+                model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
+                model.name_or_path = base.path
+            else:
+                model = AutoModelForCausalLM.from_pretrained(base.path, revision=base.revision, **options)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{base.path}: no model could be loaded from there ({_first_line(error)})") from error
+    if base.tokenizer and len(load_tokenizer(base.tokenizer)) > model.config.vocab_size:
+        raise UserError(f"base.tokenizer={base.tokenizer}: it has more tokens than {base.path} embeds")
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             # On a CPU with AVX512-BF16 the first evaluation would repack the weights for good, and later training
@@ -66,6 +81,29 @@ def load_base(base: Base, device: torch.device) -> Any:
             module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
     return model.eval()
+
+
+def random_weights(base: Base) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    """(model class, its config, weights by name) of the shapes in `base.path`'s config.json.
+
+    Matrices are windows into one buffer of normal(0, initializer_range) in bf16, so they take the memory of the
+    largest alone; norms are one, biases zero.
+    """
+    config = AutoConfig.from_pretrained(base.path, revision=base.revision)
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(config)
+    parameters = dict(shapes.named_parameters())  # a tied weight stands here once
+    largest, spread = max(p.numel() for p in parameters.values()), 2**20
+    numbers = torch.empty(largest + spread, dtype=torch.bfloat16)
+    numbers.normal_(0, config.initializer_range, generator=torch.Generator().manual_seed(0))
+    weights = {}
+    for i, (name, p) in enumerate(parameters.items()):
+        if p.dim() > 1:
+            start = i * 7919 % spread  # another window for each, so that no two layers are the same
+            weights[name] = numbers[start : start + p.numel()].view(p.shape)
+        else:
+            weights[name] = torch.full(p.shape, 0.0 if name.endswith("bias") else 1.0)
+    return type(shapes), config, weights
 
 
 def add_lora(model: Any, lora: Lora, seed: int) -> Any:
@@ -114,11 +152,12 @@ def load_weights(peft_model: Any, weights: dict[str, torch.Tensor], origin: str)
         raise UserError(f"{origin}: the adapter does not fit this base (first odd weight: {odd})")
 
 
-def load_system(config: Config, adapter: Path | None, device: torch.device) -> tuple[Any, Any]:
-    """(model, tokenizer) of a system, ready to answer."""
-    tokenizer = load_tokenizer(config.base.path, config.base.revision)
+def load_system(config: Config, adapter: Path | None, device: torch.device) -> Any:
+    """The model of a system, ready to answer. A LoRA system without `adapter` (random weights) gets a new one."""
     model = load_base(config.base, device)
-    return (load_adapter(model, adapter, config.base) if adapter else model), tokenizer
+    if config.lora is None:
+        return model
+    return load_adapter(model, adapter, config.base) if adapter else add_lora(model, config.lora, config.seed).eval()
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:

@@ -4,11 +4,9 @@ Imports no torch.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from common.prompt import Tree
-
-Step = list[list[Tree]]  # the packs of one optimizer step; one pack is one micro-batch
 
 
 def bounded(trees: Sequence[Tree], max_questions: int) -> list[Tree]:
@@ -20,23 +18,32 @@ def steps_per_epoch(trees: Sequence[Tree], questions_per_step: int) -> int:
     return max(1, _questions(trees) // questions_per_step)
 
 
-def epoch(trees: Sequence[Tree], seed: int, epoch: int, questions_per_step: int, pack_tokens: int) -> Iterator[Step]:
-    """The steps of one epoch: always `steps_per_epoch` of them, every tree in exactly one.
+def epoch(trees: Sequence[Tree], seed: int, epoch: int, questions_per_step: int) -> list[list[Tree]]:
+    """The trees of each step of one epoch: always `steps_per_epoch` of them, every tree in exactly one.
 
     Trees are shuffled, so a step mixes paragraphs of many articles. Tree i belongs to the step in whose equal share of
     the questions its first question falls; no step is empty where no tree exceeds `questions_per_step` (`bounded`).
-    `pack_tokens` cuts a step into packs and changes nothing else.
     """
     order = list(trees)
     random.Random(f"{seed} {epoch}").shuffle(order)
     n_steps, n_questions = steps_per_epoch(order, questions_per_step), _questions(order)
-    members: list[list[Tree]] = [[] for _ in range(n_steps)]
+    steps: list[list[Tree]] = [[] for _ in range(n_steps)]
     before = 0
     for tree in order:
-        members[before * n_steps // n_questions].append(tree)
+        steps[before * n_steps // n_questions].append(tree)
         before += len(tree.branches)
-    for step in members:
-        yield fill(step, pack_tokens)
+    return steps
+
+
+def share(trees: Sequence[Tree], ranks: int) -> list[list[Tree]]:
+    """Divide `trees` so that no rank has many more tokens than another: the largest first, each to who has least."""
+    shares: list[list[Tree]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for tree in sorted(trees, key=len, reverse=True):
+        least = tokens.index(min(tokens))
+        shares[least].append(tree)
+        tokens[least] += len(tree)
+    return shares
 
 
 def fill(trees: Sequence[Tree], pack_tokens: int) -> list[list[Tree]]:

@@ -20,7 +20,8 @@ def check(base: Base, system: str) -> None:
     if _is_folder(base.path) or _is_cached(base):
         return
     _licence(base)
-    _disk(base)
+    if not base.random_weights:
+        _disk(base)
 
 
 def _gpu(base: Base, system: str) -> None:
@@ -50,7 +51,7 @@ def _is_cached(base: Base) -> bool:
     found = [
         isinstance(huggingface_hub.try_to_load_from_cache(base.path, n, revision=base.revision), str) for n in names
     ]
-    return found[0] and any(found[1:])
+    return found[0] and (base.random_weights or any(found[1:]))
 
 
 def _licence(base: Base) -> None:

@@ -57,7 +57,10 @@ def newest_run(config: Config, kind: str) -> Path | None:
 
 
 def trained_adapter(config: Config) -> Path | None:
-    """The adapter a LoRA system answers with: `adapter` where given, else `best/` of its newest finished training."""
+    """The adapter a LoRA system answers with: `adapter` where given, else `best/` of its newest finished training.
+
+    None for a system without LoRA, and for random weights that were not trained.
+    """
     if config.lora is None:
         return None
     if config.adapter is not None:
@@ -70,6 +73,8 @@ def trained_adapter(config: Config) -> Path | None:
         for record in read_all(Path(config.runs))
         if record["kind"] == "train" and wanted.items() <= record["config"].items()
     ]
+    if not runs and config.base.random_weights:
+        return None
     if not runs:
         raise UserError(
             f"{config.system} (seed {config.seed}) has no finished training under {config.runs}/: "
@@ -87,6 +92,7 @@ def write(
         "schema": SCHEMA,
         "kind": kind,
         "system": config.system,
+        "random_weights": config.base.random_weights,
         "seed": config.seed,
         "folder": str(folder),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

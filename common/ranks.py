@@ -1,0 +1,38 @@
+"""Several processes, one result. A single process is the case of one rank.
+
+Every rank runs the same lines on the same plan and holds the same adapter; what they exchange are sums and answers.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+from accelerate import PartialState
+
+
+def join() -> PartialState:
+    """This process among those that `accelerate launch` or torchrun started: NCCL on GPUs, gloo on CPUs.
+
+    Only the first rank is heard on stdout from here on.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if not state.is_main_process:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+    return state
+
+
+def sum_gradients(weights: Sequence[torch.nn.Parameter], *numbers: float) -> list[float]:
+    """Sum the gradients of all ranks in place, and `numbers` with them, in one all-reduce; returns the numbers' sums.
+
+    A rank that had nothing to do adds zeros. The sum, not the mean: each rank's loss is its share of the step's.
+    """
+    if PartialState().num_processes == 1:
+        return list(numbers)
+    parts = [(torch.zeros_like(w) if w.grad is None else w.grad).flatten() for w in weights]
+    flat = torch.cat([*parts, torch.tensor(numbers, device=parts[0].device)])
+    torch.distributed.all_reduce(flat)
+    *sums, totals = flat.split([*map(len, parts), len(numbers)])
+    for weight, part in zip(weights, sums, strict=True):
+        weight.grad = part.view_as(weight)
+    return totals.tolist()

@@ -1,0 +1,46 @@
+"""SIGTERM and SIGINT ask a long run to save and end; a second one ends it at once."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+ECHO_S = 0.3  # make and launchers pass on what their whole process group has got already: that is no second one
+
+
+class Stopped(Exception):
+    """Raised by `Request.check` in the middle of work that can be left."""
+
+
+class Request:
+    """What came so far: `code` is 128 + the signal's number, a shell's exit code for it; 0 before any came."""
+
+    code = 0
+    _when = 0.0
+
+    def receive(self, number: int, _frame: FrameType | None) -> None:
+        if not self.code:
+            self.code, self._when = 128 + number, time.monotonic()
+            name = signal.Signals(number).name
+            os.write(sys.stderr.fileno(), f"\n{name}: saving, then ending; once more ends at once\n".encode())
+        elif time.monotonic() - self._when > ECHO_S:
+            os._exit(128 + number)
+
+    def check(self) -> None:
+        if self.code:
+            raise Stopped
+
+
+@contextmanager
+def listen() -> Iterator[Request]:
+    """While the body runs, both signals are only noted; afterwards they do what they did before."""
+    request = Request()
+    before = {number: signal.signal(number, request.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
