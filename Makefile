@@ -17,7 +17,7 @@ DEMO_BENCH ?= bench.queries=8 bench.warmup_queries=1
 export TOKENIZERS_PARALLELISM = true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 train eval bench report demo test lint format verify-scorer clean
+.PHONY: help setup smollm2 train eval bench report demo test test-gpu lint format verify-scorer clean
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [ARGS='key=value ...']"
@@ -49,6 +49,9 @@ verify-scorer: $(READY) ## score PRED=predictions.json against DATA=dev.json wit
 
 test: $(READY) $(SMOLLM2) ## the whole test suite
 	HF_HUB_OFFLINE=1 $(PY) -m pytest
+
+test-gpu: $(READY) $(SMOLLM2) ## what only a GPU can show; fails without one
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -m gpu
 
 lint: $(READY) ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -1,7 +1,8 @@
 """Official EM and F1 of one system, by greedy decoding with the one prompt and window.
 
-python eval_loop.py smollm2-raw [key=value ...]
-accelerate launch --num_processes 2 eval_loop.py smollm2-raw …      (paragraphs shared out, the same figures)
+    python eval_loop.py smollm2-raw [key=value ...]
+
+`accelerate launch --multi_gpu --num_processes 2 eval_loop.py …` shares the paragraphs out.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """Train one system's LoRA adapter on SQuAD, stop early on exact match, keep `best/` and `last/`.
 
     python train_loop.py qlora7b [key=value ...] [--fresh]
-    accelerate launch --num_processes 2 train_loop.py qlora7b …      (the same training, shared out)
 
 Read it top to bottom: settings, data, model, loop, record. Started again, it goes on where it stopped; `--fresh` begins
-anew in a new run folder. SIGTERM and SIGINT save at the end of the step and exit with 143 and 130.
+anew in a new run folder. SIGTERM and SIGINT save at the end of the step and exit with 143 and 130. Under
+`accelerate launch --multi_gpu --num_processes 2` it is the same training, each step shared out.
 """
 
 import argparse

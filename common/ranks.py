@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from common.errors import UserError
+
 import torch
 from accelerate import PartialState
 
@@ -14,8 +16,11 @@ from accelerate import PartialState
 def join() -> PartialState:
     """This process among those that `accelerate launch` or torchrun started: NCCL on GPUs, gloo on CPUs.
 
-    Only the first rank is heard on stdout from here on.
+    Only the first rank is heard on stdout from here on. Raises `UserError` where a launcher was asked for several
+    processes and started one: without several GPUs, `accelerate launch` does that silently.
     """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
+        raise UserError("accelerate launch started one process, not several; add --multi_gpu (it means CPUs as well)")
     state = PartialState(cpu=not torch.cuda.is_available())
     if not state.is_main_process:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)

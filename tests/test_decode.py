@@ -25,6 +25,20 @@ def demo_trees(tokenizer, paragraphs: int, window: Window | None = None) -> list
     return build_trees(examples, tokenizer, window or Window(), train=False).trees
 
 
+def generated(model, tokenizer, tree: Tree, branch: Branch, stops: list[int]) -> list[int]:
+    """What `model.generate` answers to one question alone."""
+    prompt = torch.tensor([tree.prefix_ids + branch.prompt_ids], device=model.device)
+    out = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=LIMIT,
+        do_sample=False,
+        eos_token_id=stops,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return out[0, prompt.shape[1] :].tolist()
+
+
 @pytest.mark.parametrize(("base", "paragraphs"), [("tiny_base", 8), ("smollm2_base", 1)])
 def test_every_answer_equals_generate_at_batch_one_token_for_token(base, paragraphs, request):
     model, tokenizer = system(request.getfixturevalue(base))
@@ -33,16 +47,7 @@ def test_every_answer_equals_generate_at_batch_one_token_for_token(base, paragra
     assert len(answers) == 5 * paragraphs
     for tree in trees:
         for branch in tree.branches:
-            prompt = torch.tensor([tree.prefix_ids + branch.prompt_ids])
-            alone = model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=LIMIT,
-                do_sample=False,
-                eos_token_id=stops,
-                pad_token_id=tokenizer.pad_token_id,
-            )[0, prompt.shape[1] :].tolist()
-            assert answers[branch.id].token_ids == alone
+            assert answers[branch.id].token_ids == generated(model, tokenizer, tree, branch, stops)
     assert len({tuple(answer.token_ids) for answer in answers.values()}) > 1
 
 

@@ -2,12 +2,21 @@
 
 import json
 import shutil
+from dataclasses import replace
 
-from common import decode
+from common import decode, preflight
 from common.config import Base, Lora, load
 from common.errors import UserError
-from common.model import add_lora, compute_dtype, load_adapter, load_base, load_tokenizer, parameter_counts
-from tests.test_packing import gradient, packed_loss, trees_of
+from common.model import (
+    add_lora,
+    compute_dtype,
+    load_adapter,
+    load_base,
+    load_tokenizer,
+    parameter_counts,
+    random_weights,
+)
+from tests.test_packing import gradient, lora_model, packed_loss, trees_of
 
 import bitsandbytes as bnb
 import pytest
@@ -21,17 +30,9 @@ def nf4(folder) -> Base:
     return Base(str(folder), quant="nf4", dtype="fp32")
 
 
-def perturb(model) -> None:
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.add_(0.01)
-
-
 def test_an_evaluation_pass_leaves_later_gradients_bit_equal(tiny_base):
     trees, tokenizer = trees_of(tiny_base, 2)
-    model = add_lora(load_base(nf4(tiny_base), CPU), Lora(), seed=0).train()
-    perturb(model)
+    model = lora_model(tiny_base, "nf4").train()
     packed_loss(model, [trees])
     before = gradient(model)
     decode.predict(model, tokenizer, trees, [], 3, progress=None)
@@ -39,26 +40,34 @@ def test_an_evaluation_pass_leaves_later_gradients_bit_equal(tiny_base):
     assert torch.equal(before, gradient(model))
 
 
-def test_training_leaves_the_quantised_base_as_it_was(tiny_base):
-    trees, _ = trees_of(tiny_base, 2)
-    model = add_lora(load_base(nf4(tiny_base), CPU), Lora(), seed=0)
-    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
-    assert len(layers) == 2 * 7
-    before = [layer.weight.data.clone() for layer in layers]
+def train_a_little(model, trees) -> tuple[torch.Tensor, torch.Tensor]:
+    """(first loss, last loss) of four steps on the same pack."""
     optimizer = bnb.optim.PagedAdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    first = packed_loss(model, [trees])
-    for _ in range(3):
+    losses = []
+    for _ in range(4):
+        losses.append(packed_loss(model, [trees]))
         optimizer.step()
         optimizer.zero_grad()
-        last = packed_loss(model, [trees])
+    return losses[0], losses[-1]
+
+
+def four_bit_bytes(model) -> list[torch.Tensor]:
+    return [m.weight.data.clone() for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+
+
+def test_training_leaves_the_quantised_base_as_it_was(tiny_base):
+    trees, _ = trees_of(tiny_base, 2)
+    model = lora_model(tiny_base, "nf4")
+    before = four_bit_bytes(model)
+    assert len(before) == 2 * 7
+    first, last = train_a_little(model, trees)
     assert last < first
-    assert all(torch.equal(a, layer.weight.data) for a, layer in zip(before, layers, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, four_bit_bytes(model), strict=True))
 
 
 def test_checkpointing_changes_no_gradient(tiny_base):
     trees, _ = trees_of(tiny_base, 2)
-    model = add_lora(load_base(nf4(tiny_base), CPU), Lora(), seed=0).train()
-    perturb(model)
+    model = lora_model(tiny_base, "nf4").train()
     packed_loss(model, [trees])
     plain = gradient(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -95,13 +104,51 @@ def test_compute_is_fp32_on_a_cpu_unless_said_otherwise():
     assert compute_dtype(Base("x", dtype="bf16"), CPU) == torch.bfloat16
 
 
+# ---- random weights ------------------------------------------------------------------------------------------------
+
+
+def test_random_weights_have_the_shapes_and_the_form_of_real_ones(tiny_base):
+    real = load_base(nf4(tiny_base), CPU)
+    made = load_base(replace(nf4(tiny_base), random_weights=True), CPU)
+    assert parameter_counts(made) == parameter_counts(real)
+    ours, theirs = ({name: (p.shape, p.dtype) for name, p in m.named_parameters()} for m in (made, real))
+    assert ours == theirs
+    matrices = [m for m in made.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len({m.weight.data.numpy().tobytes() for m in matrices}) == len(matrices) == 2 * 7  # no two alike
+    assert made(input_ids=torch.arange(9)[None]).logits.std() > 0
+    assert add_lora(made, Lora(), 0).peft_config["default"].base_model_name_or_path == str(tiny_base)
+
+
+def test_random_weights_need_no_more_than_a_folders_config(tiny_base, tmp_path):
+    shutil.copy(tiny_base / "config.json", tmp_path)
+    base = replace(nf4(tmp_path), random_weights=True, tokenizer=str(tiny_base))
+    preflight.check(base, "tiny")
+    first, again = (load_base(base, CPU).state_dict() for _ in range(2))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_the_shapes_of_llama_2_7b_are_at_hand():
+    _, _, weights = random_weights(Base("configs/shapes/llama-2-7b"))
+    assert sum(w.numel() for w in weights.values()) == 6_738_415_616
+    assert (
+        sum(
+            w.untyped_storage().nbytes() for w in {w.untyped_storage().data_ptr(): w for w in weights.values()}.values()
+        )
+        < 2**29
+    )
+
+
+def test_a_tokenizer_of_more_tokens_than_the_base_embeds_is_refused(tiny_base, smollm2_base):
+    with pytest.raises(UserError, match=r"base\.tokenizer.*more tokens"):
+        load_base(replace(nf4(tiny_base), tokenizer=str(smollm2_base)), CPU)
+
+
 # ---- adapters ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def adapter(tiny_base, tmp_path):
-    model = add_lora(load_base(nf4(tiny_base), CPU), Lora(rank=4, targets=("q_proj", "down_proj")), seed=0)
-    perturb(model)
+    model = lora_model(tiny_base, "nf4")
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 

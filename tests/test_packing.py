@@ -21,9 +21,9 @@ def trees_of(base, n: int, train: bool = True) -> tuple[list[Tree], object]:
     return build_trees(examples, tokenizer, Window(), train=train).trees, tokenizer
 
 
-def lora_model(base, quant: str = "none"):
+def lora_model(base, quant: str = "none", dtype: str = "fp32", device: torch.device = CPU):
     """A model whose adapter already does something: B is not zero."""
-    model = add_lora(load_base(Base(str(base), quant=quant, dtype="fp32"), CPU), Lora(rank=4), seed=0)
+    model = add_lora(load_base(Base(str(base), quant=quant, dtype=dtype), device), Lora(rank=4), seed=0)
     torch.manual_seed(1)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
@@ -41,10 +41,11 @@ def packed_loss(model, packs: list[list[Tree]]) -> Tensor:
     """Sum over the answer tokens; its gradient is left in the model."""
     total = torch.zeros(())
     for members in packs:
-        batch = pack(members)
-        loss = cross_entropy(pack_logits(model, batch, batch.target_index), batch.target_ids, reduction="sum")
+        batch = pack(members).to(model.device)
+        out = pack_logits(model, batch, batch.target_index)
+        loss = cross_entropy(out.float(), batch.target_ids, reduction="sum")
         loss.backward()
-        total += loss.detach()
+        total += loss.detach().cpu()
     return total
 
 
@@ -54,11 +55,12 @@ def rows_loss(model, trees: list[Tree]) -> Tensor:
     for tree in trees:
         for branch in tree.branches:
             prompt = tree.prefix_ids + branch.prompt_ids
-            ids = torch.tensor([prompt + branch.answer_ids])
-            out = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-            loss = cross_entropy(out, torch.tensor(branch.answer_ids), reduction="sum")
+            ids = torch.tensor([prompt + branch.answer_ids], device=model.device)
+            with torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32):
+                out = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+            loss = cross_entropy(out.float(), ids[0, len(prompt) :], reduction="sum")
             loss.backward()
-            total += loss.detach()
+            total += loss.detach().cpu()
     return total
 
 
