@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
     if first:
         kept = [row for row in record.read_metrics(run) if row["step"] <= state["step"]]  # what came after is redone
         record.write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-    accelerator.project_configuration.set_directories(str(run))
+    accelerator.project_configuration.logging_dir = str(run)
     accelerator.init_trackers("squad-qlora", config.flat())
     print(
         f"{config.title} on {f'{n_ranks} × ' if n_ranks > 1 else ''}{meter.describe(device)['name']}, {dtype}: "

@@ -3,12 +3,17 @@
 import itertools
 import json
 import math
+import os
+import re
+import signal
+import subprocess
+import sys
 
 import eval_loop
 import train_loop
-from common import checkpoint, decode
+from common import checkpoint, decode, packing
 from common.errors import UserError
-from tests.conftest import squad_file
+from tests.conftest import ROOT, squad_file
 
 import pytest
 import torch
@@ -93,6 +98,101 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tiny_config, tmp_path, monke
     ours, theirs = (load_file(run / "last" / "adapter_model.safetensors") for run in (cut, whole))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("where", ["step", "evaluation"])
+def test_a_signal_saves_at_the_steps_end_and_the_run_goes_on(tiny_config, tmp_path, monkeypatch, number, code, where):
+    arguments = [str(tiny_config), "train.pack_tokens=10000"]  # one pack a step
+    train_loop.main([*arguments, f"runs={tmp_path / 'whole'}"])
+    module, name, nth = (packing, "pack_logits", 3) if where == "step" else (decode, "greedy", 2)
+    original, calls = getattr(module, name), []
+
+    def signalled(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == nth:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(module, name, signalled)
+        patch.setattr(decode, "CPU_PACK_TOKENS", 150)  # several packs an evaluation
+        train_loop.main([*arguments, f"runs={tmp_path / 'cut'}"])
+    assert stop.value.code == code
+    (cut,) = (tmp_path / "cut").iterdir()
+    state = checkpoint.load_state(cut / "last")
+    assert (state["step"], state["evaluated"]) == ((3, 2) if where == "step" else (2, 0))
+    assert not (cut / "record.json").exists()
+    train_loop.main([*arguments, f"runs={tmp_path / 'cut'}"])
+    assert without_clock(metrics(cut)) == without_clock(metrics(next((tmp_path / "whole").iterdir())))
+
+
+def test_running_out_of_memory_names_the_knob_to_turn(tiny_config, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "pack_logits", full)
+        with pytest.raises(
+            UserError, match=r"lower train\.pack_tokens \(now 256\), or set train\.gradient_checkpointing"
+        ):
+            train_loop.main([str(tiny_config)])
+    monkeypatch.setattr(decode, "greedy", full)
+    with pytest.raises(UserError, match=r"lower eval\.pack_tokens \(now 8192\)"):
+        train_loop.main([str(tiny_config)])
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny_config, tmp_path, monkeypatch):
+    """The limit on a file's size stands for the disk: the writes are real, and really fail."""
+    arguments = [str(tiny_config), "lora.rank=32"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at_evaluation(patch, 2)
+        train_loop.main(arguments)
+    run = only_run(tmp_path)
+    before = (run / "last" / checkpoint.SUMS).read_text()
+    adapter_bytes = (run / "last" / "adapter_model.safetensors").stat().st_size
+    for limit in (adapter_bytes // 2, adapter_bytes + 100):  # no room for the adapter; none for the optimizer
+        done = subprocess.run(
+            [sys.executable, "-c", f"""
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+import train_loop
+from common.errors import one_line_errors
+with one_line_errors():
+    train_loop.main({arguments})
+"""],
+            cwd=ROOT, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert re.search(r"^error: .*could not be saved .*Make room", done.stderr, re.M), done.stderr
+        assert "Traceback" not in done.stderr
+        checkpoint.verify(run / "last")
+        assert (run / "last" / checkpoint.SUMS).read_text() == before
+        assert not [path for path in run.iterdir() if path.suffix in (".partial", ".old")]
+    train_loop.main(arguments)
+    assert (run / "record.json").exists()
+
+
+def test_tensorboard_gets_what_the_metrics_file_has(tiny_config, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_loop.main([str(tiny_config), "tracker=tensorboard"])
+    run = only_run(tmp_path)
+    events = EventAccumulator(str(run / "squad-qlora"))
+    events.Reload()
+    for key in ("loss", "lr", "em", "f1"):
+        written = [(row["step"], row[key]) for row in metrics(run) if key in row]
+        assert len(written) > 3
+        assert [(e.step, e.value) for e in events.Scalars(key)] == [pytest.approx(pair, rel=1e-6) for pair in written]
+    (parameters,) = (run / "squad-qlora").glob("*/hparams.yml")
+    assert "lora.rank: 4" in parameters.read_text()
+
+
+@pytest.mark.parametrize(("tracker", "words"), [("tensorbord", "tensorboard"), ("comet_ml", "not installed")])
+def test_a_tracker_that_is_not_there_is_named(tiny_config, tmp_path, tracker, words):
+    with pytest.raises(UserError, match=f"tracker={tracker}: .*{words}"):
+        train_loop.main([str(tiny_config), f"tracker={tracker}"])
+    assert not (tmp_path / "runs").exists()
 
 
 def test_how_a_step_is_cut_into_packs_changes_nothing(tiny_config, tmp_path):

@@ -1,0 +1,39 @@
+"""A first signal is noted, a second one ends the process; afterwards signals do what they did before."""
+
+import os
+import signal
+import subprocess
+import sys
+
+from common import stopping
+from tests.conftest import ROOT
+
+import pytest
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_first_signal_is_only_noted(number, code, capfd):
+    before = signal.getsignal(number)
+    with stopping.listen() as request:
+        request.check()
+        os.kill(os.getpid(), number)
+        assert request.code == code
+        os.kill(os.getpid(), number)  # the same one, passed on by a launcher
+        with pytest.raises(stopping.Stopped):
+            request.check()
+    assert signal.getsignal(number) is before
+    assert capfd.readouterr().err.count("saving, then ending") == 1
+
+
+@pytest.mark.parametrize(("second", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_the_process_at_once(second, code):
+    program = f"""
+import os, signal, time
+from common import stopping
+with stopping.listen():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(2 * stopping.ECHO_S)
+    os.kill(os.getpid(), {int(second)})
+    time.sleep(60)
+"""
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=30).returncode == code
