@@ -65,6 +65,8 @@ def main(argv: list[str]) -> None:
             project_dir=config.runs,
         )
     except ValueError as error:
+        if not config.tracker:
+            raise
         raise UserError(f"tracker={config.tracker}: {error}") from error
     if config.tracker and not accelerator.log_with:
         raise UserError(f"tracker={config.tracker}: its package is not installed; pip install {config.tracker}")

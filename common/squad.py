@@ -66,7 +66,7 @@ def read(source: str, split: str, fix_offsets: bool = False) -> Dataset:
     Where `SQUAD_DIR` is set, a hub id is replaced by that folder's file. Raises `UserError` naming file, question and
     field. An answer that is not at its `answer_start` is an error, unless `fix_offsets` finds it elsewhere.
     """
-    path = _locate(source, split)
+    path = locate(source, split)
     origin, articles = (str(path), _articles(path)) if path else (source, _hub_articles(source, split))
     examples: list[Example] = []
     seen: set[str] = set()
@@ -134,7 +134,7 @@ def _by_hash(example: Example) -> str:
 # ---- where the data is ---------------------------------------------------------------------------------------------
 
 
-def _locate(source: str, split: str) -> Path | None:
+def locate(source: str, split: str) -> Path | None:
     """The file to read, or None for the hub."""
     if source.endswith((".json", ".gz")):
         if not Path(source).is_file():
