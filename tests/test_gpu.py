@@ -1,6 +1,5 @@
 """What only a GPU can show (`make test-gpu`): bf16 and fp16, NF4's own kernels, memory. Fails where there is none."""
 
-import itertools
 import json
 
 import bench_latency
@@ -45,12 +44,14 @@ def test_packed_gradients_in_bf16_are_those_of_rows(smollm2_base):
         model = lora_model(smollm2_base, "nf4", dtype, GPU)
         losses[dtype, "packed"], gradients[dtype, "packed"] = packed_loss(model, [trees]), gradient(model)
         losses[dtype, "rows"], gradients[dtype, "rows"] = rows_loss(model, trees), gradient(model)
-    print({f"{a} {b}": cosine(gradients[a], gradients[b]) for a, b in itertools.combinations(gradients, 2)})
+    truth = gradients["fp32", "rows"]
+    off = {way: ((gradients["bf16", way] - truth).norm() / truth.norm()).item() for way in ("packed", "rows")}
+    print(f"losses {losses}; bf16 is off by {off}")
     assert cosine(gradients["bf16", "packed"], gradients["bf16", "rows"]) >= 0.999
-    # bf16 itself costs this much on these weights, packed or not: measured 0.9905 on an H100
-    assert cosine(gradients["bf16", "packed"], gradients["fp32", "packed"]) >= 0.98
-    assert cosine(gradients["fp32", "packed"], gradients["fp32", "rows"]) >= 0.999999
-    assert abs(losses["bf16", "packed"] / losses["fp32", "rows"] - 1) <= 0.005
+    assert cosine(gradients["fp32", "packed"], truth) >= 0.999999
+    assert losses["bf16", "packed"].item() == pytest.approx(losses["bf16", "rows"].item(), rel=0.005)
+    assert losses["fp32", "packed"].item() == pytest.approx(losses["fp32", "rows"].item(), rel=1e-4)
+    assert off["packed"] <= 1.1 * off["rows"], "packing adds to what bf16 itself costs"
 
 
 def test_training_leaves_the_nf4_bytes_as_they_were(smollm2_base):
