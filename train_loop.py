@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
     # ---- go on, or start -------------------------------------------------------------------------------------------
     state: dict[str, Any] = {
         "step": 0, "evaluated": 0, "best_em": None, "best_f1": None, "best_step": None, "waited": 0,
-        "seconds": 0.0, "evaluation_seconds": 0.0, "identity": identity,
+        "seconds": 0.0, "evaluation_seconds": 0.0, "peak": {}, "identity": identity,
     }  # fmt: skip
     if run and (run / "last").exists():
         state = checkpoint.load_state(run / "last")
@@ -150,6 +150,7 @@ def main(argv: list[str]) -> None:
 
     def save_last() -> None:
         state["seconds"] = seconds_before + meter.now(device) - began
+        state["peak"] = meter.peaks(device, state["peak"])
         if first:
             checkpoint.save(run / "last", model, state, training)
 
@@ -175,6 +176,7 @@ def main(argv: list[str]) -> None:
                 except stopping.Stopped:
                     answers = None
                 everyone = gather_object([answers])
+                state["evaluation_seconds"] += meter.now(device) - evaluation_began
                 if None in everyone:
                     asked = True
                     continue
@@ -186,7 +188,6 @@ def main(argv: list[str]) -> None:
                 state["evaluated"] = step
                 if better:
                     state |= {"best_em": em, "best_f1": f1, "best_step": step}
-                state["evaluation_seconds"] += meter.now(device) - evaluation_began
                 if better and first:
                     checkpoint.save(run / "best", model, state)
                     record.write_text(run / "predictions.json", json.dumps(texts, ensure_ascii=False, indent=0) + "\n")
@@ -262,7 +263,7 @@ def main(argv: list[str]) -> None:
         "steps": state["step"], "stopped_early": state["step"] < total, "questions": questions, "processes": n_ranks,
         "seconds": round(seconds, 1), "evaluation_seconds": round(state["evaluation_seconds"], 1),
         "questions_per_s": round(questions / (seconds - state["evaluation_seconds"]), 2), "window_counts": built.counts,
-        "trained_weights": trained, "frozen_weights": frozen, "peak": meter.peaks(device),
+        "trained_weights": trained, "frozen_weights": frozen, "peak": meter.peaks(device, state["peak"]),
     }  # fmt: skip
     if first:
         record.write(run, config, "train", dev_set, meter.describe(device), result)

@@ -41,15 +41,19 @@ def reset_peaks(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peaks(device: torch.device) -> dict[str, int | None]:
-    """Peak bytes: torch's allocator on a GPU; on a CPU the process's resident set since its start, loading included."""
+def peaks(device: torch.device, before: dict[str, int | None] | None = None) -> dict[str, int | None]:
+    """Peak bytes: torch's allocator on a GPU; on a CPU the process's resident set since its start, loading included.
+
+    `before`: the peaks of an earlier part of the same run, which count as well.
+    """
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     cuda = device.type == "cuda"
-    return {
+    found: dict[str, int | None] = {
         "allocated_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
         "reserved_bytes": torch.cuda.max_memory_reserved(device) if cuda else None,
         "rss_bytes": rss,
     }
+    return {name: max(value, (before or {}).get(name) or 0) if value else None for name, value in found.items()}
 
 
 @contextmanager

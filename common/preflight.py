@@ -16,23 +16,30 @@ TRY = "To try everything on this machine: make demo"
 
 def check(base: Base, system: str) -> None:
     """Raises `UserError` saying what stands in the way and what to do. Downloads nothing."""
-    _gpu(base, system)
-    if _is_folder(base.path) or _is_cached(base):
-        return
-    _licence(base)
-    if not base.random_weights:
-        _disk(base)
+    gpu(base, system)
+    weights(base)
 
 
-def _gpu(base: Base, system: str) -> None:
+def gpu(base: Base, system: str) -> None:
+    """Is there a GPU, and is it large enough?"""
     if not base.min_gpu_gib:
         return
     if not torch.cuda.is_available():
         raise UserError(f"No CUDA device. {system} needs one with ≥ {base.min_gpu_gib:g} GiB. {TRY}")
-    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-    has = gpu.total_memory / 2**30
+    card = torch.cuda.get_device_properties(torch.cuda.current_device())
+    has = card.total_memory / 2**30
     if has < base.min_gpu_gib:
-        raise UserError(f"{gpu.name} has {has:.1f} GiB. {system} needs ≥ {base.min_gpu_gib:g} GiB. {TRY}")
+        raise UserError(f"{card.name} has {has:.1f} GiB. {system} needs ≥ {base.min_gpu_gib:g} GiB. {TRY}")
+
+
+def weights(base: Base) -> str:
+    """Where the weights (of random ones: the config) come from: "here", or "may be downloaded"."""
+    if _is_folder(base.path) or _is_cached(base):
+        return "here"
+    _licence(base)
+    if not base.random_weights:
+        _disk(base)
+    return "may be downloaded"
 
 
 def _is_folder(path: str) -> bool:

@@ -67,7 +67,7 @@ def read(source: str, split: str, fix_offsets: bool = False) -> Dataset:
     field. An answer that is not at its `answer_start` is an error, unless `fix_offsets` finds it elsewhere.
     """
     path = locate(source, split)
-    origin, articles = (str(path), _articles(path)) if path else (source, _hub_articles(source, split))
+    origin, articles = (str(path), _articles(path)) if path else (source, hub_articles(source, split))
     examples: list[Example] = []
     seen: set[str] = set()
     fixed = 0
@@ -167,7 +167,7 @@ def _articles(path: Path) -> list[Any]:
     return articles
 
 
-def _hub_articles(source: str, split: str) -> list[Any]:
+def hub_articles(source: str, split: str) -> list[Any]:
     """The hub's rows, one a question, put back into the official layout's articles and paragraphs."""
     import datasets
 

@@ -20,6 +20,12 @@ def test_peak_resident_memory_is_in_bytes_and_no_less_than_what_is_held():
     assert meter.peaks(CPU)["allocated_bytes"] is None
 
 
+def test_an_earlier_part_of_the_run_counts_among_the_peaks():
+    before = meter.peaks(CPU) | {"rss_bytes": 2**60}
+    assert meter.peaks(CPU, before) == before
+    assert meter.peaks(CPU, {})["rss_bytes"] < 2**60
+
+
 def test_a_cpu_has_no_nvml_figures():
     with meter.nvml_sampler(CPU) as found:
         pass
