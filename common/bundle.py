@@ -11,6 +11,7 @@ standard library alone.
 import argparse
 import gzip
 import hashlib
+import importlib.metadata
 import io
 import json
 import shlex
@@ -70,15 +71,21 @@ def lacking(lock: str, have: str, ranges: Iterable[str]) -> list[str]:
     from packaging.utils import canonicalize_name
 
     there = {canonicalize_name(name): version for name, _, version in (row.partition("==") for row in have.split())}
-    wanted = {canonicalize_name(r.name): r.specifier for r in map(Requirement, ranges)}
+    wanted: dict[str, SpecifierSet] = {}
+    for r in map(Requirement, ranges):
+        if not r.marker or r.marker.evaluate({"extra": ""}):
+            wanted[canonicalize_name(r.name)] = wanted.get(canonicalize_name(r.name), SpecifierSet()) & r.specifier
     missing = []
-    for line in lock.splitlines():
-        if line and not line.startswith("#"):
-            name = canonicalize_name(Requirement(line).name)
-            fits = wanted.get(name, SpecifierSet())
-            if name not in there or not fits.contains(there[name], prereleases=True):
-                missing.append(line)
+    for pin in _pins(lock):
+        name = canonicalize_name(pin.partition("==")[0])
+        fits = wanted.get(name, SpecifierSet())
+        if name not in there or not fits.contains(there[name], prereleases=True):
+            missing.append(pin)
     return missing
+
+
+def _pins(lock: str) -> list[str]:
+    return [line for line in lock.splitlines() if line and not line.startswith("#")]
 
 
 def _wheels(scratch: Path, have: Path | None, pip: str) -> Iterator[tuple[str, Path]]:
@@ -90,6 +97,8 @@ def _wheels(scratch: Path, have: Path | None, pip: str) -> Iterator[tuple[str, P
             raise UserError(f"HAVE={have}: no such file; there: pip list --format=freeze > {have.name}")
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         ranges = project["dependencies"] + project["optional-dependencies"]["dev"]
+        for pin in _pins(lock):  # and what these ask of each other
+            ranges += importlib.metadata.requires(pin.partition("==")[0]) or []
         lock = "\n".join(lacking(lock, have.read_text(), ranges)) + "\n"
         (scratch / ON_TOP).touch()
         yield ON_TOP, scratch / ON_TOP
