@@ -8,13 +8,31 @@ anew in a new run folder. SIGTERM and SIGINT save at the end of the step and exi
 """
 
 import argparse
+import functools
 import json
 import math
 import random
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TextIO
 
-from common import checkpoint, decode, meter, packing, plan, preflight, ranks, record, squad, stopping
+from common import (
+    attention,
+    checkpoint,
+    decode,
+    fused,
+    graphs,
+    memory,
+    meter,
+    packing,
+    plan,
+    preflight,
+    ranks,
+    record,
+    squad,
+    stopping,
+)
 from common.config import load
 from common.errors import UserError, one_line_errors
 from common.model import add_lora, compute_dtype, load_base, load_tokenizers, load_weights, parameter_counts
@@ -28,8 +46,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from safetensors.torch import load_file
 from tqdm import tqdm
-
-CPU_PACK_TOKENS, GPU_PACK_TOKENS = 1024, 4096
 
 
 def rate(step: int, total: int, warmup: float, peak: float) -> float:
@@ -92,7 +108,6 @@ def main(argv: list[str]) -> None:
     tokenizer, cutter = load_tokenizers(config)
     built = build_trees(train_examples, tokenizer, config.window, train=True, window_tokenizer=cutter)
     stop_trees = build_trees(stop_examples, tokenizer, config.window, train=False, window_tokenizer=cutter).trees
-    pack_tokens = train.pack_tokens or (CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS)
     trees = plan.bounded(built.trees, train.questions_per_step)
     if not trees:
         raise UserError(f"{train_set.source}: no question is left to train on ({built.counts})")
@@ -103,12 +118,45 @@ def main(argv: list[str]) -> None:
 
     # ---- model -----------------------------------------------------------------------------------------------------
     model = add_lora(load_base(config.base, device), config.lora, config.seed)
-    if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    weights = [p for p in model.parameters() if p.requires_grad]
+    trained, frozen = parameter_counts(model)
+    step_tokens = sum(map(len, trees)) / per_epoch / n_ranks
+    choice = memory.choose(train, memory.Shapes.of(model, trained), device, step_tokens)
+    pack_tokens = choice.pack_tokens
+    plain = "train.fused=false" if not train.fused else fused.unfit(model)
+    if plain and train.memory_budget_gib:
+        raise UserError(f"train.memory_budget_gib needs the fused layers, and not: {plain}")
+    if plain:
+        weights = [p for p in model.parameters() if p.requires_grad]
+        if train.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        logits_of: Callable = functools.partial(packing.pack_logits, model)
+    else:
+        fast = fused.Fused(model, choice.keep_layers, choice.hold_weights)
+        weights, logits_of = [fast.flat], fast.logits
+
+    def work(pack: packing.Pack, share: torch.Tensor | float) -> torch.Tensor:
+        """Forward and backward of a pack on the device; its loss, each answer token weighing `share`."""
+        logits = logits_of(pack, pack.target_index).float()
+        loss = F.cross_entropy(logits, pack.target_ids, reduction="sum", ignore_index=packing.IGNORED) * share
+        accelerator.backward(loss)
+        return loss.detach()
+
+    @functools.lru_cache(maxsize=1)
+    def epoch(number: int) -> list[list[Tree]]:
+        return plan.epoch(trees, config.seed, number, train.questions_per_step)
+
+    def prepare(step: int) -> tuple[list[Tree], list[packing.Pack]]:
+        """All trees of a step, and this rank's share of them in packs on the host. Pure, so it may be done ahead."""
+        members = epoch(step // per_epoch)[step % per_epoch]
+        return members, [packing.pack(p) for p in plan.fill(plan.share(members, n_ranks)[rank], pack_tokens)]
+
+    compute: Callable = lambda pack, share: work(pack.to(device), share)  # noqa: E731
+    if not plain and attention.has_flash(device, dtype):
+        like = [pack for step in range(min(32, per_epoch)) for pack in prepare(step)[1]]
+        smallest = min(like, key=lambda pack: len(pack.input_ids))
+        compute = graphs.Graphed(work, weights, packing.Room.of(like, pack_tokens), smallest)
     optimizer = accelerator.prepare(bnb.optim.PagedAdamW8bit(weights, lr=train.lr, weight_decay=train.weight_decay))
     training = {"optimizer": optimizer} | ({"scaler": accelerator.scaler} if accelerator.scaler else {})
-    trained, frozen = parameter_counts(model)
 
     # ---- go on, or start -------------------------------------------------------------------------------------------
     state: dict[str, Any] = {
@@ -136,7 +184,8 @@ def main(argv: list[str]) -> None:
         f"{sum(map(len, trees)):,} tokens\n"
         f"{total} steps of ~{train.questions_per_step} questions; every {train.eval_every} steps "
         f"{'no accuracy (random weights), but its time and memory' if untrue else 'EM'} on "
-        f"{len(stop_examples)} questions of {stop.split}; run {run}"
+        f"{len(stop_examples)} questions of {stop.split}; run {run}\n"
+        + (f"layers by transformers and PEFT ({plain}), packs of {pack_tokens} tokens" if plain else choice.sentence)
     )
     if config.lora.dropout:
         print("lora.dropout > 0: branches share one dropout mask on their prefix; valid training, not equal to rows")
@@ -156,11 +205,12 @@ def main(argv: list[str]) -> None:
 
     model.train()
     meter.reset_peaks(device)
-    epoch_plan: list[list[Tree]] = []
     bar = tqdm(total=total, initial=state["step"], desc="train", unit="step", disable=not first)
     began, seconds_before, asked = meter.now(device), state["seconds"], False
+    ahead = ThreadPoolExecutor(1)
+    upcoming = ahead.submit(prepare, state["step"])
     knob = f"lower train.pack_tokens (now {pack_tokens})" + (
-        "" if train.gradient_checkpointing else ", or set train.gradient_checkpointing=true"
+        "" if choice.keep_layers == 0 else ", or set train.gradient_checkpointing=true"
     )
     with stopping.listen() as request, (run / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
         while not asked:
@@ -202,24 +252,19 @@ def main(argv: list[str]) -> None:
             if step == total or state["waited"] >= stop.patience:
                 break
 
-            if not epoch_plan or step % per_epoch == 0:
-                epoch_plan = plan.epoch(trees, config.seed, step // per_epoch, train.questions_per_step)
-            members = epoch_plan[step % per_epoch]
-            packs = plan.fill(plan.share(members, n_ranks)[rank], pack_tokens)
+            members, packs = upcoming.result()
+            upcoming = ahead.submit(prepare, step + 1)  # while the device computes
             branches = [branch for tree in members for branch in tree.branches]
             answer_tokens = sum(len(branch.answer_ids) for branch in branches)
             torch.manual_seed(random.Random(f"{config.seed} {step} {rank}").getrandbits(63))  # for dropout
 
-            loss = 0.0  # mean over the answer tokens of the whole step, however it is cut into packs and shared out
-            tokens = float(sum(len(tree) for pack in packs for tree in pack))
+            # mean over the answer tokens of the whole step, however it is cut into packs and shared out
+            total_loss = torch.zeros((), device=device)
+            tokens = float(sum(len(pack.input_ids) for pack in packs))
             with meter.out_of_memory(f"{knob}. What {run} holds is whole"):
                 for pack in packs:
-                    batch = packing.pack(pack).to(device)
-                    logits = packing.pack_logits(model, batch, batch.target_index)
-                    part = F.cross_entropy(logits.float(), batch.target_ids, reduction="sum") / answer_tokens
-                    accelerator.backward(part)
-                    loss += part.item()
-                loss, tokens, signals = ranks.sum_gradients(weights, loss, tokens, request.code > 0)
+                    total_loss += compute(pack, 1 / answer_tokens)
+                loss, tokens, signals = ranks.sum_gradients(weights, total_loss.item(), tokens, request.code > 0)
             grad_norm = float(accelerator.clip_grad_norm_(weights, train.max_grad_norm))
             # fp16's scaler skips steps of its own accord when a gradient overflows
             if not math.isfinite(loss) or (accelerator.scaler is None and not math.isfinite(grad_norm)):
@@ -231,7 +276,7 @@ def main(argv: list[str]) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate(step, total, train.warmup, train.lr)
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
             if optimizer.step_was_skipped and accelerator.scaler.get_scale() < 1:
                 raise UserError(f"step {step + 1}: gradients overflow fp16 at any scale; try base.dtype=bf16 or fp32")
 

@@ -95,11 +95,13 @@ class Train:
     lr: float = 2e-4  # peak learning rate
     epochs: float = 1.0  # passes over the train set
     questions_per_step: int = 64  # the batch size: questions of one optimizer step
-    pack_tokens: int | None = None  # tokens of one micro-batch; null: 1,024 on a CPU, 4,096 on a GPU
+    pack_tokens: int | None = None  # tokens of one micro-batch; null: by device and memory_budget_gib
+    memory_budget_gib: float | None = None  # GPU memory to stay below: decides what is recomputed; null: see below
+    fused: bool = False  # compute Llama layers by common/fused.py; false: by transformers' and PEFT's modules
     warmup: float = 0.03  # share of the steps in which the rate rises, [0, 1]
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0  # clip the gradient's norm to this
-    gradient_checkpointing: bool = True  # recompute activations: less memory, more time
+    gradient_checkpointing: bool = True  # without a budget: recompute activations (less memory, more time) or not
     eval_every: int = 250  # steps between two evaluations (and saves)
     max_steps: int | None = None  # stop here at the latest; the schedule ends here too
 
@@ -111,6 +113,7 @@ class Train:
         _need(0 <= self.warmup <= 1, "warmup", "must be in [0, 1]")
         _need(self.weight_decay >= 0, "weight_decay", "must be ≥ 0")
         _need(self.max_steps is None or self.max_steps >= 1, "max_steps", "must be ≥ 1")
+        _need(self.memory_budget_gib is None or self.memory_budget_gib > 0, "memory_budget_gib", "must be > 0")
         _need(self.pack_tokens is None or self.pack_tokens >= 64, "pack_tokens", "must be ≥ 64")
 
 

@@ -4,21 +4,30 @@ Token i sees token j iff they are of the same tree, j lies in the tree's prefix 
 i. Positions of every branch start at the prefix's length. So each question computes exactly what it would in a row of
 its own, and the paragraph is computed once.
 
-    tree 1: [prefix][branch a][branch b]   tree 2: [prefix][branch c] ...
+    [prefix 1][prefix 2] ... [branch 1a][branch 1b][branch 2c] ...
+
+All prefixes come first, so that attention is two calls without a mask: every prefix and branch over itself, and the
+branches of every tree over its prefix (`common.attention`).
 """
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.attention import Spans
 from common.prompt import Tree
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+IGNORED = -100  # a target that asks for nothing
+SIZES = 8  # that packs are padded to, at most
 ATTENTION = "tree_sdpa"  # pass as attn_implementation
 
 
@@ -46,13 +55,19 @@ class Layout:
 class Pack:
     input_ids: Tensor  # [T]
     layout: Layout  # of the T tokens
+    spans: Spans
     prompt_ends: Tensor  # [B] index of each branch's last prompt token: its logits are the answer's first
     target_index: Tensor  # [A] indices whose logits predict an answer token or EOS
     target_ids: Tensor  # [A] what they must predict
     ids: list[str]  # [B] question ids
 
+    def tensors(self) -> list[Tensor]:
+        """All that is computed with."""
+        own = [value for value in vars(self).values() if isinstance(value, Tensor)]
+        return [*own, *vars(self.layout).values(), *self.spans.tensors().values()]
+
     def to(self, device: torch.device) -> "Pack":
-        move = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        move = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor | Spans)}
         layout = Layout(*(v.to(device) for v in vars(self.layout).values()))
         return Pack(**{**vars(self), **move, "layout": layout})
 
@@ -60,33 +75,96 @@ class Pack:
 def pack(trees: Sequence[Tree]) -> Pack:
     """Lay `trees` out in one row."""
     ids: list[int] = []
-    tree_of: list[int] = []
-    branch_of: list[int] = []
-    position: list[int] = []
+    questions: list[str] = []
     ends: list[int] = []
     target_index: list[int] = []
     target_ids: list[int] = []
-    questions: list[str] = []
+    spans: list[tuple[int, int, int, int]] = []  # tree, branch, position of the first token, length
     for t, tree in enumerate(trees):
-        start, prefix = len(ids), len(tree.prefix_ids)
         ids += tree.prefix_ids
-        branch_of += [0] * prefix
-        position += range(prefix)
+        spans.append((t, 0, 0, len(tree.prefix_ids)))
+    for t, tree in enumerate(trees):
         for branch in tree.branches:
             questions.append(branch.id)
+            # the last answer token (EOS) is predicted and never read, so it is not in the row
+            spans.append((t, len(questions), len(tree.prefix_ids), len(branch.prompt_ids + branch.answer_ids[:-1])))
             ids += branch.prompt_ids
             ends.append(len(ids) - 1)
-            # the last answer token (EOS) is predicted and never read, so it is not in the row
             target_index += range(len(ids) - 1, len(ids) - 1 + len(branch.answer_ids))
             target_ids += branch.answer_ids
             ids += branch.answer_ids[:-1]
-            length = len(branch.prompt_ids) + len(branch.answer_ids[:-1])
-            branch_of += [len(questions)] * length
-            position += range(prefix, prefix + length)
-        tree_of += [t] * (len(ids) - start)
-    layout = Layout(torch.tensor(tree_of), torch.tensor(branch_of), torch.tensor(position))
+    columns = torch.tensor(spans)
+    lengths = columns[:, 3]
+    tree_of, branch_of, begins = columns[:, :3].repeat_interleave(lengths, dim=0).T.contiguous()
+    position = torch.arange(len(ids)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths) + begins
     index, targets = torch.tensor(target_index, dtype=torch.long), torch.tensor(target_ids, dtype=torch.long)
-    return Pack(torch.tensor(ids), layout, torch.tensor(ends), index, targets, questions)
+    return Pack(
+        torch.tensor(ids), Layout(tree_of, branch_of, position),
+        Spans.of(lengths.tolist(), [len(tree.branches) for tree in trees]),
+        torch.tensor(ends), index, targets, questions,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Room:
+    """Sizes that packs are padded to, so that what was recorded for one pack fits others (`common.graphs`)."""
+
+    tokens: tuple[int, ...]  # rising
+    trees: int
+    spans: int  # prefixes and branches
+    answers: int  # answer tokens
+    longest: tuple[int, int, int]  # as in `Spans`
+
+    @classmethod
+    def of(cls, packs: Sequence[Pack], most_tokens: int) -> "Room":
+        """Enough for these packs, and for others like them of up to `most_tokens`."""
+
+        def ample(values: Iterable[int], step: int) -> int:
+            return step * math.ceil(1.15 * max(values) / step)
+
+        lengths = {most_tokens, *(len(p.input_ids) for p in packs)}
+        grain = next(g for g in itertools.count(256, 256) if len({-(-n // g) for n in lengths}) <= SIZES)
+        longest = [ample((p.spans.longest[i] for p in packs), 64) for i in range(3)]
+        return cls(
+            tuple(sorted({-(-n // grain) * grain for n in lengths})),
+            ample((len(p.spans.prefix) - 1 for p in packs), 8),
+            ample((len(p.spans.own) - 1 for p in packs), 8),
+            ample((len(p.target_ids) for p in packs), 64),
+            (longest[0], longest[1], longest[2]),
+        )
+
+    def pad(self, pack: Pack, size: int | None = None) -> Pack | None:
+        """The pack with tokens that no other sees and no loss asks for; None where it does not fit in here.
+
+        `size`: of the result, in tokens; else the least of `tokens`. For training only: `prompt_ends` is left empty.
+        """
+        spans, layout, length = pack.spans, pack.layout, len(pack.input_ids)
+        size = size or next((n for n in self.tokens if n >= length), 0)
+        more, trees, own, answers = (
+            size - length, self.trees + 1 - len(spans.prefix), self.spans + 1 - len(spans.own),
+            self.answers - len(pack.target_ids),
+        )  # fmt: skip
+        if min(more, trees, own, answers) < 0 or any(a > b for a, b in zip(spans.longest, self.longest, strict=True)):
+            return None
+        padded = Spans(
+            F.pad(spans.own, (0, own), value=int(spans.own[-1])),
+            F.pad(spans.prefix, (0, trees), value=int(spans.prefix[-1])),
+            F.pad(spans.branches, (0, trees), value=int(spans.branches[-1])),
+            F.pad(spans.shared, (0, more)),
+            F.pad(spans.shares, (0, more)),
+            self.longest,
+            spans.starts,
+        )
+        return Pack(
+            F.pad(pack.input_ids, (0, more)),
+            Layout(F.pad(layout.tree, (0, more), value=-1), F.pad(layout.branch, (0, more)),
+                   F.pad(layout.position, (0, more))),
+            padded,
+            pack.prompt_ends[:0],
+            F.pad(pack.target_index, (0, answers)),
+            F.pad(pack.target_ids, (0, answers), value=IGNORED),
+            pack.ids,
+        )  # fmt: skip
 
 
 def visible(query: Layout, key: Layout) -> Tensor:
@@ -96,18 +174,12 @@ def visible(query: Layout, key: Layout) -> Tensor:
     return (same_tree & on_path & (key.position <= query.position[:, None]))[None, None]
 
 
-def by_tree(query: Layout, key: Layout) -> list[tuple[slice, slice | Tensor]]:
-    """For each tree: the queries [slice] and the keys [slice, or int64 indices where they are scattered] of it."""
-    trees, counts = torch.unique_consecutive(query.tree, return_counts=True)
-    out: list[tuple[slice, slice | Tensor]] = []
-    start = 0
-    for tree, count in zip(trees.tolist(), counts.tolist(), strict=True):
-        index = (key.tree == tree).nonzero()[:, 0]
-        first, last = int(index[0]), int(index[-1])
-        contiguous = last - first + 1 == len(index)
-        out.append((slice(start, start + count), slice(first, last + 1) if contiguous else index))
-        start += count
-    return out
+def by_tree(query: Layout, key: Layout) -> list[tuple[Tensor, Tensor]]:
+    """For each tree the indices of its queries and of its keys."""
+    return [
+        ((query.tree == tree).nonzero()[:, 0], (key.tree == tree).nonzero()[:, 0])
+        for tree in query.tree.unique().tolist()
+    ]
 
 
 def logits(
@@ -149,13 +221,11 @@ def _tree_attention(
     if trees is None or len(trees) == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     assert attention_mask is not None
-    out = [
-        sdpa_attention_forward(
-            module, query[:, :, q], key[:, :, k], value[:, :, k], attention_mask[:, :, q][..., k], **kwargs
-        )[0]
-        for q, k in trees
-    ]
-    return torch.cat(out, dim=1), None
+    out = query.new_empty(query.shape).transpose(1, 2)
+    for q, k in trees:
+        mask = attention_mask[:, :, q][..., k]
+        out[:, q], _ = sdpa_attention_forward(module, query[:, :, q], key[:, :, k], value[:, :, k], mask, **kwargs)
+    return out, None
 
 
 AttentionInterface.register(ATTENTION, _tree_attention)

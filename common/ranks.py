@@ -39,5 +39,7 @@ def sum_gradients(weights: Sequence[torch.nn.Parameter], *numbers: float) -> lis
     torch.distributed.all_reduce(flat)
     *sums, totals = flat.split([*map(len, parts), len(numbers)])
     for weight, part in zip(weights, sums, strict=True):
-        weight.grad = part.view_as(weight)
+        if weight.grad is None:
+            weight.grad = torch.empty_like(weight)
+        weight.grad.copy_(part.view_as(weight))
     return totals.tolist()

@@ -42,6 +42,7 @@ def test_every_question_is_in_exactly_one_step_and_no_step_is_empty(shapes, ques
 def test_packs_keep_to_their_size_where_a_question_fits(shapes, pack_tokens):
     trees = [tree(i, n, p) for i, (n, p) in enumerate(shapes)]
     packs = plan.fill(trees, pack_tokens)
+    assert all(packs), "no pack is empty"
     for members in packs:
         assert sum(map(len, members)) <= pack_tokens or [len(t.branches) for t in members] == [1]
     assert Counter(ids(packs)) == Counter(ids([trees]))

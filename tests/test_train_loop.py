@@ -11,7 +11,7 @@ import sys
 
 import eval_loop
 import train_loop
-from common import checkpoint, decode, packing
+from common import checkpoint, decode
 from common.errors import UserError
 from tests.conftest import ROOT, squad_file
 
@@ -79,9 +79,9 @@ def test_evaluation_scores_the_kept_adapter_as_training_did(tiny_config, tmp_pat
     assert json.loads((only_run(tmp_path, "*-eval-*") / "predictions.json").read_text()) == kept
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_an_interrupted_run_goes_on_to_the_same_end(tiny_config, tmp_path, monkeypatch, dropout):
-    arguments = [str(tiny_config), f"lora.dropout={dropout}", "train.epochs=2"]
+@pytest.mark.parametrize("how", ["lora.dropout=0.5", "train.fused=false", "train.fused=true"])
+def test_an_interrupted_run_goes_on_to_the_same_end(tiny_config, tmp_path, monkeypatch, how):
+    arguments = [str(tiny_config), how, "train.epochs=2"]
     train_loop.main([*arguments, f"runs={tmp_path / 'whole'}"])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at_evaluation(patch, 3)  # steps 5 and 6 are done, and lost
@@ -105,7 +105,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tiny_config, tmp_path, monke
 def test_a_signal_saves_at_the_steps_end_and_the_run_goes_on(tiny_config, tmp_path, monkeypatch, number, code, where):
     arguments = [str(tiny_config), "train.pack_tokens=10000"]  # one pack a step
     train_loop.main([*arguments, f"runs={tmp_path / 'whole'}"])
-    module, name, nth = (packing, "pack_logits", 3) if where == "step" else (decode, "greedy", 2)
+    module, name, nth = (train_loop.F, "cross_entropy", 3) if where == "step" else (decode, "greedy", 2)
     original, calls = getattr(module, name), []
 
     def signalled(*args, **kwargs):
@@ -132,7 +132,7 @@ def test_running_out_of_memory_names_the_knob_to_turn(tiny_config, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "pack_logits", full)
+        patch.setattr(train_loop.F, "cross_entropy", full)
         with pytest.raises(
             UserError, match=r"lower train\.pack_tokens \(now 256\), or set train\.gradient_checkpointing"
         ):
@@ -205,6 +205,26 @@ def test_how_a_step_is_cut_into_packs_changes_nothing(tiny_config, tmp_path):
     assert whole["tokens"] < cut["tokens"]  # prefixes are repeated in the split trees
     assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-5)
     assert cut["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+
+
+def test_fused_layers_take_the_steps_of_the_modules(tiny_config, tmp_path, capsys):
+    rows = []
+    for fused in ("false", "true"):
+        runs = tmp_path / fused
+        train_loop.main([str(tiny_config), f"train.fused={fused}", "train.max_steps=3", f"runs={runs}"])
+        rows.append([row for row in metrics(next(runs.iterdir())) if "loss" in row])
+    said = capsys.readouterr().out
+    assert "layers by transformers and PEFT (train.fused=false)" in said
+    assert "fused layers, 2 of 2 keep their activations" in said
+    for plain, fused in zip(*rows, strict=True):
+        assert fused["loss"] == pytest.approx(plain["loss"], rel=1e-2)  # the optimizer's 8-bit blocks lie elsewhere
+    assert rows[1][0]["loss"] == pytest.approx(rows[0][0]["loss"], rel=1e-6)
+    assert rows[1][0]["grad_norm"] == pytest.approx(rows[0][0]["grad_norm"], rel=1e-5)
+
+
+def test_a_budget_that_nothing_would_heed_is_refused(tiny_config):
+    with pytest.raises(UserError, match=r"memory_budget_gib needs the fused layers, and not: lora.dropout > 0"):
+        train_loop.main([str(tiny_config), "train.fused=true", "train.memory_budget_gib=8", "lora.dropout=0.1"])
 
 
 def test_a_finished_run_is_not_trained_twice_unless_fresh(tiny_config, tmp_path, capsys):

@@ -1,0 +1,138 @@
+"""Attention over the trees of a pack, forward and backward apart, so that a layer may keep its output or not.
+
+A pack lays all prefixes out first and then all branches (`common.packing`), so a tree's attention is two dense parts:
+every prefix and every branch causally over itself, and a tree's branches over its prefix. The two are joined by their
+log-sum-exps, as Hydragen (https://arxiv.org/abs/2402.05099) does in decoding and ring attention
+(https://arxiv.org/abs/2310.01889) in training. No mask is needed, and the cost is that of the pairs that may look at
+each other, whatever the size of the pack.
+
+On a GPU with flash attention (sm80 and up, 16-bit) both parts are PyTorch's own varlen kernels. Elsewhere SDPA does
+tree by tree what those do.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from common.compiled import compiled
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where prefixes and branches begin and end: cumulative lengths [n + 1] int32, as varlen kernels take them."""
+
+    own: Tensor  # of every prefix, then of every branch
+    prefix: Tensor  # of the prefixes: the keys that a tree's branches share
+    branches: Tensor  # of each tree's branches together
+    shared: Tensor  # [T] bool: a prefix's token
+    shares: Tensor  # [T] bool: a branch's token
+    longest: tuple[int, int, int]  # longest of the first three, in tokens
+    starts: tuple[list[int], list[int], list[int]]  # the first three, on the host
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], branches: Sequence[int]) -> "Spans":
+        """`lengths`: of every prefix, then of every branch, in tokens; `branches`: how many each tree has."""
+        n = len(branches)
+        ends = list(accumulate(branches, initial=n))
+        together = [sum(lengths[a:b]) for a, b in pairwise(ends)]
+        first = sum(lengths[:n])
+        starts = (
+            list(accumulate(lengths, initial=0)),
+            list(accumulate(lengths[:n], initial=0)),
+            list(accumulate(together, initial=first)),
+        )
+        own, prefix, parts = (torch.tensor(part, dtype=torch.int32) for part in starts)
+        shared = torch.arange(starts[0][-1]) < first
+        return cls(own, prefix, parts, shared, ~shared, (max(lengths), max(lengths[:n]), max(together)), starts)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device) -> "Spans":
+        moved = {name: x.to(device) for name, x in self.tensors().items()}
+        return Spans(**moved, longest=self.longest, starts=self.starts)
+
+
+def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor | None]:
+    """Queries [T, H, D] over keys and values [T, G, D], G dividing H → output [T, H, D], log-sum-exp [H, T] or None."""
+    if not has_flash(q.device, q.dtype):
+        return _by_tree(q, k, v, spans), None
+    own, longest = spans.own, spans.longest
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, own, own, longest[0], longest[0], 0.0, True, False)
+    # rows that are in no span are not written: they hold what was in memory
+    over, lse_over, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, spans.branches, spans.prefix, longest[2], longest[1], 0.0, False, False
+    )
+    out, joined = _join(out, over, lse.T, lse_over.T, spans.shares[:, None], spans.shared[:, None])
+    return out, joined.T.contiguous()
+
+
+def backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, spans: Spans
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v. With the log-sum-exp over all keys, each part's gradient follows from that part alone."""
+    if lse is None:
+        with torch.enable_grad():
+            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+            return torch.autograd.grad(_by_tree(q, k, v, spans), (q, k, v), d_out)  # type: ignore[return-value]
+    own, longest = spans.own, spans.longest
+    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is none of
+    d_q, d_k, d_v = torch.ops.aten._flash_attention_backward(
+        d_out, q, k, v, out, lse, own, own, longest[0], longest[0], 0.0, True, seed, seed
+    )
+    over = torch.ops.aten._flash_attention_backward(
+        d_out, q, k, v, out, lse, spans.branches, spans.prefix, longest[2], longest[1], 0.0, False, seed, seed
+    )
+    return _add_where(d_q, d_k, d_v, *over, spans.shares[:, None, None], spans.shared[:, None, None])
+
+
+@compiled
+def _join(
+    out: Tensor, over: Tensor, lse: Tensor, lse_over: Tensor, shares: Tensor, shared: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`out` [T, H, D] and `lse` [T, H] over some keys, made those over these and the other keys where `shares`."""
+    both = torch.logaddexp(lse, lse_over)
+    joined = out * (lse - both).exp()[..., None] + over * (lse_over - both).exp()[..., None]
+    out = torch.where(shares[..., None], joined.to(out.dtype), torch.where(shared[..., None], out, 0))
+    return out, torch.where(shares, both, lse)
+
+
+@compiled
+def _add_where(
+    d_q: Tensor, d_k: Tensor, d_v: Tensor, q: Tensor, k: Tensor, v: Tensor, shares: Tensor, shared: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of two parts' gradients; where neither is, in padding, zero in place of what was in memory."""
+    d_q = torch.where(shares, d_q + q, torch.where(shared, d_q, 0))
+    d_k, d_v = (torch.where(shared, own + over, torch.where(shares, own, 0)) for own, over in ((d_k, k), (d_v, v)))
+    return d_q, d_k, d_v
+
+
+def _by_tree(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
+    """The same by SDPA: each prefix over itself; each tree's branches under a mask over prefix and branches."""
+    own, prefix, branches = spans.starts
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, T, D]
+
+    def causal(a: int, b: int) -> Tensor:
+        return F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, enable_gqa=True)
+
+    out = [causal(a, b) for a, b in pairwise(prefix)]
+    at = len(prefix) - 1
+    for (p, p_end), (a, b) in zip(pairwise(prefix), pairwise(branches), strict=True):
+        lengths = []
+        while own[at] < b:
+            lengths.append(own[at + 1] - own[at])
+            at += 1
+        branch = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q.device)
+        own_branch = (branch[:, None] == branch).tril()
+        mask = torch.cat([own_branch.new_ones(b - a, p_end - p), own_branch], dim=1)
+        keys, values = (torch.cat([x[:, :, p:p_end], x[:, :, a:b]], dim=2) for x in (k, v))
+        out.append(F.scaled_dot_product_attention(q[:, :, a:b], keys, values, attn_mask=mask, enable_gqa=True))
+    return torch.cat([*out, q[:, :, own[-1] :] * 0], dim=2)[0].transpose(0, 1)  # padding attends to nothing

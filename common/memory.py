@@ -1,0 +1,121 @@
+"""What training takes on a GPU, counted before it starts, and what a budget therefore allows.
+
+Peak allocated bytes = frozen base + LoRA weights, their gradient and optimizer state + every layer's input
++ all activations of the layers that keep them + the work of one layer's backward. `make test-gpu` compares the count
+with the allocator's own.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from common.config import Train
+from common.errors import UserError
+
+import torch
+
+GIB = 2**30
+CPU_PACK_TOKENS, GPU_PACK_TOKENS, LEAST_PACK_TOKENS = 1024, 8192, 512
+HELD_BYTES = 2**30  # dequantised matrices are held where they take no more than this
+
+
+@dataclass(frozen=True)
+class Shapes:
+    base_bytes: int  # the frozen base as it lies in memory
+    lora: int  # trained weights
+    layers: int
+    hidden: int
+    intermediate: int
+    query: int  # heads × head width
+    key: int
+    vocabulary: int
+    item: int  # bytes of one number of the compute dtype
+
+    @classmethod
+    def of(cls, model: Any, lora: int) -> "Shapes":
+        """Of a PEFT model, as loaded."""
+        c = model.config
+        width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        base = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+        base += sum(_constants(p) for p in model.parameters())
+        return cls(
+            base, lora, c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_attention_heads * width,
+            (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) * width, c.vocab_size,
+            model.dtype.itemsize,
+        )  # fmt: skip
+
+    @property
+    def layer_matrices(self) -> int:
+        """Bytes of one layer's seven matrices in the compute dtype."""
+        return self.item * self.hidden * (2 * self.query + 2 * self.key + 3 * self.intermediate)
+
+    @property
+    def kept_per_token(self) -> int:
+        """Bytes that a layer keeps beside its input: q, k, v, attention's output, the middle, gate and up."""
+        return self.item * (2 * self.query + 2 * self.key + self.hidden + 2 * self.intermediate)
+
+    def table(self, tokens: int, keep_layers: int, hold_weights: bool) -> dict[str, int]:
+        """Peak allocated bytes by what they are for; `tokens`: of the largest pack."""
+        work = self.item * (4 * self.intermediate + 4 * self.hidden) * tokens
+        work += 0 if hold_weights else self.layer_matrices
+        work += 0 if keep_layers == self.layers else self.kept_per_token * tokens
+        return {
+            "base": self.base_bytes + hold_weights * self.layers * self.layer_matrices,
+            "adapter": self.lora * (4 + 4 + 2 * self.item),  # fp32 and gradient; the dtype's copy and its gradient
+            "optimizer": 2 * self.lora,  # two moments of 8 bits
+            "layer inputs": self.item * self.hidden * tokens * self.layers,
+            "kept activations": self.kept_per_token * tokens * keep_layers,
+            "one layer's work": work,
+        }
+
+
+@dataclass(frozen=True)
+class Choice:
+    pack_tokens: int
+    keep_layers: int
+    hold_weights: bool
+    sentence: str
+
+
+def choose(train: Train, shapes: Shapes, device: torch.device, step_tokens: float) -> Choice:
+    """Pack size and what to keep. `step_tokens`: tokens of an average optimizer step on this rank.
+
+    Raises `UserError` where not even the least fits the budget.
+    """
+    largest = CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS
+    # a step in one pack, or in a few equal ones; a tenth more, since steps differ
+    wanted = train.pack_tokens or min(
+        largest, 256 * math.ceil(1.1 * step_tokens / math.ceil(step_tokens / largest) / 256)
+    )
+    hold = shapes.layers * shapes.layer_matrices <= HELD_BYTES
+    keep = 0 if train.gradient_checkpointing else shapes.layers
+
+    def total(tokens: int, keep: int, hold: bool) -> int:
+        return sum(shapes.table(tokens, keep, hold).values())
+
+    if train.memory_budget_gib is not None and device.type != "cpu":
+        budget = int(train.memory_budget_gib * GIB)
+        hold = hold and total(wanted, 0, True) <= budget
+        while total(wanted, 0, hold) > budget:
+            if train.pack_tokens or wanted <= LEAST_PACK_TOKENS:
+                least = total(wanted, 0, False) / GIB
+                raise UserError(
+                    f"train.memory_budget_gib={train.memory_budget_gib:g}: packs of {wanted} tokens take about "
+                    f"{least:.1f} GiB with everything recomputed"
+                )
+            wanted -= 256
+        room = budget - total(wanted, 0, hold)
+        keep = min(shapes.layers, room // (shapes.kept_per_token * wanted))
+    sentence = f"fused layers, {keep} of {shapes.layers} keep their activations, packs of {wanted} tokens"
+    if device.type != "cpu":
+        sentence += f", about {total(wanted, keep, hold) / GIB:.1f} GiB at the peak"
+    return Choice(wanted, keep, hold, sentence)
+
+
+def _constants(parameter: Any) -> int:
+    """Bytes of a 4-bit weight's quantisation constants."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return 0
+    tensors = [state.absmax, *((state.state2.absmax,) if state.nested else ())]
+    return sum(t.numel() * t.element_size() for t in tensors)

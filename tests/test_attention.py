@@ -1,0 +1,92 @@
+"""Attention over trees is attention under the tree mask, whatever the shape of the trees."""
+
+from itertools import pairwise
+
+from common import attention
+from common.attention import Spans
+from common.packing import pack, visible
+from common.prompt import Branch, Tree
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+sizes = st.lists(
+    st.tuples(st.integers(1, 9), st.lists(st.integers(1, 6), min_size=1, max_size=4)), min_size=1, max_size=4
+)
+
+
+def trees_of(shapes) -> list[Tree]:
+    """Prefixes and branches of these lengths."""
+    return [
+        Tree([1] * prefix, tuple(Branch(f"{t}.{b}", [2] * n, []) for b, n in enumerate(branches)))
+        for t, (prefix, branches) in enumerate(shapes)
+    ]
+
+
+def heads(tokens: int, n: int) -> torch.Tensor:
+    return torch.randn(tokens, n, 8, dtype=torch.float64, requires_grad=True)
+
+
+@given(sizes)
+def test_output_and_gradients_are_those_of_the_mask(shapes):
+    batch = pack(trees_of(shapes))
+    torch.manual_seed(0)
+    n = len(batch.input_ids)
+    q, k, v, d_out = heads(n, 4), heads(n, 2), heads(n, 2), torch.randn(n, 4, 8, dtype=torch.float64)
+    mask = visible(batch.layout, batch.layout)
+    wide = (x.transpose(0, 1)[None] for x in (q, k, v))
+    expected = F.scaled_dot_product_attention(*wide, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+    out, lse = attention.forward(q, k, v, batch.spans)
+    torch.testing.assert_close(out, expected)
+    gradients = torch.autograd.grad(expected, (q, k, v), d_out)
+    found = attention.backward(d_out, q, k, v, out, lse, batch.spans)
+    for ours, theirs in zip(found, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@given(sizes)
+def test_spans_are_where_the_tokens_are(shapes):
+    batch = pack(trees_of(shapes))
+    spans, layout = batch.spans, batch.layout
+    assert spans.starts == tuple(x.tolist() for x in (spans.own, spans.prefix, spans.branches))
+    assert spans.shared.tolist() == (layout.branch == 0).tolist() == (~spans.shares).tolist()
+    for starts, key in ((spans.own, layout.tree * 1000 + layout.branch), (spans.branches, layout.tree)):
+        for a, b in pairwise(starts):
+            assert len(key[a:b].unique()) == 1
+    assert spans.longest == tuple(int(x.diff().max()) for x in (spans.own, spans.prefix, spans.branches))
+
+
+def test_two_parts_join_to_the_whole():
+    """`_join` with the log-sum-exps of each part is attention over both."""
+    q, k, v = (torch.randn(2, 5, 8, dtype=torch.float64) for _ in range(3))  # [H, T, D]
+    scores = q @ k.transpose(1, 2)
+    parts = [(scores[..., s].softmax(-1) @ v[:, s], scores[..., s].logsumexp(-1)) for s in (slice(2), slice(2, 5))]
+    (out, lse), (over, lse_over) = ((o.transpose(0, 1), x.T) for o, x in parts)
+    some = torch.tensor([True, True, False, True, False])[:, None]
+    shared = torch.tensor([False, False, True, False, False])[:, None]
+    joined, both = attention._join(out, over, lse, lse_over, some, shared)
+    whole = (scores.softmax(-1) @ v).transpose(0, 1)
+    torch.testing.assert_close(joined[some[:, 0]], whole[some[:, 0]])
+    torch.testing.assert_close(both[some[:, 0]], scores.logsumexp(-1).T[some[:, 0]])
+    torch.testing.assert_close(joined[2], out[2])
+    assert (joined[4] == 0).all(), "padding"
+
+
+@pytest.mark.parametrize("where", ["d_q", "d_k"])
+def test_what_was_in_memory_under_padding_goes_nowhere(where):
+    garbage = torch.full((3, 1, 2), torch.nan)
+    good = torch.ones(3, 1, 2)
+    shares, shared = (torch.tensor(x)[:, None, None] for x in ([False, True, False], [True, False, False]))
+    own = torch.where(shares | shared, good, garbage)
+    over_q, over_k = torch.where(shares, good, garbage), torch.where(shared, good, garbage)
+    d_q, d_k, _ = attention._add_where(own, own, own, over_q, over_k, over_k, shares, shared)
+    expected = {"d_q": [1, 2, 0], "d_k": [2, 1, 0]}[where]
+    assert {"d_q": d_q, "d_k": d_k}[where][:, 0, 0].tolist() == expected
+
+
+def test_flash_is_for_16_bit_numbers_on_a_gpu():
+    assert not attention.has_flash(torch.device("cpu"), torch.bfloat16)
+    assert isinstance(Spans.of([3, 2], [1]), Spans)

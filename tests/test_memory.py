@@ -1,0 +1,89 @@
+"""A budget decides what is kept and how large packs are, and says so; what cannot fit is refused."""
+
+import json
+
+from common.config import Base, Lora, Train
+from common.errors import UserError
+from common.memory import GIB, Shapes, choose
+from common.model import add_lora, load_base, parameter_counts
+from tests.conftest import ROOT
+
+import pytest
+import torch
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+LLAMA = Shapes(int(3.6 * GIB), 39_976_960, 32, 4096, 11008, 4096, 4096, 32000, 2)
+STEP = 4126.0  # tokens of 64 questions
+
+
+def total(choice, shapes=LLAMA) -> float:
+    return sum(shapes.table(choice.pack_tokens, choice.keep_layers, choice.hold_weights).values()) / GIB
+
+
+@pytest.mark.parametrize("budget", [6.5, 8, 14, 24, 60])
+def test_a_choice_fits_its_budget_and_uses_it(budget):
+    choice = choose(Train(fused=True, memory_budget_gib=budget), LLAMA, GPU, STEP)
+    assert total(choice) <= budget
+    one_more = LLAMA.kept_per_token * choice.pack_tokens / GIB
+    assert choice.keep_layers == 32 or total(choice) + one_more > budget
+    assert f"{choice.keep_layers} of 32" in choice.sentence
+    assert str(choice.pack_tokens) in choice.sentence
+
+
+def test_more_memory_keeps_more():
+    kept = [choose(Train(fused=True, memory_budget_gib=b), LLAMA, GPU, STEP).keep_layers for b in (7, 8, 12, 16, 24)]
+    assert kept == sorted(kept)
+    assert kept[0] < 8
+    assert kept[-1] == 32
+
+
+def test_too_little_memory_makes_packs_smaller_and_then_says_what_it_takes():
+    whole = choose(Train(fused=True, memory_budget_gib=8), LLAMA, GPU, STEP)
+    small = choose(Train(fused=True, memory_budget_gib=5), LLAMA, GPU, STEP)
+    assert 512 <= small.pack_tokens < whole.pack_tokens
+    assert total(small) <= 5
+    with pytest.raises(UserError, match=r"memory_budget_gib=4: packs of 512 tokens take about 4\.\d GiB"):
+        choose(Train(fused=True, memory_budget_gib=4), LLAMA, GPU, STEP)
+    with pytest.raises(UserError, match=r"packs of 4096 tokens take about"):
+        choose(Train(fused=True, memory_budget_gib=5, pack_tokens=4096), LLAMA, GPU, STEP)
+
+
+def test_without_a_budget_checkpointing_decides():
+    assert choose(Train(gradient_checkpointing=True), LLAMA, GPU, STEP).keep_layers == 0
+    assert choose(Train(gradient_checkpointing=False), LLAMA, GPU, STEP).keep_layers == 32
+
+
+@pytest.mark.parametrize(("step", "pack"), [(4126, 4608), (8000, 8192), (10_000, 5632), (300, 512)])
+def test_a_step_is_one_pack_or_a_few_equal_ones(step, pack):
+    assert choose(Train(), LLAMA, GPU, step).pack_tokens == pack
+
+
+def test_a_cpu_has_small_packs_and_no_budget():
+    choice = choose(Train(fused=True, memory_budget_gib=0.001), LLAMA, CPU, STEP)
+    assert choice.pack_tokens <= 1024
+    assert "GiB" not in choice.sentence
+
+
+def test_matrices_of_a_small_model_are_held():
+    small = Shapes(10**8, 4_884_480, 30, 576, 1536, 576, 192, 49152, 2)
+    assert choose(Train(), small, GPU, STEP).hold_weights
+    assert not choose(Train(), LLAMA, GPU, STEP).hold_weights
+
+
+def test_shapes_are_those_of_the_model(smollm2_base):
+    model = add_lora(load_base(Base(str(smollm2_base)), CPU), Lora(), seed=0)
+    trained, frozen = parameter_counts(model)
+    shapes = Shapes.of(model, trained)
+    assert (shapes.layers, shapes.hidden, shapes.intermediate, shapes.query, shapes.key) == (30, 576, 1536, 576, 192)
+    matrices = shapes.layers * shapes.layer_matrices // shapes.item
+    embeddings = shapes.vocabulary * shapes.hidden
+    assert 0 <= frozen - matrices - embeddings < 0.001 * frozen  # norms
+    four_bit, double_quantised = matrices / 2, matrices / 64
+    assert shapes.base_bytes == pytest.approx(four_bit + double_quantised + 4 * embeddings, rel=0.01)
+
+
+def test_the_figures_used_here_are_those_of_7bs_config():
+    c = json.loads((ROOT / "configs" / "shapes" / "llama-2-7b" / "config.json").read_text())
+    assert (c["num_hidden_layers"], c["hidden_size"], c["intermediate_size"], c["vocab_size"]) == (
+        LLAMA.layers, LLAMA.hidden, LLAMA.intermediate, LLAMA.vocabulary,
+    )  # fmt: skip
