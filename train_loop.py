@@ -47,6 +47,8 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+CPU_PACK_TOKENS, GPU_PACK_TOKENS = 1024, 4096  # of layers that are not fused
+
 
 def rate(step: int, total: int, warmup: float, peak: float) -> float:
     """Learning rate of `step` (from 0): linear warm-up, then a cosine to zero. Pure, so there is no state to save."""
@@ -119,18 +121,24 @@ def main(argv: list[str]) -> None:
     # ---- model -----------------------------------------------------------------------------------------------------
     model = add_lora(load_base(config.base, device), config.lora, config.seed)
     trained, frozen = parameter_counts(model)
-    step_tokens = sum(map(len, trees)) / per_epoch / n_ranks
-    choice = memory.choose(train, memory.Shapes.of(model, trained), device, step_tokens)
-    pack_tokens = choice.pack_tokens
     plain = "train.fused=false" if not train.fused else fused.unfit(model)
     if plain and train.memory_budget_gib:
         raise UserError(f"train.memory_budget_gib needs the fused layers, and not: {plain}")
+    knob = "lower train.pack_tokens"
     if plain:
+        pack_tokens = train.pack_tokens or (CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS)
+        ways = f"layers by transformers and PEFT ({plain}), packs of {pack_tokens} tokens"
+        knob += f" (now {pack_tokens})"
+        knob += "" if train.gradient_checkpointing else ", or set train.gradient_checkpointing=true"
         weights = [p for p in model.parameters() if p.requires_grad]
         if train.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         logits_of: Callable = functools.partial(packing.pack_logits, model)
     else:
+        step_tokens = sum(map(len, trees)) / per_epoch / n_ranks
+        choice = memory.choose(train, memory.Shapes.of(model, trained), device, step_tokens)
+        pack_tokens, ways = choice.pack_tokens, choice.sentence
+        knob += f" (now {pack_tokens}), or set train.memory_budget_gib"
         fast = fused.Fused(model, choice.keep_layers, choice.hold_weights)
         weights, logits_of = [fast.flat], fast.logits
 
@@ -154,7 +162,8 @@ def main(argv: list[str]) -> None:
     if not plain and attention.has_flash(device, dtype):
         like = [pack for step in range(min(32, per_epoch)) for pack in prepare(step)[1]]
         smallest = min(like, key=lambda pack: len(pack.input_ids))
-        compute = graphs.Graphed(work, weights, packing.Room.of(like, pack_tokens), smallest)
+        with meter.out_of_memory(knob):
+            compute = graphs.Graphed(work, weights, packing.Room.of(like, pack_tokens), smallest)
     optimizer = accelerator.prepare(bnb.optim.PagedAdamW8bit(weights, lr=train.lr, weight_decay=train.weight_decay))
     training = {"optimizer": optimizer} | ({"scaler": accelerator.scaler} if accelerator.scaler else {})
 
@@ -184,8 +193,7 @@ def main(argv: list[str]) -> None:
         f"{sum(map(len, trees)):,} tokens\n"
         f"{total} steps of ~{train.questions_per_step} questions; every {train.eval_every} steps "
         f"{'no accuracy (random weights), but its time and memory' if untrue else 'EM'} on "
-        f"{len(stop_examples)} questions of {stop.split}; run {run}\n"
-        + (f"layers by transformers and PEFT ({plain}), packs of {pack_tokens} tokens" if plain else choice.sentence)
+        f"{len(stop_examples)} questions of {stop.split}; run {run}\n{ways}"
     )
     if config.lora.dropout:
         print("lora.dropout > 0: branches share one dropout mask on their prefix; valid training, not equal to rows")
@@ -209,9 +217,6 @@ def main(argv: list[str]) -> None:
     began, seconds_before, asked = meter.now(device), state["seconds"], False
     ahead = ThreadPoolExecutor(1)
     upcoming = ahead.submit(prepare, state["step"])
-    knob = f"lower train.pack_tokens (now {pack_tokens})" + (
-        "" if choice.keep_layers == 0 else ", or set train.gradient_checkpointing=true"
-    )
     with stopping.listen() as request, (run / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
         while not asked:
             step = state["step"]

@@ -95,8 +95,8 @@ class Train:
     lr: float = 2e-4  # peak learning rate
     epochs: float = 1.0  # passes over the train set
     questions_per_step: int = 64  # the batch size: questions of one optimizer step
-    pack_tokens: int | None = None  # tokens of one micro-batch; null: by device and memory_budget_gib
-    memory_budget_gib: float | None = None  # GPU memory to stay below: decides what is recomputed; null: see below
+    pack_tokens: int | None = None  # tokens of one micro-batch; null: by device, fused and memory_budget_gib
+    memory_budget_gib: float | None = None  # fused: peak GPU memory; null: gradient_checkpointing decides
     fused: bool = False  # compute Llama layers by common/fused.py; false: by transformers' and PEFT's modules
     warmup: float = 0.03  # share of the steps in which the rate rises, [0, 1]
     weight_decay: float = 0.0

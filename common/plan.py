@@ -3,7 +3,6 @@
 Imports no torch.
 """
 
-import math
 import random
 from collections.abc import Sequence
 
@@ -48,17 +47,25 @@ def share(trees: Sequence[Tree], ranks: int) -> list[list[Tree]]:
 
 
 def fill(trees: Sequence[Tree], pack_tokens: int) -> list[list[Tree]]:
-    """Packs of at most `pack_tokens` and of nearly the same size, as few as that allows; a larger tree is split.
+    """As few packs as first-fit decreasing finds, each of at most `pack_tokens`; a larger tree is split.
+
+    As many packs of nearly the same size, where these keep to `pack_tokens` too: a small last one would be slow.
 
     Only a single question that is longer than `pack_tokens` has a pack above it.
     """
     parts = [part for tree in trees for part in tree.split(max_tokens=pack_tokens)]
-    n = math.ceil(sum(map(len, parts)) / pack_tokens)
-    while True:
-        packs = [pack for pack in share(parts, n) if pack]
-        if all(len(pack) == 1 or sum(map(len, pack)) <= pack_tokens for pack in packs):
-            return packs
-        n += 1
+    packs: list[list[Tree]] = []
+    room: list[int] = []
+    for tree in sorted(parts, key=len, reverse=True):
+        fits = next((i for i, free in enumerate(room) if len(tree) <= free), None)
+        if fits is None:
+            packs.append([])
+            room.append(pack_tokens)
+            fits = len(packs) - 1
+        packs[fits].append(tree)
+        room[fits] -= len(tree)
+    equal = share(parts, len(packs))
+    return equal if all(len(pack) == 1 or sum(map(len, pack)) <= pack_tokens for pack in equal) else packs
 
 
 def _questions(trees: Sequence[Tree]) -> int:

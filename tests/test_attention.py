@@ -3,7 +3,6 @@
 from itertools import pairwise
 
 from common import attention
-from common.attention import Spans
 from common.packing import pack, visible
 from common.prompt import Branch, Tree
 
@@ -89,4 +88,3 @@ def test_what_was_in_memory_under_padding_goes_nowhere(where):
 
 def test_flash_is_for_16_bit_numbers_on_a_gpu():
     assert not attention.has_flash(torch.device("cpu"), torch.bfloat16)
-    assert isinstance(Spans.of([3, 2], [1]), Spans)

@@ -1,7 +1,5 @@
 """The fused layers compute what transformers' and PEFT's modules compute, loss and every gradient."""
 
-import itertools
-
 from common import packing
 from common.config import Base, Lora
 from common.fused import Fused, flatten, unfit
@@ -129,7 +127,7 @@ def test_micro_batches_add_up(tiny_base):
     loss_of(fused.logits, pack(trees))
     whole = fused.flat.grad.clone()
     fused.flat.grad.zero_()
-    for part in itertools.batched(trees, 2) if hasattr(itertools, "batched") else (trees[:2], trees[2:]):
+    for part in (trees[:2], trees[2:]):
         loss_of(fused.logits, pack(part))
     assert off(fused.flat.grad, whole) < 1e-5
 
