@@ -10,11 +10,10 @@ import json
 import sys
 from typing import Any
 
-from common import checkpoint, decode, meter, plan, preflight, ranks, record, squad
+from common import cache, checkpoint, decode, meter, plan, preflight, ranks, record, squad
 from common.config import load
 from common.errors import one_line_errors
 from common.model import load_system, load_tokenizers
-from common.prompt import build_trees
 from common.score import score
 from common.stats import wilson
 
@@ -39,7 +38,7 @@ def main(argv: list[str]) -> None:
     dev = squad.load(config.data, "dev")
     tokenizer, cutter = load_tokenizers(config)
     model = load_system(config, adapter, device)
-    built = build_trees(dev.examples, tokenizer, config.window, train=False, window_tokenizer=cutter)
+    built = cache.build_trees(dev.examples, tokenizer, config.window, train=False, window_tokenizer=cutter)
 
     # ---- decode, score ---------------------------------------------------------------------------------------------
     stops = decode.stop_ids(tokenizer)

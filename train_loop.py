@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 from common import (
     attention,
+    cache,
     checkpoint,
     decode,
     fused,
@@ -36,7 +37,7 @@ from common import (
 from common.config import load
 from common.errors import UserError, one_line_errors
 from common.model import add_lora, compute_dtype, load_base, load_tokenizers, load_weights, parameter_counts
-from common.prompt import Tree, build_trees
+from common.prompt import Tree
 from common.score import score
 
 import bitsandbytes as bnb
@@ -108,8 +109,8 @@ def main(argv: list[str]) -> None:
         train_examples, stop_examples = squad.hold_out(train_examples, stop.heldout_share)
     stop_examples = squad.stratified(stop_examples, stop.questions or len(stop_examples))
     tokenizer, cutter = load_tokenizers(config)
-    built = build_trees(train_examples, tokenizer, config.window, train=True, window_tokenizer=cutter)
-    stop_trees = build_trees(stop_examples, tokenizer, config.window, train=False, window_tokenizer=cutter).trees
+    built = cache.build_trees(train_examples, tokenizer, config.window, train=True, window_tokenizer=cutter)
+    stop_trees = cache.build_trees(stop_examples, tokenizer, config.window, train=False, window_tokenizer=cutter).trees
     trees = plan.bounded(built.trees, train.questions_per_step)
     if not trees:
         raise UserError(f"{train_set.source}: no question is left to train on ({built.counts})")
@@ -123,7 +124,10 @@ def main(argv: list[str]) -> None:
     trained, frozen = parameter_counts(model)
     plain = "train.fused=false" if not train.fused else fused.unfit(model)
     if plain and train.memory_budget_gib:
-        raise UserError(f"train.memory_budget_gib needs the fused layers, and not: {plain}")
+        raise UserError(
+            f"train.memory_budget_gib needs the fused layers; not with {plain}: set train.memory_budget_gib=null, and "
+            "train.pack_tokens and train.gradient_checkpointing by hand"
+        )
     knob = "lower train.pack_tokens"
     if plain:
         pack_tokens = train.pack_tokens or (CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS)

@@ -10,6 +10,7 @@ On a GPU with flash attention (sm80 and up, 16-bit) both parts are PyTorch's own
 tree by tree what those do.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -48,6 +49,21 @@ class Spans:
         own, prefix, parts = (torch.tensor(part, dtype=torch.int32) for part in starts)
         shared = torch.arange(starts[0][-1]) < first
         return cls(own, prefix, parts, shared, ~shared, (max(lengths), max(lengths[:n]), max(together)), starts)
+
+    @functools.cached_property
+    def masks(self) -> list[Tensor]:
+        """For each tree, which of its prefix's and its branches' tokens the branches' tokens see: bool [B, P + B]."""
+        own, prefix, branches = self.starts
+        masks, at = [], len(prefix) - 1
+        for (p, p_end), (a, b) in zip(pairwise(prefix), pairwise(branches), strict=True):
+            lengths = []
+            while own[at] < b:
+                lengths.append(own[at + 1] - own[at])
+                at += 1
+            branch = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+            same = (branch[:, None] == branch).tril()
+            masks.append(torch.cat([same.new_ones(b - a, p_end - p), same], dim=1).to(self.own.device))
+        return masks
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -124,15 +140,7 @@ def _by_tree(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
         return F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, enable_gqa=True)
 
     out = [causal(a, b) for a, b in pairwise(prefix)]
-    at = len(prefix) - 1
-    for (p, p_end), (a, b) in zip(pairwise(prefix), pairwise(branches), strict=True):
-        lengths = []
-        while own[at] < b:
-            lengths.append(own[at + 1] - own[at])
-            at += 1
-        branch = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q.device)
-        own_branch = (branch[:, None] == branch).tril()
-        mask = torch.cat([own_branch.new_ones(b - a, p_end - p), own_branch], dim=1)
+    for (p, p_end), (a, b), mask in zip(pairwise(prefix), pairwise(branches), spans.masks, strict=True):
         keys, values = (torch.cat([x[:, :, p:p_end], x[:, :, a:b]], dim=2) for x in (k, v))
         out.append(F.scaled_dot_product_attention(q[:, :, a:b], keys, values, attn_mask=mask, enable_gqa=True))
     return torch.cat([*out, q[:, :, own[-1] :] * 0], dim=2)[0].transpose(0, 1)  # padding attends to nothing

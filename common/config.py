@@ -97,7 +97,7 @@ class Train:
     questions_per_step: int = 64  # the batch size: questions of one optimizer step
     pack_tokens: int | None = None  # tokens of one micro-batch; null: by device, fused and memory_budget_gib
     memory_budget_gib: float | None = None  # fused: peak GPU memory; null: gradient_checkpointing decides
-    fused: bool = False  # compute Llama layers by common/fused.py; false: by transformers' and PEFT's modules
+    fused: bool = True  # compute Llama layers by common/fused.py; false: by transformers' and PEFT's modules
     warmup: float = 0.03  # share of the steps in which the rate rises, [0, 1]
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0  # clip the gradient's norm to this

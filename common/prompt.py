@@ -5,6 +5,7 @@ tokenizer's ids of the whole text, as any other tool would make them; parts are 
 (a tokenizer is handed in).
 """
 
+import bisect
 import hashlib
 import math
 from collections import Counter
@@ -23,6 +24,8 @@ _CONTEXT = "Context: {}"
 _QUESTION = "\n\nQuestion: {}\n\nAnswer:"
 _TARGET = " {}"  # then EOS
 _SHARED = _CONTEXT + _QUESTION.partition(" {}")[0]  # what all questions of a paragraph begin with
+
+MANY = 5000  # texts: so many take a while
 
 Ids = list[int]
 
@@ -106,21 +109,22 @@ def build_trees(
     if train:
         counts.update(dropped_outside=0, dropped_long=0)
     rows = list(_rows(list(examples), window_tokenizer or tokenizer, window, train, counts))
-    contexts = list(dict.fromkeys(row.context for row in rows))
-    shared = dict(zip(contexts, _tokenize(tokenizer, [_SHARED.format(c) for c in contexts]), strict=True))
-    prompts = _tokenize(tokenizer, [row.prompt for row in rows], progress)
-    fulls = _tokenize(tokenizer, [row.prompt + row.target for row in rows], progress) if train else prompts
     groups: dict[object, list[Branch]] = {}
-    for row, prompt_ids, full_ids in zip(rows, prompts, fulls, strict=True):
-        if full_ids[: len(prompt_ids)] != prompt_ids:
-            raise UserError(f"question {row.id}: this tokenizer merges the prompt's end with the answer's start")
-        answer_ids = [*full_ids[len(prompt_ids) :], tokenizer.eos_token_id] if train else []
+    for row, encoding in zip(
+        rows, _encode(tokenizer, [row.prompt + row.target for row in rows], progress), strict=True
+    ):
+        ids = encoding.ids
+        n = _tokens_within(encoding, len(row.prompt))
+        if n is None or encoding.token_to_chars(len(ids) - 1) is None:
+            what = "merges the prompt and the answer" if n is None else "adds an end"
+            raise UserError(f"question {row.id}: this tokenizer {what}")
+        answer_ids = [*ids[n:], tokenizer.eos_token_id] if train else []
         if len(answer_ids) > window.answer:
             counts["dropped_long"] += 1
             continue
-        shares = prompt_ids[: len(shared[row.context])] == shared[row.context]
-        key = row.context if shares else row  # a question that does not share the prefix gets a tree of its own
-        groups.setdefault(key, []).append(Branch(row.id, prompt_ids, answer_ids))
+        # a question whose ids differ from the others' in what all begin with gets a tree of its own
+        shared = _tokens_within(encoding, len(_SHARED.format(row.context)))
+        groups.setdefault((row.context, *ids[: shared or n]), []).append(Branch(row.id, ids[:n], answer_ids))
     return Trees([_tree(group) for group in groups.values()], dict(counts))
 
 
@@ -204,10 +208,32 @@ def _offsets(tokenizer: Any, whole: str) -> list[Span]:
     return tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 
 
-def _tokenize(tokenizer: Any, texts: list[str], progress: bool = False, special: bool = True) -> list[Ids]:
-    out: list[Ids] = []
-    with tqdm(total=len(texts), desc="tokenise", unit="text", disable=not progress or len(texts) < 5000) as bar:
+# ---- ids -----------------------------------------------------------------------------------------------------------
+
+
+def _tokenize(tokenizer: Any, texts: list[str], special: bool = True) -> list[Ids]:
+    return [encoding.ids for encoding in _encode(tokenizer, texts, special=special)]
+
+
+def _encode(tokenizer: Any, texts: list[str], progress: bool = False, special: bool = True) -> Iterator[Any]:
+    """`tokenizers.Encoding` of each text: what the tokenizer itself makes of it, and where each token lies in it."""
+    with tqdm(total=len(texts), desc="tokenise", unit="text", disable=not progress or len(texts) < MANY) as bar:
         for i in range(0, len(texts), 1000):
-            out += tokenizer(texts[i : i + 1000], add_special_tokens=special)["input_ids"]
+            yield from tokenizer.backend_tokenizer.encode_batch(texts[i : i + 1000], add_special_tokens=special)
             bar.update(len(texts[i : i + 1000]))
-    return out
+
+
+def _tokens_within(encoding: Any, stop: int) -> int | None:
+    """How many tokens lie in the first `stop` characters; None where one lies across that place.
+
+    These are the ids of the first `stop` characters alone: a merge of BPE is made for what it joins, and none of them
+    crossed the place, so what is behind it changed nothing before it.
+    """
+
+    def end(token: int) -> int:
+        span = encoding.token_to_chars(token)
+        return span[1] if span else token and stop + 1  # none: BOS is before all text, EOS behind
+
+    n = bisect.bisect_right(range(len(encoding)), stop, key=end)
+    span = encoding.token_to_chars(n) if n < len(encoding) else None
+    return None if span and span[0] < stop else n

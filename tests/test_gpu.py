@@ -1,25 +1,35 @@
 """What only a GPU can show (`make test-gpu`): bf16 and fp16, NF4's own kernels, memory. Fails where there is none."""
 
 import json
+import random
+import shutil
 
 import bench_latency
 import eval_loop
 import train_loop
-from common import meter
-from common.config import Base
+from common import attention, meter
+from common.config import Base, Lora, Train
 from common.decode import predict, stop_ids
 from common.errors import UserError
-from common.model import load_base, load_tokenizer
+from common.fused import Fused
+from common.graphs import Graphed
+from common.memory import GIB, Shapes, choose
+from common.model import add_lora, load_base, load_tokenizer, parameter_counts
+from common.packing import IGNORED, Room, pack
+from common.prompt import Branch, Tree
 from tests.conftest import ROOT
 from tests.test_decode import LIMIT, demo_trees, generated
+from tests.test_fused import adapter_weights, fused_gradient, loss_of, off, plain_loss
 from tests.test_model import four_bit_bytes, train_a_little
 from tests.test_packing import gradient, lora_model, packed_loss, rows_loss, trees_of
 from tests.test_train_loop import interrupt_at_evaluation, metrics
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from torch.nn.functional import cosine_similarity
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -33,15 +43,41 @@ def gpu():
     torch.cuda.empty_cache()
 
 
+@pytest.fixture(scope="module")
+def base16(smollm2_base, tmp_path_factory):
+    """SmolLM2 with weights that 16 bits hold, so that every precision quantises the same numbers to the same NF4."""
+    folder = tmp_path_factory.mktemp("base16") / smollm2_base.name
+    shutil.copytree(smollm2_base, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v.bfloat16().float() for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def worker(fused: Fused):
+    """What `train_loop.py` gives to `Graphed`, without a loss scale."""
+
+    def work(pack, share):
+        logits = fused.logits(pack, pack.target_index)
+        loss = cross_entropy(logits, pack.target_ids, reduction="sum", ignore_index=IGNORED) * share
+        loss.backward()
+        return loss.detach()
+
+    return work
+
+
+def without_flash(monkeypatch):
+    monkeypatch.setattr(attention, "has_flash", lambda device, dtype: False)
+
+
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return cosine_similarity(a.double(), b.double(), dim=0).item()
 
 
-def test_packed_gradients_in_bf16_are_those_of_rows(smollm2_base):
-    trees, _ = trees_of(smollm2_base, 8)
+def test_packed_gradients_in_bf16_are_those_of_rows(base16):
+    trees, _ = trees_of(base16, 8)
     gradients, losses = {}, {}
     for dtype in ("bf16", "fp32"):
-        model = lora_model(smollm2_base, "nf4", dtype, GPU)
+        model = lora_model(base16, "nf4", dtype, GPU)
         losses[dtype, "packed"], gradients[dtype, "packed"] = packed_loss(model, [trees]), gradient(model)
         losses[dtype, "rows"], gradients[dtype, "rows"] = rows_loss(model, trees), gradient(model)
     truth = gradients["fp32", "rows"]
@@ -52,6 +88,90 @@ def test_packed_gradients_in_bf16_are_those_of_rows(smollm2_base):
     assert losses["bf16", "packed"].item() == pytest.approx(losses["bf16", "rows"].item(), rel=0.005)
     assert losses["fp32", "packed"].item() == pytest.approx(losses["fp32", "rows"].item(), rel=1e-4)
     assert off["packed"] <= 1.1 * off["rows"], "packing adds to what bf16 itself costs"
+
+
+@pytest.mark.parametrize(("dtype", "flash"), [("bf16", True), ("fp16", True), ("fp16", False)])
+def test_fused_gradients_in_16_bits_are_as_good_as_those_of_the_modules(base16, monkeypatch, dtype, flash):
+    """In fp16 without flash attention: as on a T4."""
+    if not flash:
+        without_flash(monkeypatch)
+    trees, _ = trees_of(base16, 8)
+    batch = pack(trees).to(GPU)
+    truth_model = lora_model(base16, "nf4", "fp32", GPU)
+    true_loss, truth = plain_loss(truth_model, batch).item(), gradient(truth_model)
+    del truth_model
+    model = lora_model(base16, "nf4", dtype, GPU)
+    plain_loss(model, batch)
+    modules = off(gradient(model), truth)
+    for keep in (0, 30):
+        fused = Fused(model, keep, hold_weights=keep > 0)
+        loss, found = loss_of(fused.logits, batch).item(), fused_gradient(model, fused)
+        print(f"{dtype}, flash {flash}, {keep} layers kept: loss {loss} for {true_loss}")
+        print(f"gradient off by {off(found, truth):.4f} (modules {modules:.4f}), cosine {cosine(found, truth):.6f}")
+        assert loss == pytest.approx(true_loss, rel=0.005)
+        assert cosine(found, truth) >= 0.999
+        assert off(found, truth) <= 1.1 * modules
+        for p in adapter_weights(model):
+            p.requires_grad_(True)
+
+
+def test_a_graph_computes_what_was_recorded_for_any_pack_that_fits(smollm2_base):
+    trees, _ = trees_of(smollm2_base, 24)
+    model = lora_model(smollm2_base, "nf4", "bf16", GPU)
+    fused = Fused(model, keep_layers=8, hold_weights=True)
+    work = worker(fused)
+    packs = [pack(trees[i : i + n]) for i, n in ((0, 8), (8, 2), (10, 8), (18, 6))]
+    graphed = Graphed(work, [fused.flat], Room.of(packs, 2048), packs[1])
+    assert len(graphed.graphs) >= 2
+    replays = []
+    for batch in [*packs, packs[0]]:
+        fused.flat.grad.zero_()
+        loss = graphed(batch, 0.5).item()
+        replays.append(fused.flat.grad.clone())
+        fused.flat.grad.zero_()
+        assert loss == pytest.approx(work(batch.to(GPU), torch.tensor(0.5, device=GPU)).item(), rel=1e-3)
+        assert off(replays[-1], fused.flat.grad) < 0.02  # padded products are rounded in another order
+    assert off(replays[0], replays[-1]) < 0.02
+    assert off(replays[0], replays[2]) > 0.1
+
+
+@pytest.mark.parametrize(("budget", "flash", "dtype"), [(8, True, "bf16"), (24, True, "bf16"), (14, False, "fp16")])
+def test_a_budget_is_kept_and_its_count_is_right(monkeypatch, budget, flash, dtype):
+    """Llama-2-7B's shapes, and packs of invented ids that fill them."""
+    if not flash:
+        without_flash(monkeypatch)
+    shapes = ROOT / "configs" / "shapes" / "llama-2-7b"
+    model = add_lora(load_base(Base(str(shapes), random_weights=True, dtype=dtype), GPU), Lora(), seed=0)
+    counts = Shapes.of(model, parameter_counts(model)[0])
+    choice = choose(Train(memory_budget_gib=budget), counts, GPU, step_tokens=4126)
+    print(choice.sentence)
+    rng = random.Random(0)
+
+    def words(n: int) -> list[int]:
+        return [rng.randrange(3, 32000) for _ in range(n)]
+
+    def some(n: int) -> list[Tree]:
+        return [Tree(words(150), tuple(Branch(f"{i}.{q}", words(18), words(5)) for q in range(5))) for i in range(n)]
+
+    full = choice.pack_tokens // 260
+    fused = Fused(model, choice.keep_layers, choice.hold_weights)
+    optimizer = bnb.optim.PagedAdamW8bit([fused.flat])
+    torch.cuda.empty_cache()
+    meter.reset_peaks(GPU)
+    work = worker(fused)
+    packs = [pack(some(n)) for n in (full, full // 2)]
+    compute = Graphed(work, [fused.flat], Room.of(packs, choice.pack_tokens), packs[1]) if flash else None
+    for batch in packs:
+        loss = compute(batch, 1.0) if compute else work(batch.to(GPU), torch.ones((), device=GPU))
+        assert torch.isfinite(loss)
+    assert torch.isfinite(fused.flat.grad).all() or dtype == "fp16"  # no loss scale here
+    fused.flat.grad.nan_to_num_()
+    optimizer.step()
+    peak = meter.peaks(GPU)["allocated_bytes"] / GIB
+    counted = sum(counts.table(choice.pack_tokens, choice.keep_layers, choice.hold_weights).values()) / GIB
+    print(f"budget {budget}: {peak:.2f} GiB allocated, {counted:.2f} counted")
+    assert peak <= budget
+    assert peak == pytest.approx(counted, rel=0.15)
 
 
 def test_training_leaves_the_nf4_bytes_as_they_were(smollm2_base):

@@ -6,7 +6,7 @@ import sys
 
 from tests.conftest import ROOT
 
-TORCH_FREE = ("config", "errors", "squad", "prompt", "plan", "score", "stats", "record", "nvml")
+TORCH_FREE = ("config", "errors", "squad", "prompt", "cache", "plan", "score", "stats", "record", "nvml")
 SCRIPTS = ("train_loop", "eval_loop", "bench_latency", "report")
 
 

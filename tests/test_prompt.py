@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from common import prompt
 from common.config import Window
+from common.errors import UserError
 from common.prompt import build_trees
 from common.squad import Answer, Example, read
 from tests.conftest import ROOT
@@ -78,13 +79,23 @@ def test_questions_of_a_paragraph_share_one_tree_with_the_paragraph_in_its_prefi
 
 
 def test_a_question_whose_ids_break_the_shared_prefix_gets_a_tree_of_its_own(tokenizer, demo, monkeypatch):
-    tokenize = prompt._tokenize
+    encode = prompt._encode
+
+    class Odd:
+        def __init__(self, encoding):
+            self.encoding, self.ids = encoding, [5, *encoding.ids[1:]]
+
+        def __len__(self):
+            return len(self.ids)
+
+        def token_to_chars(self, token):
+            return self.encoding.token_to_chars(token)
 
     def odd(tokenizer, texts, *args, **kwargs):
-        rows = tokenize(tokenizer, texts, *args, **kwargs)
-        return [[5, *ids[1:]] if demo[1].question in text else ids for text, ids in zip(texts, rows, strict=True)]
+        rows = encode(tokenizer, texts, *args, **kwargs)
+        return [Odd(row) if demo[1].question in text else row for text, row in zip(texts, rows, strict=True)]
 
-    monkeypatch.setattr(prompt, "_tokenize", odd)
+    monkeypatch.setattr(prompt, "_encode", odd)
     trees = build_trees(demo[:5], tokenizer, Window(), train=False).trees
     assert sorted(len(tree.branches) for tree in trees) == [1, 4]
 
@@ -108,6 +119,34 @@ def test_nothing_is_longer_than_its_window(tokenizer, context, question):
             for branch in tree.branches:
                 assert len(tree.prefix_ids) + len(branch.prompt_ids) <= SMALL.context + SMALL.question
                 assert len(branch.answer_ids) <= SMALL.answer
+
+
+@given(WORDS.map(" ".join), WORDS.map(" ".join), st.text(max_size=20).map(str.strip).filter(bool))
+def test_the_prompts_ids_are_what_the_tokenizer_makes_of_the_prompt_alone(tokenizer, context, question, more):
+    e = Example("q", "T", f"{context} {more}", question, (Answer(more, len(context) + 1),))
+    (tree,) = build_trees([e], tokenizer, Window(context=3000, question=3000, answer=300), train=True).trees
+    (branch,) = tree.branches
+    text = prompt.text(e.context.strip(), question)
+    assert tree.prefix_ids + branch.prompt_ids == tokenizer(text)["input_ids"]
+    assert branch.answer_ids[:-1] == tokenizer(f"{text} {more}")["input_ids"][-len(branch.answer_ids) + 1 :]
+
+
+def test_a_tokenizer_that_ends_texts_or_joins_prompt_and_answer_is_refused(tiny_base, demo):
+    from tokenizers import Tokenizer, processors
+    from tokenizers.models import BPE
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    ends = AutoTokenizer.from_pretrained(tiny_base)
+    template = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 1)])
+    ends.backend_tokenizer.post_processor = template
+    with pytest.raises(UserError, match=f"question {demo[0].id}: this tokenizer adds an end"):
+        build_trees(demo, ends, ROOMY, train=False)
+
+    letters = sorted({c for e in demo for c in prompt.text(e.context, e.question) + e.answers[0].text})
+    vocabulary = {token: i for i, token in enumerate(["</s>", *letters, ": "])}
+    joins = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocabulary, [(":", " ")])), eos_token="</s>")
+    with pytest.raises(UserError, match=f"question {demo[0].id}: this tokenizer merges the prompt and the answer"):
+        build_trees(demo, joins, Window(context=3000, question=3000, answer=300), train=True)
 
 
 def test_a_long_context_is_cut_alike_whatever_the_question(tokenizer):

@@ -1,0 +1,71 @@
+"""Trees from disk are those that would be built, and a file is never taken for another's."""
+
+from dataclasses import replace
+
+from common import cache, prompt
+from common.config import Window
+from common.squad import read
+from tests.conftest import ROOT
+
+import pytest
+from transformers import AutoTokenizer
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "FOLDER", tmp_path / "trees")
+    monkeypatch.setattr(prompt, "MANY", 1)
+    return tmp_path / "trees"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base):
+    return AutoTokenizer.from_pretrained(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return read(str(ROOT / "demo" / "train.json"), "train").examples[:20]
+
+
+def test_what_is_read_is_what_was_built(folder, tokenizer, examples, monkeypatch):
+    for train in (True, False):
+        built = cache.build_trees(examples, tokenizer, Window(context=220), train=train)
+        assert built == prompt.build_trees(examples, tokenizer, Window(context=220), train=train)
+        with monkeypatch.context() as patch:
+            patch.setattr(prompt, "build_trees", None)  # nothing is built again
+            assert cache.build_trees(examples, tokenizer, Window(context=220), train=train) == built
+
+
+def test_whatever_decides_the_trees_makes_another_file(folder, tokenizer, examples, smollm2_base, monkeypatch):
+    other = AutoTokenizer.from_pretrained(smollm2_base)
+    shorter = [replace(examples[0], question="Which?"), *examples[1:]]
+    cache.build_trees(examples, tokenizer, Window(), train=True)
+    cache.build_trees(examples, tokenizer, Window(), train=False)
+    cache.build_trees(examples, tokenizer, Window(context=300), train=True)
+    cache.build_trees(shorter, tokenizer, Window(), train=True)
+    cache.build_trees(examples, other, Window(), train=True)
+    cache.build_trees(examples, tokenizer, Window(), train=True, window_tokenizer=other)
+    monkeypatch.setattr(prompt, "_QUESTION", "\n\nQ: {}\n\nAnswer:")
+    cache.build_trees(examples, tokenizer, Window(), train=True)
+    assert len(list(folder.iterdir())) == 7
+
+
+def test_a_broken_file_is_made_anew_and_a_folder_that_cannot_be_written_is_done_without(folder, tokenizer, examples):
+    built = cache.build_trees(examples, tokenizer, Window(), train=True)
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    for broken in (b"", whole[: len(whole) // 2], whole.replace(b"counts", b"cuonts")):
+        file.write_bytes(broken)
+        assert cache.build_trees(examples, tokenizer, Window(), train=True) == built
+        assert file.read_bytes() == whole
+    file.unlink()
+    folder.rmdir()
+    folder.write_text("in the way")
+    assert cache.build_trees(examples, tokenizer, Window(), train=True) == built
+
+
+def test_few_questions_are_not_kept(folder, tokenizer, examples, monkeypatch):
+    monkeypatch.setattr(prompt, "MANY", 21)
+    cache.build_trees(examples, tokenizer, Window(), train=True)
+    assert not folder.exists()
