@@ -30,7 +30,7 @@ export SQUAD_DIR ?= $(CURDIR)/.cache/squad
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 train eval bench report demo test test-gpu lint format verify-scorer doctor bundle unbundle clean
+.PHONY: help setup smollm2 train eval bench bench-train report demo test test-gpu lint format verify-scorer doctor bundle unbundle clean
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
@@ -53,6 +53,9 @@ eval: $(NEEDS) ## official EM and F1 of MODEL
 
 bench: $(NEEDS) ## single-query latency and memory of MODEL
 	exec $(PY) bench_latency.py "$(MODEL)" $(SET)
+
+bench-train: $(NEEDS) $(SMOLLM2) ## training throughput beside other stacks, at a size that suits this machine (MODEL=, ARGS=)
+	$(PY) benchmarks/train_throughput.py $(if $(filter-out file,$(origin MODEL)),$(MODEL)) $(ARGS)
 
 report: $(READY) ## one table of all runs, as Markdown and HTML (RUNS=runs)
 	$(PY) report.py $(RUNS)

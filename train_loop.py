@@ -13,6 +13,7 @@ import json
 import math
 import random
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TextIO
@@ -61,6 +62,7 @@ def rate(step: int, total: int, warmup: float, peak: float) -> float:
 
 def main(argv: list[str]) -> None:
     # ---- settings --------------------------------------------------------------------------------------------------
+    started = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="a name in configs/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -128,8 +130,9 @@ def main(argv: list[str]) -> None:
             f"train.memory_budget_gib needs the fused layers; not with {plain}: set train.memory_budget_gib=null, and "
             "train.pack_tokens and train.gradient_checkpointing by hand"
         )
-    knob = "lower train.pack_tokens"
+    knob, counted, n_layers = "lower train.pack_tokens", None, model.config.num_hidden_layers
     if plain:
+        keep_layers, recomputed = (0, 1.0) if train.gradient_checkpointing else (n_layers, 0.0)
         pack_tokens = train.pack_tokens or (CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS)
         ways = f"layers by transformers and PEFT ({plain}), packs of {pack_tokens} tokens"
         knob += f" (now {pack_tokens})"
@@ -140,11 +143,17 @@ def main(argv: list[str]) -> None:
         logits_of: Callable = functools.partial(packing.pack_logits, model)
     else:
         step_tokens = sum(map(len, trees)) / per_epoch / n_ranks
-        choice = memory.choose(train, memory.Shapes.of(model, trained), device, step_tokens)
-        pack_tokens, ways = choice.pack_tokens, choice.sentence
+        room = memory.room(device) if device.type == "cuda" else None
+        choice = memory.choose(train, memory.Shapes.of(model, trained), device, step_tokens, room)
+        pack_tokens, keep_layers, counted, ways = (
+            choice.pack_tokens,
+            choice.keep_layers,
+            choice.counted,
+            choice.sentence,
+        )
         knob += f" (now {pack_tokens}), or set train.memory_budget_gib"
-        fast = fused.Fused(model, choice.keep_layers, choice.hold_weights)
-        weights, logits_of = [fast.flat], fast.logits
+        fast = fused.Fused(model, keep_layers, choice.hold_weights)
+        weights, logits_of, recomputed = [fast.flat], fast.logits, fast.recomputed
 
     def work(pack: packing.Pack, share: torch.Tensor | float) -> torch.Tensor:
         """Forward and backward of a pack on the device; its loss, each answer token weighing `share`."""
@@ -219,6 +228,7 @@ def main(argv: list[str]) -> None:
     meter.reset_peaks(device)
     bar = tqdm(total=total, initial=state["step"], desc="train", unit="step", disable=not first)
     began, seconds_before, asked = meter.now(device), state["seconds"], False
+    start_seconds = began - started  # until the first step of this process begins
     ahead = ThreadPoolExecutor(1)
     upcoming = ahead.submit(prepare, state["step"])
     with stopping.listen() as request, (run / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
@@ -317,6 +327,8 @@ def main(argv: list[str]) -> None:
         "steps": state["step"], "stopped_early": state["step"] < total, "questions": questions, "processes": n_ranks,
         "seconds": round(seconds, 1), "evaluation_seconds": round(state["evaluation_seconds"], 1),
         "questions_per_s": round(questions / (seconds - state["evaluation_seconds"]), 2), "window_counts": built.counts,
+        "start_seconds": round(start_seconds, 1), "pack_tokens": pack_tokens, "kept_layers": keep_layers,
+        "recomputed": recomputed, "counted_bytes": counted,
         "trained_weights": trained, "frozen_weights": frozen, "peak": meter.peaks(device, state["peak"]),
     }  # fmt: skip
     if first:

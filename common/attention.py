@@ -20,6 +20,7 @@ from common.compiled import compiled
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,18 @@ def _add_where(
 
 
 def _by_tree(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
-    """The same by SDPA: each prefix over itself; each tree's branches under a mask over prefix and branches."""
+    """The same by SDPA: each prefix over itself; each tree's branches under a mask over prefix and branches.
+
+    On a GPU by products and a softmax: a tree's scores are few, and fused kernels with a mask read memory that is not
+    theirs (torch 2.11, fp16, heads of 128, H100).
+    """
+    if q.is_cuda:
+        with sdpa_kernel(SDPBackend.MATH):
+            return _tree_by_tree(q, k, v, spans)
+    return _tree_by_tree(q, k, v, spans)
+
+
+def _tree_by_tree(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
     own, prefix, branches = spans.starts
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, T, D]
 

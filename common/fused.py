@@ -310,22 +310,6 @@ class _LayerFunction(torch.autograd.Function):
         return d_x, gradient, None, None, None, None
 
 
-class _Head(torch.autograd.Function):
-    """x @ w.T in fp32: logits rounded to 16 bits would cost the gradient more than all else that is rounded."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(w)
-        if x.is_cuda and x.dtype != torch.float32:
-            return torch.mm(x, w.T, out_dtype=torch.float32)
-        return (x @ w.T).float()
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
-        (w,) = ctx.saved_tensors
-        return d.to(w.dtype) @ w, None
-
-
 class Fused:
     """The training forward of a PEFT Llama (`unfit` says which); its LoRA weights are `flat` from here on.
 
@@ -343,15 +327,21 @@ class Fused:
             for layer in self.layers:
                 layer.held = layer.weights()
 
+    @property
+    def recomputed(self) -> float:
+        """Share of the layers' matrix products that a backward pass computes again: never the last of a layer."""
+        *again, last = [sum(m.in_features * m.out_features for m in group) for group in self.layers[0].linears]
+        return sum(again) / (sum(again) + last) * (1 - self.keep_layers / len(self.layers))
+
     def logits(self, pack: Pack, keep: Tensor) -> Tensor:
-        """Logits [K, V] in fp32 of a pack at its row indices `keep` [K]: `packing.pack_logits` for this model."""
+        """Logits [K, V] of a pack at its row indices `keep` [K]: `packing.pack_logits` for this model."""
         x = self.base.model.embed_tokens(pack.input_ids)
         cos, sin = self.base.model.rotary_emb(x[None], pack.layout.position[None])
         parts = self.flat.to(x.dtype).split([adapter.size for adapter in self.adapters])
         first_kept = len(self.layers) - self.keep_layers
         for i, (layer, part) in enumerate(zip(self.layers, parts, strict=True)):
             x = _LayerFunction.apply(x, part, layer, (cos[0], sin[0]), pack.spans, i >= first_kept)
-        return _Head.apply(self.base.model.norm(x.index_select(0, keep)), self.base.lm_head.weight)
+        return self.base.lm_head(self.base.model.norm(x.index_select(0, keep)))
 
 
 def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:

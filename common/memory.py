@@ -74,13 +74,20 @@ class Choice:
     pack_tokens: int
     keep_layers: int
     hold_weights: bool
+    counted: dict[str, int]  # the table of it
     sentence: str
 
 
-def choose(train: Train, shapes: Shapes, device: torch.device, step_tokens: float) -> Choice:
+def room(device: torch.device) -> int:
+    """Bytes that this process may well allocate: what is free or its own, less a tenth for gaps between tensors."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(0.9 * (free + torch.cuda.memory_reserved(device)))
+
+
+def choose(train: Train, shapes: Shapes, device: torch.device, step_tokens: float, room: int | None = None) -> Choice:
     """Pack size and what to keep. `step_tokens`: tokens of an average optimizer step on this rank.
 
-    Raises `UserError` where not even the least fits the budget.
+    A budget above `room` (bytes) is taken for that. Raises `UserError` where not even the least fits the budget.
     """
     largest = CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS
     # a step in one pack, or in a few equal ones; a tenth more, since steps differ
@@ -94,22 +101,24 @@ def choose(train: Train, shapes: Shapes, device: torch.device, step_tokens: floa
         return sum(shapes.table(tokens, keep, hold).values())
 
     if train.memory_budget_gib is not None and device.type != "cpu":
-        budget = int(train.memory_budget_gib * GIB)
+        budget = min(int(train.memory_budget_gib * GIB), room or 2**63)
         hold = hold and total(wanted, 0, True) <= budget
         while total(wanted, 0, hold) > budget:
             if train.pack_tokens or wanted <= LEAST_PACK_TOKENS:
                 least = total(wanted, 0, False) / GIB
                 raise UserError(
-                    f"train.memory_budget_gib={train.memory_budget_gib:g}: packs of {wanted} tokens take about "
-                    f"{least:.1f} GiB with everything recomputed"
+                    f"train.memory_budget_gib={train.memory_budget_gib:g}, of which there are {budget / GIB:.1f}: "
+                    f"packs of {wanted} tokens take about {least:.1f} GiB with everything recomputed"
                 )
             wanted -= 256
         room = budget - total(wanted, 0, hold)
         keep = min(shapes.layers, room // (shapes.kept_per_token * wanted))
+    counted = shapes.table(wanted, keep, hold)
     sentence = f"fused layers, {keep} of {shapes.layers} keep their activations, packs of {wanted} tokens"
     if device.type != "cpu":
-        sentence += f", about {total(wanted, keep, hold) / GIB:.1f} GiB at the peak"
-    return Choice(wanted, keep, hold, sentence)
+        sentence += f", about {sum(counted.values()) / GIB:.1f} GiB at the peak: "
+        sentence += ", ".join(f"{name} {n / GIB:.2f}" for name, n in counted.items())
+    return Choice(wanted, keep, hold, counted, sentence)
 
 
 def _constants(parameter: Any) -> int:

@@ -27,7 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 IGNORED = -100  # a target that asks for nothing
-SIZES = 8  # that packs are padded to, at most
+SIZES = 12  # that packs are padded to, at most
 ATTENTION = "tree_sdpa"  # pass as attn_implementation
 
 
@@ -123,7 +123,7 @@ class Room:
             return step * math.ceil(1.15 * max(values) / step)
 
         lengths = {most_tokens, *(len(p.input_ids) for p in packs)}
-        grain = next(g for g in itertools.count(256, 256) if len({-(-n // g) for n in lengths}) <= SIZES)
+        grain = next(g for g in itertools.count(128, 128) if len({-(-n // g) for n in lengths}) <= SIZES)
         longest = [ample((p.spans.longest[i] for p in packs), 64) for i in range(3)]
         return cls(
             tuple(sorted({-(-n // grain) * grain for n in lengths})),

