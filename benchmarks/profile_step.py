@@ -15,13 +15,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train_loop  # noqa: E402 - the repo is found first
-from common import meter  # noqa: E402
-from common.errors import UserError, one_line_errors  # noqa: E402
+import train_loop
+from common import meter
+from common.errors import UserError, one_line_errors
 
-import torch  # noqa: E402
-from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.profiler import ProfilerActivity, profile
 
 WARMUP, STEPS = 5, 10
 CLASSES = {  # the first that matches; names of kernels in CUDA 12 and 13, Triton and bitsandbytes
