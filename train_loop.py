@@ -15,7 +15,6 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TextIO
 
 from common import (
@@ -229,8 +228,7 @@ def main(argv: list[str]) -> None:
     bar = tqdm(total=total, initial=state["step"], desc="train", unit="step", disable=not first)
     began, seconds_before, asked = meter.now(device), state["seconds"], False
     start_seconds = began - started  # until the first step of this process begins
-    ahead = ThreadPoolExecutor(1)
-    upcoming = ahead.submit(prepare, state["step"])
+    upcoming: tuple[list[Tree], list[packing.Pack]] | None = None
     with stopping.listen() as request, (run / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
         while not asked:
             step = state["step"]
@@ -271,8 +269,7 @@ def main(argv: list[str]) -> None:
             if step == total or state["waited"] >= stop.patience:
                 break
 
-            members, packs = upcoming.result()
-            upcoming = ahead.submit(prepare, step + 1)  # while the device computes
+            members, packs = upcoming or prepare(step)
             branches = [branch for tree in members for branch in tree.branches]
             answer_tokens = sum(len(branch.answer_ids) for branch in branches)
             torch.manual_seed(random.Random(f"{config.seed} {step} {rank}").getrandbits(63))  # for dropout
@@ -283,6 +280,7 @@ def main(argv: list[str]) -> None:
             with meter.out_of_memory(f"{knob}. What {run} holds is whole"):
                 for pack in packs:
                     total_loss += compute(pack, 1 / answer_tokens)
+                upcoming = prepare(step + 1)  # while a GPU computes
                 loss, tokens, signals = ranks.sum_gradients(weights, total_loss.item(), tokens, request.code > 0)
             grad_norm = float(accelerator.clip_grad_norm_(weights, train.max_grad_norm))
             # fp16's scaler skips steps of its own accord when a gradient overflows

@@ -120,18 +120,16 @@ def rows_of(job: dict[str, Any], batch: int, steps: int) -> Rows:
 
 def load(job: dict[str, Any]) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
-    quantised = "quantization_config" in json.loads((Path(job["model"]) / "config.json").read_text())
-    four_bit = None if quantised else BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(
-        job["model"], dtype=dtype, attn_implementation="sdpa", quantization_config=four_bit,
-        device_map={"": 0 if cuda else "cpu"},
-    )  # fmt: skip
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "device_map": {"": 0 if cuda else "cpu"}}
+    if not hasattr(AutoConfig.from_pretrained(job["model"]), "quantization_config"):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    model = AutoModelForCausalLM.from_pretrained(job["model"], **options)
     model.config.use_cache = False
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -254,6 +252,7 @@ def collator(tokenizer: Any) -> Any:
 
 def write_base(job: dict[str, Any]) -> str:
     """Random weights of the shapes in question, quantised, as a folder that every stack can load."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from common.config import Base
     from common.model import load_base, load_tokenizer
     from common.packing import ATTENTION  # noqa: F401 - registers what load_base asks for

@@ -56,6 +56,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=20, help="timed optimizer steps of ours")
     parser.add_argument("--warmup", type=int, default=5, help="optimizer steps before")
     parser.add_argument("--questions", type=int, default=384, help="timed questions of a peer, about")
+    parser.add_argument("--out", type=Path, help="keep every figure here as it comes, and go on from what is there")
     parser.add_argument("--whole-process", action="store_true", help="compare questions per second of wall time")
     arguments = parser.parse_intermixed_args(argv)
     gpu = shutil.which("nvidia-smi") is not None
@@ -78,7 +79,19 @@ def main(argv: list[str]) -> None:
             written = peer("base", job | {"base": config.to_dict()["base"]}, work)
             if "failed" in written:
                 raise UserError(f"{config.base.path}: {written['failed']}")
-        runs = [run for _ in range(args.rounds) for system in args.systems for run in one(system, job, args, work)]
+        lines = args.out.read_text().splitlines() if args.out and args.out.exists() else []
+        runs = [json.loads(line) for line in lines]
+        for number in range(args.rounds):
+            for system in args.systems:
+                if any(run["round"] == number and run["system"] == system for run in runs):
+                    continue
+                job["timed"] = {
+                    str(run["budget"]): run["batch"] for run in runs if run["system"] == system and run["batch"]
+                }
+                runs += (new := [{"round": number, **run} for run in one(system, job, args, work)])
+                if args.out:
+                    with args.out.open("a") as file:
+                        file.writelines(json.dumps(run) + "\n" for run in new)
 
     # ---- medians and table -----------------------------------------------------------------------------------------
     speed = "whole_questions_per_s" if args.whole_process else "questions_per_s"
@@ -96,7 +109,7 @@ def main(argv: list[str]) -> None:
                 key: statistics.median(run[key] for run in mine)
                 for key in ("questions_per_s", "whole_questions_per_s", "tokens_per_s", "allocated_gib", "reserved_gib")
             }
-            tflops = medians["tokens_per_s"] * flops_per_token(job["model"], middle["recomputed"]) / 1e12
+            tflops = medians["tokens_per_s"] * flops_per_token(config.base.path, middle["recomputed"]) / 1e12
             rows.append({
                 **middle, **medians, "rounds": [run[speed] for run in mine], "tflops": tflops,
                 "of_ceiling": tflops / ceiling["tflops"], "epoch_minutes": TRAIN_QUESTIONS / medians[speed] / 60,
@@ -137,7 +150,7 @@ def job_of(config: Config, args: argparse.Namespace, work: Path) -> dict[str, An
         else config.base.path,
         "rows": rows, "questions": args.questions, "seed": config.seed, "lr": config.train.lr,
         "window": config.window.tokens, "checkpointing": config.train.gradient_checkpointing, "work": str(work / "out"),
-        "timed": {}, "lora": {"r": config.lora.rank, "lora_alpha": config.lora.alpha, "lora_dropout": 0.0,
+        "lora": {"r": config.lora.rank, "lora_alpha": config.lora.alpha, "lora_dropout": 0.0,
                               "bias": "none", "target_modules": list(config.lora.targets)},
     }  # fmt: skip
 
@@ -146,20 +159,19 @@ def one(system: str, job: dict[str, Any], args: argparse.Namespace, work: Path) 
     """One round of a system: a figure for each budget, or why there is none."""
     if system == "ours":
         return [ours(budget, args, work) for budget in job["budgets"]]
-    known = job.setdefault("found", {}).get(system)
     began = time.perf_counter()
-    answer = peer(system, job | ({"search": [], "timed": known} if known else {}), work)
+    answer = peer(system, job | ({"search": []} if job["timed"] else {}), work)
     wall = time.perf_counter() - began
     if "failed" in answer:
         print(f"{SYSTEMS[system]}: {answer['failed']}", file=sys.stderr)
-        return [{"system": system, "failed": answer["failed"]}]
-    job["found"][system] = {budget: figures["batch"] for budget, figures in answer["timed"].items()}
+        return [{"system": system, "failed": answer["failed"], "budget": None, "batch": None}]
     for figures in answer["searched"]:
         print(f"{SYSTEMS[system]}, batch {figures['batch']}: {figures['questions_per_s']:.1f} questions/s, "
               f"{figures['allocated_gib']:.2f} GiB", file=sys.stderr)  # fmt: skip
     recomputed = 1.0 if job["checkpointing"] else 0.0
     return [
         {"system": system, "budget": float(budget), "recomputed": recomputed, "versions": answer["versions"],
+         "searched": answer["searched"],
          "whole_questions_per_s": figures["questions"] / wall, **figures}
         for budget, figures in answer["timed"].items()
     ]  # fmt: skip
@@ -211,14 +223,14 @@ def peer(stack: str, job: dict[str, Any], work: Path) -> dict[str, Any]:
         return {"failed": f"ended with {done.returncode}: {said[:200]}"}
 
 
-def flops_per_token(folder: str, recomputed: float) -> float:
+def flops_per_token(base: str, recomputed: float) -> float:
     """Of the base's matrix products in the layers: forward, backward to the input, and what is computed again.
 
     Attention, the adapter, the head and what is between products are left out, for all alike.
     """
     from transformers import AutoConfig
 
-    c = AutoConfig.from_pretrained(folder)
+    c = AutoConfig.from_pretrained(base)
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     heads = c.num_attention_heads + c.num_key_value_heads
     weights = c.num_hidden_layers * c.hidden_size * (2 * heads * width + 3 * c.intermediate_size)
