@@ -76,6 +76,7 @@ def main(argv: list[str]) -> None:
     first, rank, n_ranks = process.is_main_process, process.process_index, process.num_processes
     set_seed(config.seed)
     device = meter.pick_device()
+    meter.reset_peaks(device)  # graphs allocate while they are recorded, before the loop
     dtype = compute_dtype(config.base, device)
     try:
         accelerator = Accelerator(
@@ -141,9 +142,11 @@ def main(argv: list[str]) -> None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         logits_of: Callable = functools.partial(packing.pack_logits, model)
     else:
-        step_tokens = sum(map(len, trees)) / per_epoch / n_ranks
+        n_tokens = sum(map(len, trees))
+        answer_share = sum(len(branch.answer_ids) for tree in trees for branch in tree.branches) / n_tokens
         room = memory.room(device) if device.type == "cuda" else None
-        choice = memory.choose(train, memory.Shapes.of(model, trained), device, step_tokens, room)
+        shapes = memory.Shapes.of(model, trained)
+        choice = memory.choose(train, shapes, device, n_tokens / per_epoch / n_ranks, answer_share, room)
         pack_tokens, keep_layers, counted, ways = (
             choice.pack_tokens,
             choice.keep_layers,
@@ -224,7 +227,6 @@ def main(argv: list[str]) -> None:
             checkpoint.save(run / "last", model, state, training)
 
     model.train()
-    meter.reset_peaks(device)
     bar = tqdm(total=total, initial=state["step"], desc="train", unit="step", disable=not first)
     began, seconds_before, asked = meter.now(device), state["seconds"], False
     start_seconds = began - started  # until the first step of this process begins

@@ -25,9 +25,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import cache, plan, squad  # noqa: E402 - the repo is found first
+from common import cache, plan, preflight, squad  # noqa: E402 - the repo is found first
 from common.config import Config, load  # noqa: E402
 from common.errors import UserError, one_line_errors  # noqa: E402
+from common.model import load_tokenizers  # noqa: E402
+
+from transformers import AutoConfig  # noqa: E402
 
 GPU_DEFAULT = ["qlora7b", "--budgets", "8", "24"]
 CPU_DEFAULT = [
@@ -46,26 +49,15 @@ COLUMNS = (
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", nargs="?", help="a name in configs/, or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
-    parser.add_argument("--budgets", nargs="+", type=float, help="GiB on a GPU; without: as configured")
-    parser.add_argument("--batches", nargs="+", type=int, help="rows a step that peers try")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20, help="timed optimizer steps of ours")
-    parser.add_argument("--warmup", type=int, default=5, help="optimizer steps before")
-    parser.add_argument("--questions", type=int, default=384, help="timed questions of a peer, about")
-    parser.add_argument("--out", type=Path, help="keep every figure here as it comes, and go on from what is there")
-    parser.add_argument("--whole-process", action="store_true", help="compare questions per second of wall time")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parser().parse_intermixed_args(argv)
     gpu = shutil.which("nvidia-smi") is not None
     if arguments.model is None or "=" in arguments.model:
         argv = [*(GPU_DEFAULT if gpu else CPU_DEFAULT), *argv]
-    args = parser.parse_intermixed_args(argv)
+    args = parser().parse_intermixed_args(argv)
     config = load(args.model, args.overrides)
     if config.lora is None:
         raise UserError(f"{config.system} has no lora section, so there is nothing to train; try MODEL=qlora7b")
+    preflight.check(config.base, config.system)
 
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         work = Path(folder)
@@ -126,15 +118,28 @@ def main(argv: list[str]) -> None:
     print(json.dumps(result))
 
 
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    p.add_argument("model", nargs="?", help="a name in configs/, or a YAML file")
+    p.add_argument("overrides", nargs="*", metavar="key=value")
+    p.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
+    p.add_argument("--budgets", nargs="+", type=float, help="GiB on a GPU; without: as configured")
+    p.add_argument("--batches", nargs="+", type=int, help="rows a step that peers try")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--steps", type=int, default=20, help="timed optimizer steps of ours")
+    p.add_argument("--warmup", type=int, default=5, help="optimizer steps before")
+    p.add_argument("--questions", type=int, default=384, help="timed questions of a peer, about")
+    p.add_argument("--out", type=Path, help="keep every figure here as it comes, and go on from what is there")
+    p.add_argument("--whole-process", action="store_true", help="compare questions per second of wall time")
+    return p
+
+
 def job_of(config: Config, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """What every peer is told: the questions of our first steps as rows, the base, the LoRA shape."""
-    from transformers import AutoTokenizer
-
     assert config.lora
-    name = config.base.tokenizer or config.base.path
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer, cutter = load_tokenizers(config)
     examples = squad.load(config.data, "train").examples
-    built = cache.build_trees(examples, tokenizer, config.window, train=True)
+    built = cache.build_trees(examples, tokenizer, config.window, train=True, window_tokenizer=cutter)
     per_step = config.train.questions_per_step
     trees = plan.bounded(built.trees, per_step)
     steps = plan.epoch(trees, config.seed, 0, per_step)[: args.warmup + args.steps]
@@ -228,8 +233,6 @@ def flops_per_token(base: str, recomputed: float) -> float:
 
     Attention, the adapter, the head and what is between products are left out, for all alike.
     """
-    from transformers import AutoConfig
-
     c = AutoConfig.from_pretrained(base)
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     heads = c.num_attention_heads + c.num_key_value_heads

@@ -1,8 +1,8 @@
 """What training takes on a GPU, counted before it starts, and what a budget therefore allows.
 
 Peak allocated bytes = frozen base + LoRA weights, their gradient and optimizer state + every layer's input
-+ all activations of the layers that keep them + the work of one layer's backward. `make test-gpu` compares the count
-with the allocator's own.
++ all activations of the layers that keep them + the larger of the logits and the work of one layer's backward.
+`make test-gpu` compares the count with the allocator's own.
 """
 
 import math
@@ -54,8 +54,8 @@ class Shapes:
         """Bytes that a layer keeps beside its input: q, k, v, attention's output, the middle, gate and up."""
         return self.item * (2 * self.query + 2 * self.key + self.hidden + 2 * self.intermediate)
 
-    def table(self, tokens: int, keep_layers: int, hold_weights: bool) -> dict[str, int]:
-        """Peak allocated bytes by what they are for; `tokens`: of the largest pack."""
+    def table(self, tokens: int, answers: int, keep_layers: int, hold_weights: bool) -> dict[str, int]:
+        """Peak allocated bytes by what they are for; `tokens` and `answers` (tokens, with EOS): of the largest pack."""
         work = self.item * (4 * self.intermediate + 4 * self.hidden) * tokens
         work += 0 if hold_weights else self.layer_matrices
         work += 0 if keep_layers == self.layers else self.kept_per_token * tokens
@@ -65,7 +65,8 @@ class Shapes:
             "optimizer": 2 * self.lora,  # two moments of 8 bits
             "layer inputs": self.item * self.hidden * tokens * self.layers,
             "kept activations": self.kept_per_token * tokens * keep_layers,
-            "one layer's work": work,
+            # logits in the dtype and fp32, their log-softmax and its gradient
+            "logits or one layer's work": max(work, (self.item + 12) * self.vocabulary * answers),
         }
 
 
@@ -84,8 +85,10 @@ def room(device: torch.device) -> int:
     return int(0.9 * (free + torch.cuda.memory_reserved(device)))
 
 
-def choose(train: Train, shapes: Shapes, device: torch.device, step_tokens: float, room: int | None = None) -> Choice:
-    """Pack size and what to keep. `step_tokens`: tokens of an average optimizer step on this rank.
+def choose(
+    train: Train, shapes: Shapes, device: torch.device, step_tokens: float, answer_share: float, room: int | None = None
+) -> Choice:
+    """Pack size and what to keep. `step_tokens`: of an average optimizer step on this rank; `answer_share`: of these.
 
     A budget above `room` (bytes) is taken for that. Raises `UserError` where not even the least fits the budget.
     """
@@ -97,8 +100,11 @@ def choose(train: Train, shapes: Shapes, device: torch.device, step_tokens: floa
     hold = shapes.layers * shapes.layer_matrices <= HELD_BYTES
     keep = 0 if train.gradient_checkpointing else shapes.layers
 
+    def table(tokens: int, keep: int, hold: bool) -> dict[str, int]:
+        return shapes.table(tokens, math.ceil(1.15 * answer_share * tokens), keep, hold)
+
     def total(tokens: int, keep: int, hold: bool) -> int:
-        return sum(shapes.table(tokens, keep, hold).values())
+        return sum(table(tokens, keep, hold).values())
 
     if train.memory_budget_gib is not None and device.type != "cpu":
         budget = min(int(train.memory_budget_gib * GIB), room or 2**63)
@@ -113,7 +119,7 @@ def choose(train: Train, shapes: Shapes, device: torch.device, step_tokens: floa
             wanted -= 256
         room = budget - total(wanted, 0, hold)
         keep = min(shapes.layers, room // (shapes.kept_per_token * wanted))
-    counted = shapes.table(wanted, keep, hold)
+    counted = table(wanted, keep, hold)
     sentence = f"fused layers, {keep} of {shapes.layers} keep their activations, packs of {wanted} tokens"
     if device.type != "cpu":
         sentence += f", about {sum(counted.values()) / GIB:.1f} GiB at the peak: "

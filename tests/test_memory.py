@@ -13,16 +13,16 @@ import torch
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 LLAMA = Shapes(int(3.6 * GIB), 39_976_960, 32, 4096, 11008, 4096, 4096, 32000, 2)
-STEP = 4126.0  # tokens of 64 questions
+STEP, SHARE = 4126.0, 0.07  # tokens of 64 questions, and how many of them are answers
 
 
-def total(choice, shapes=LLAMA) -> float:
-    return sum(shapes.table(choice.pack_tokens, choice.keep_layers, choice.hold_weights).values()) / GIB
+def total(choice) -> float:
+    return sum(choice.counted.values()) / GIB
 
 
 @pytest.mark.parametrize("budget", [6.5, 8, 14, 24, 60])
 def test_a_choice_fits_its_budget_and_uses_it(budget):
-    choice = choose(Train(fused=True, memory_budget_gib=budget), LLAMA, GPU, STEP)
+    choice = choose(Train(fused=True, memory_budget_gib=budget), LLAMA, GPU, STEP, SHARE)
     assert total(choice) <= budget
     one_more = LLAMA.kept_per_token * choice.pack_tokens / GIB
     assert choice.keep_layers == 32 or total(choice) + one_more > budget
@@ -31,52 +31,63 @@ def test_a_choice_fits_its_budget_and_uses_it(budget):
 
 
 def test_more_memory_keeps_more():
-    kept = [choose(Train(fused=True, memory_budget_gib=b), LLAMA, GPU, STEP).keep_layers for b in (7, 8, 12, 16, 24)]
+    kept = [
+        choose(Train(fused=True, memory_budget_gib=b), LLAMA, GPU, STEP, SHARE).keep_layers for b in (7, 8, 12, 16, 24)
+    ]
     assert kept == sorted(kept)
     assert kept[0] < 8
     assert kept[-1] == 32
 
 
 def test_too_little_memory_makes_packs_smaller_and_then_says_what_it_takes():
-    whole = choose(Train(fused=True, memory_budget_gib=8), LLAMA, GPU, STEP)
-    small = choose(Train(fused=True, memory_budget_gib=5), LLAMA, GPU, STEP)
+    whole = choose(Train(fused=True, memory_budget_gib=8), LLAMA, GPU, STEP, SHARE)
+    small = choose(Train(fused=True, memory_budget_gib=5), LLAMA, GPU, STEP, SHARE)
     assert 512 <= small.pack_tokens < whole.pack_tokens
     assert total(small) <= 5
     with pytest.raises(
         UserError, match=r"memory_budget_gib=4, of which there are 4\.0: packs of 512 tokens take about 4\.\d GiB"
     ):
-        choose(Train(fused=True, memory_budget_gib=4), LLAMA, GPU, STEP)
+        choose(Train(fused=True, memory_budget_gib=4), LLAMA, GPU, STEP, SHARE)
     with pytest.raises(UserError, match=r"packs of 4096 tokens take about"):
-        choose(Train(fused=True, memory_budget_gib=5, pack_tokens=4096), LLAMA, GPU, STEP)
+        choose(Train(fused=True, memory_budget_gib=5, pack_tokens=4096), LLAMA, GPU, STEP, SHARE)
 
 
 def test_a_budget_beyond_what_is_free_is_what_is_free():
     train = Train(memory_budget_gib=24)
-    assert choose(train, LLAMA, GPU, STEP, room=9 * GIB) == choose(Train(memory_budget_gib=9), LLAMA, GPU, STEP)
+    assert choose(train, LLAMA, GPU, STEP, SHARE, room=9 * GIB) == choose(
+        Train(memory_budget_gib=9), LLAMA, GPU, STEP, SHARE
+    )
     with pytest.raises(UserError, match=r"memory_budget_gib=24, of which there are 3\.0"):
-        choose(train, LLAMA, GPU, STEP, room=3 * GIB)
+        choose(train, LLAMA, GPU, STEP, SHARE, room=3 * GIB)
 
 
 def test_without_a_budget_checkpointing_decides():
-    assert choose(Train(gradient_checkpointing=True), LLAMA, GPU, STEP).keep_layers == 0
-    assert choose(Train(gradient_checkpointing=False), LLAMA, GPU, STEP).keep_layers == 32
+    assert choose(Train(gradient_checkpointing=True), LLAMA, GPU, STEP, SHARE).keep_layers == 0
+    assert choose(Train(gradient_checkpointing=False), LLAMA, GPU, STEP, SHARE).keep_layers == 32
 
 
 @pytest.mark.parametrize(("step", "pack"), [(4126, 4608), (8000, 8192), (10_000, 5632), (300, 512)])
 def test_a_step_is_one_pack_or_a_few_equal_ones(step, pack):
-    assert choose(Train(), LLAMA, GPU, step).pack_tokens == pack
+    assert choose(Train(), LLAMA, GPU, step, SHARE).pack_tokens == pack
 
 
 def test_a_cpu_has_small_packs_and_no_budget():
-    choice = choose(Train(fused=True, memory_budget_gib=0.001), LLAMA, CPU, STEP)
+    choice = choose(Train(fused=True, memory_budget_gib=0.001), LLAMA, CPU, STEP, SHARE)
     assert choice.pack_tokens <= 1024
     assert "GiB" not in choice.sentence
 
 
+def test_logits_count_where_they_are_more_than_a_layers_work():
+    kind = "logits or one layer's work"
+    few, many = (LLAMA.table(4096, answers, 32, False)[kind] for answers in (100, 10_000))
+    assert few == LLAMA.table(4096, 0, 32, False)[kind]
+    assert many == 14 * 32000 * 10_000
+
+
 def test_matrices_of_a_small_model_are_held():
     small = Shapes(10**8, 4_884_480, 30, 576, 1536, 576, 192, 49152, 2)
-    assert choose(Train(), small, GPU, STEP).hold_weights
-    assert not choose(Train(), LLAMA, GPU, STEP).hold_weights
+    assert choose(Train(), small, GPU, STEP, SHARE).hold_weights
+    assert not choose(Train(), LLAMA, GPU, STEP, SHARE).hold_weights
 
 
 def test_shapes_are_those_of_the_model(smollm2_base):
