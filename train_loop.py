@@ -154,7 +154,7 @@ def main(argv: list[str]) -> None:
             choice.sentence,
         )
         knob += f" (now {pack_tokens}), or set train.memory_budget_gib"
-        fast = fused.Fused(model, keep_layers, choice.hold_weights)
+        fast = fused.Fused(model, keep_layers, choice.hold_layers)
         weights, logits_of, recomputed = [fast.flat], fast.logits, fast.recomputed
 
     def work(pack: packing.Pack, share: torch.Tensor | float) -> torch.Tensor:

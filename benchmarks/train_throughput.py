@@ -66,7 +66,9 @@ def main(argv: list[str]) -> None:
         if "failed" in ceiling:
             raise UserError(f"matrix products: {ceiling['failed']}")
         job["budgets"] = (args.budgets or [config.train.memory_budget_gib or 1e6]) if gpu else [1e6]
-        job["search"] = args.batches or ([8, 16, 24, 32, 64, 128] if gpu else [8])
+        batches = args.batches or ([8, 16, 24, 32, 64, 128] if gpu else [8])
+        if args.whole_process and len(batches) > 1:
+            raise UserError("--whole-process: name one of --batches, for a search would count")
         if config.base.random_weights and set(args.systems) - {"ours"}:
             written = peer("base", job | {"base": config.to_dict()["base"]}, work)
             if "failed" in written:
@@ -77,9 +79,9 @@ def main(argv: list[str]) -> None:
             for system in args.systems:
                 if any(run["round"] == number and run["system"] == system for run in runs):
                     continue
-                job["timed"] = {
-                    str(run["budget"]): run["batch"] for run in runs if run["system"] == system and run["batch"]
-                }
+                known = {str(r["budget"]): r["batch"] for r in runs if r["system"] == system and r["batch"]}
+                job["timed"] = known if len(batches) > 1 else {str(budget): batches[0] for budget in job["budgets"]}
+                job["search"] = [] if job["timed"] else batches
                 runs += (new := [{"round": number, **run} for run in one(system, job, args, work)])
                 if args.out:
                     with args.out.open("a") as file:
@@ -165,7 +167,7 @@ def one(system: str, job: dict[str, Any], args: argparse.Namespace, work: Path) 
     if system == "ours":
         return [ours(budget, args, work) for budget in job["budgets"]]
     began = time.perf_counter()
-    answer = peer(system, job | ({"search": []} if job["timed"] else {}), work)
+    answer = peer(system, job, work)
     wall = time.perf_counter() - began
     if "failed" in answer:
         print(f"{SYSTEMS[system]}: {answer['failed']}", file=sys.stderr)

@@ -314,18 +314,17 @@ class Fused:
     """The training forward of a PEFT Llama (`unfit` says which); its LoRA weights are `flat` from here on.
 
     `keep_layers`: how many layers, counted from the last, keep all activations; the others keep their input alone.
-    `hold_weights`: dequantise once and for all, for bases so small that this costs less than doing it in every pass.
+    `hold_layers`: how many layers dequantise their matrices once and for all; the others do it in every pass.
     """
 
-    def __init__(self, model: Any, keep_layers: int = 0, hold_weights: bool = False):
+    def __init__(self, model: Any, keep_layers: int = 0, hold_layers: int = 0):
         assert not unfit(model)
         self.base = model.get_base_model()
         self.flat, self.adapters = flatten(model)
         self.layers = [Layer(m, a, self.base.dtype) for m, a in zip(_layers(model), self.adapters, strict=True)]
         self.keep_layers = keep_layers
-        if hold_weights:
-            for layer in self.layers:
-                layer.held = layer.weights()
+        for layer in self.layers[:hold_layers]:
+            layer.held = layer.weights()
 
     @property
     def recomputed(self) -> float:

@@ -1,7 +1,8 @@
 """What training takes on a GPU, counted before it starts, and what a budget therefore allows.
 
-Peak allocated bytes = frozen base + LoRA weights, their gradient and optimizer state + every layer's input
-+ all activations of the layers that keep them + the larger of the logits and the work of one layer's backward.
+Peak allocated bytes = frozen base + matrices that are held dequantised + LoRA weights, their gradient and optimizer
+state + every layer's input + all activations of the layers that keep them + a fiftieth of these for what is small
+(the adapter's products, log-sum-exps, the pack) + the larger of the logits and the work of one layer's backward.
 `make test-gpu` compares the count with the allocator's own.
 """
 
@@ -16,7 +17,7 @@ import torch
 
 GIB = 2**30
 CPU_PACK_TOKENS, GPU_PACK_TOKENS, LEAST_PACK_TOKENS = 1024, 8192, 512
-HELD_BYTES = 2**30  # dequantised matrices are held where they take no more than this
+HELD_BYTES = 2**30  # dequantised matrices are held, budget or not, where all take no more than this
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,21 @@ class Shapes:
         """Bytes that a layer keeps beside its input: q, k, v, attention's output, the middle, gate and up."""
         return self.item * (2 * self.query + 2 * self.key + self.hidden + 2 * self.intermediate)
 
-    def table(self, tokens: int, answers: int, keep_layers: int, hold_weights: bool) -> dict[str, int]:
+    def table(self, tokens: int, answers: int, keep_layers: int, hold_layers: int) -> dict[str, int]:
         """Peak allocated bytes by what they are for; `tokens` and `answers` (tokens, with EOS): of the largest pack."""
         work = self.item * (4 * self.intermediate + 4 * self.hidden) * tokens
-        work += 0 if hold_weights else self.layer_matrices
+        work += 0 if hold_layers == self.layers else self.layer_matrices
         work += 0 if keep_layers == self.layers else self.kept_per_token * tokens
+        inputs = self.item * self.hidden * tokens * self.layers
+        kept = self.kept_per_token * tokens * keep_layers
         return {
-            "base": self.base_bytes + hold_weights * self.layers * self.layer_matrices,
+            "base": self.base_bytes,
+            "held matrices": hold_layers * self.layer_matrices,
             "adapter": self.lora * (4 + 4 + 2 * self.item),  # fp32 and gradient; the dtype's copy and its gradient
             "optimizer": 2 * self.lora,  # two moments of 8 bits
-            "layer inputs": self.item * self.hidden * tokens * self.layers,
-            "kept activations": self.kept_per_token * tokens * keep_layers,
+            "layer inputs": inputs,
+            "kept activations": kept,
+            "small tensors": (inputs + kept) // 50,
             # logits in the dtype and fp32, their log-softmax and its gradient
             "logits or one layer's work": max(work, (self.item + 12) * self.vocabulary * answers),
         }
@@ -74,7 +79,7 @@ class Shapes:
 class Choice:
     pack_tokens: int
     keep_layers: int
-    hold_weights: bool
+    hold_layers: int
     counted: dict[str, int]  # the table of it
     sentence: str
 
@@ -97,30 +102,34 @@ def choose(
     wanted = train.pack_tokens or min(
         largest, 256 * math.ceil(1.1 * step_tokens / math.ceil(step_tokens / largest) / 256)
     )
-    hold = shapes.layers * shapes.layer_matrices <= HELD_BYTES
+    hold = shapes.layers if shapes.layers * shapes.layer_matrices <= HELD_BYTES else 0
     keep = 0 if train.gradient_checkpointing else shapes.layers
 
-    def table(tokens: int, keep: int, hold: bool) -> dict[str, int]:
+    def table(tokens: int, keep: int, hold: int) -> dict[str, int]:
         return shapes.table(tokens, math.ceil(1.15 * answer_share * tokens), keep, hold)
 
-    def total(tokens: int, keep: int, hold: bool) -> int:
+    def total(tokens: int, keep: int, hold: int) -> int:
         return sum(table(tokens, keep, hold).values())
 
     if train.memory_budget_gib is not None and device.type != "cpu":
         budget = min(int(train.memory_budget_gib * GIB), room or 2**63)
-        hold = hold and total(wanted, 0, True) <= budget
+        hold = hold if total(wanted, 0, hold) <= budget else 0
         while total(wanted, 0, hold) > budget:
             if train.pack_tokens or wanted <= LEAST_PACK_TOKENS:
-                least = total(wanted, 0, False) / GIB
+                least = total(wanted, 0, 0) / GIB
                 raise UserError(
                     f"train.memory_budget_gib={train.memory_budget_gib:g}, of which there are {budget / GIB:.1f}: "
                     f"packs of {wanted} tokens take about {least:.1f} GiB with everything recomputed"
                 )
             wanted -= 256
-        room = budget - total(wanted, 0, hold)
-        keep = min(shapes.layers, room // (shapes.kept_per_token * wanted))
+        # a GiB of activations saves more than one of matrices
+        keep = max(n for n in range(shapes.layers + 1) if total(wanted, n, hold) <= budget or n == 0)
+        hold = max(n for n in range(hold, shapes.layers + 1) if total(wanted, keep, n) <= budget or n == hold)
     counted = table(wanted, keep, hold)
-    sentence = f"fused layers, {keep} of {shapes.layers} keep their activations, packs of {wanted} tokens"
+    sentence = f"fused layers, {keep} of {shapes.layers} keep their activations"
+    sentence += (
+        f" and {hold} their dequantised matrices, packs of {wanted} tokens" if hold else f", packs of {wanted} tokens"
+    )
     if device.type != "cpu":
         sentence += f", about {sum(counted.values()) / GIB:.1f} GiB at the peak: "
         sentence += ", ".join(f"{name} {n / GIB:.2f}" for name, n in counted.items())

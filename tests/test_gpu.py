@@ -104,7 +104,7 @@ def test_fused_gradients_in_16_bits_are_as_good_as_those_of_the_modules(base16, 
     model = lora_model(base16, "nf4", dtype, GPU)
     modules_loss, modules = plain_loss(model, batch).item(), off(gradient(model), truth)
     for keep in (0, 30):
-        fused = Fused(model, keep, hold_weights=keep > 0)
+        fused = Fused(model, keep, hold_layers=keep)
         loss, found = loss_of(fused.logits, batch).item(), fused_gradient(model, fused)
         print(f"{dtype}, flash {flash}, {keep} layers kept: loss {loss} for {true_loss} (modules {modules_loss})")
         print(f"gradient off by {off(found, truth):.4f} (modules {modules:.4f}), cosine {cosine(found, truth):.6f}")
@@ -118,7 +118,7 @@ def test_fused_gradients_in_16_bits_are_as_good_as_those_of_the_modules(base16, 
 def test_a_graph_computes_what_was_recorded_for_any_pack_that_fits(smollm2_base):
     trees, _ = trees_of(smollm2_base, 24)
     model = lora_model(smollm2_base, "nf4", "fp16", GPU)
-    fused = Fused(model, keep_layers=8, hold_weights=True)
+    fused = Fused(model, keep_layers=8, hold_layers=30)
     work = worker(fused)
     packs = [pack(trees[i : i + n]) for i, n in ((0, 8), (8, 2), (10, 8), (18, 6))]
     graphed = Graphed(work, [fused.flat], Room.of(packs, 2048), packs[1])
@@ -154,7 +154,7 @@ def test_a_budget_is_kept_and_its_count_is_right(monkeypatch, budget, flash, dty
         return [Tree(words(150), tuple(Branch(f"{i}.{q}", words(18), words(5)) for q in range(5))) for i in range(n)]
 
     full = choice.pack_tokens // 260
-    fused = Fused(model, choice.keep_layers, choice.hold_weights)
+    fused = Fused(model, choice.keep_layers, choice.hold_layers)
     optimizer = bnb.optim.PagedAdamW8bit([fused.flat])
     torch.cuda.empty_cache()
     meter.reset_peaks(GPU)
@@ -172,6 +172,22 @@ def test_a_budget_is_kept_and_its_count_is_right(monkeypatch, budget, flash, dty
     print(f"budget {budget}: {peak:.2f} GiB allocated, {counted:.2f} counted")
     assert peak <= budget
     assert peak == pytest.approx(counted, rel=0.15)
+
+
+def test_the_t4_profile_trains_in_its_budget(tiny_base, tmp_path, monkeypatch, capsys):
+    """On the GPU at hand, as on a T4: fp16 with loss scaling, no flash attention, so no graphs."""
+    without_flash(monkeypatch)
+    train_loop.main([
+        "qlora7b-t4", "base.random_weights=true", f"base.path={ROOT / 'configs' / 'shapes' / 'llama-2-7b'}",
+        f"base.tokenizer={tiny_base}", f"data.train={ROOT / 'demo' / 'train.json'}",
+        f"data.dev={ROOT / 'demo' / 'dev.json'}", "early_stop.questions=4", "train.max_steps=6", "train.eval_every=6",
+        f"runs={tmp_path}",
+    ])  # fmt: skip
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    losses = [row["loss"] for row in metrics(next(tmp_path.iterdir())) if "loss" in row]
+    assert losses[-1] < losses[0]
+    assert result["peak"]["allocated_bytes"] <= 12 * GIB
+    assert 0 < result["kept_layers"] < 32
 
 
 def test_training_leaves_the_nf4_bytes_as_they_were(smollm2_base):

@@ -26,6 +26,7 @@ def test_a_choice_fits_its_budget_and_uses_it(budget):
     assert total(choice) <= budget
     one_more = LLAMA.kept_per_token * choice.pack_tokens / GIB
     assert choice.keep_layers == 32 or total(choice) + one_more > budget
+    assert choice.hold_layers == 32 or total(choice) + LLAMA.layer_matrices / GIB > budget
     assert f"{choice.keep_layers} of 32" in choice.sentence
     assert str(choice.pack_tokens) in choice.sentence
 
@@ -86,8 +87,15 @@ def test_logits_count_where_they_are_more_than_a_layers_work():
 
 def test_matrices_of_a_small_model_are_held():
     small = Shapes(10**8, 4_884_480, 30, 576, 1536, 576, 192, 49152, 2)
-    assert choose(Train(), small, GPU, STEP, SHARE).hold_weights
-    assert not choose(Train(), LLAMA, GPU, STEP, SHARE).hold_weights
+    assert choose(Train(), small, GPU, STEP, SHARE).hold_layers == 30
+    assert choose(Train(), LLAMA, GPU, STEP, SHARE).hold_layers == 0
+
+
+def test_what_a_budget_leaves_when_all_activations_are_kept_holds_matrices():
+    held = [choose(Train(memory_budget_gib=b), LLAMA, GPU, STEP, SHARE).hold_layers for b in (8, 18, 24, 60)]
+    assert held[:1] == [0]
+    assert held == sorted(held)
+    assert 8 < held[2] < 32 == held[3]
 
 
 def test_shapes_are_those_of_the_model(smollm2_base):
