@@ -144,9 +144,9 @@ def main(argv: list[str]) -> None:
     else:
         n_tokens = sum(map(len, trees))
         answer_share = sum(len(branch.answer_ids) for tree in trees for branch in tree.branches) / n_tokens
-        room = memory.room(device) if device.type == "cuda" else None
+        free = memory.free(device) if device.type == "cuda" else None
         shapes = memory.Shapes.of(model, trained)
-        choice = memory.choose(train, shapes, device, n_tokens / per_epoch / n_ranks, answer_share, room)
+        choice = memory.choose(train, shapes, device, n_tokens / per_epoch / n_ranks, answer_share, free)
         pack_tokens, keep_layers, counted, ways = (
             choice.pack_tokens,
             choice.keep_layers,
@@ -171,14 +171,17 @@ def main(argv: list[str]) -> None:
     def prepare(step: int) -> tuple[list[Tree], list[packing.Pack]]:
         """All trees of a step, and this rank's share of them in packs on the host. Pure, so it may be done ahead."""
         members = epoch(step // per_epoch)[step % per_epoch]
-        return members, [packing.pack(p) for p in plan.fill(plan.share(members, n_ranks)[rank], pack_tokens)]
+        parts = plan.fill(plan.share(members, n_ranks)[rank], pack_tokens)
+        return members, [pack for part in parts for pack in (room.packs(part) if room else [packing.pack(part)])]
 
+    room: packing.Room | None = None
     compute: Callable = lambda pack, share: work(pack.to(device), share)  # noqa: E731
     if not plain and attention.has_flash(device, dtype):
         like = [pack for step in range(min(32, per_epoch)) for pack in prepare(step)[1]]
-        smallest = min(like, key=lambda pack: len(pack.input_ids))
+        smallest = min(like, key=lambda pack: pack.n_tokens)
+        room = packing.Room.of(like, pack_tokens)
         with meter.out_of_memory(knob):
-            compute = graphs.Graphed(work, weights, packing.Room.of(like, pack_tokens), smallest)
+            compute = graphs.Graphed(work, weights, room, smallest)
     optimizer = accelerator.prepare(bnb.optim.PagedAdamW8bit(weights, lr=train.lr, weight_decay=train.weight_decay))
     training = {"optimizer": optimizer} | ({"scaler": accelerator.scaler} if accelerator.scaler else {})
 
@@ -278,7 +281,7 @@ def main(argv: list[str]) -> None:
 
             # mean over the answer tokens of the whole step, however it is cut into packs and shared out
             total_loss = torch.zeros((), device=device)
-            tokens = float(sum(len(pack.input_ids) for pack in packs))
+            tokens = float(sum(pack.n_tokens for pack in packs))
             with meter.out_of_memory(f"{knob}. What {run} holds is whole"):
                 for pack in packs:
                     total_loss += compute(pack, 1 / answer_tokens)

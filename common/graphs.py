@@ -1,7 +1,8 @@
 """One CUDA graph per pack size: forward and backward as one launch, so that a GPU never waits for Python.
 
 A graph replays the same kernels on the same addresses. Packs are therefore padded to a few sizes
-(`common.packing.Room`) and copied into the tensors that the graph of that size was recorded with.
+(`common.packing.Room`) and copied into the tensors that the graph of that size was recorded with. A pack of any other
+shape is computed without a graph, and takes memory beside theirs.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ class Graphed:
     def __init__(
         self, work: Callable[[Pack, Tensor], Tensor], weights: list[torch.nn.Parameter], room: Room, example: Pack
     ):
-        self.work, self.room, self.weights = work, room, weights
+        self.work, self.weights = work, weights
         self.device = weights[0].device
         self.gradients = [torch.zeros_like(w) for w in weights]
         for weight, gradient in zip(weights, self.gradients, strict=True):
@@ -49,12 +50,11 @@ class Graphed:
         """Loss of a pack that is still on the host, times `share`, as a tensor on the device."""
         for weight, gradient in zip(self.weights, self.gradients, strict=True):
             assert weight.grad is gradient, "graphs add to the gradients that they were recorded with"
-        padded = self.room.pad(pack)
-        recorded = self.graphs.get(len(padded.input_ids)) if padded else None
-        if padded is None or recorded is None:
+        recorded = self.graphs.get(len(pack.input_ids))
+        if recorded is None or recorded[1].shape != pack.shape:
             return self.work(pack.to(self.device), torch.tensor(share, device=self.device))
         graph, into, mine, loss = recorded
-        for target, source in zip(into.tensors(), padded.tensors(), strict=True):
+        for target, source in zip(into.tensors(), pack.tensors(), strict=True):
             target.copy_(source)
         mine.fill_(share)
         graph.replay()

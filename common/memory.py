@@ -84,18 +84,18 @@ class Choice:
     sentence: str
 
 
-def room(device: torch.device) -> int:
+def free(device: torch.device) -> int:
     """Bytes that this process may well allocate: what is free or its own, less a tenth for gaps between tensors."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(0.9 * (free + torch.cuda.memory_reserved(device)))
+    unused, _ = torch.cuda.mem_get_info(device)
+    return int(0.9 * (unused + torch.cuda.memory_reserved(device)))
 
 
 def choose(
-    train: Train, shapes: Shapes, device: torch.device, step_tokens: float, answer_share: float, room: int | None = None
+    train: Train, shapes: Shapes, device: torch.device, step_tokens: float, answer_share: float, free: int | None = None
 ) -> Choice:
     """Pack size and what to keep. `step_tokens`: of an average optimizer step on this rank; `answer_share`: of these.
 
-    A budget above `room` (bytes) is taken for that. Raises `UserError` where not even the least fits the budget.
+    A budget above `free` (bytes) is taken for that. Raises `UserError` where not even the least fits the budget.
     """
     largest = CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS
     # a step in one pack, or in a few equal ones; a tenth more, since steps differ
@@ -112,7 +112,7 @@ def choose(
         return sum(table(tokens, keep, hold).values())
 
     if train.memory_budget_gib is not None and device.type != "cpu":
-        budget = min(int(train.memory_budget_gib * GIB), room or 2**63)
+        budget = min(int(train.memory_budget_gib * GIB), free or 2**63)
         hold = hold if total(wanted, 0, hold) <= budget else 0
         while total(wanted, 0, hold) > budget:
             if train.pack_tokens or wanted <= LEAST_PACK_TOKENS:

@@ -61,6 +61,16 @@ class Pack:
     target_ids: Tensor  # [A] what they must predict
     ids: list[str]  # [B] question ids
 
+    @property
+    def n_tokens(self) -> int:
+        """T without padding."""
+        return self.spans.starts[0][-1]
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """All that a graph is recorded for."""
+        return (*(x.shape for x in self.tensors()), self.spans.longest)
+
     def tensors(self) -> list[Tensor]:
         """All that is computed with."""
         own = [value for value in vars(self).values() if isinstance(value, Tensor)]
@@ -132,6 +142,14 @@ class Room:
             ample((len(p.target_ids) for p in packs), 64),
             (longest[0], longest[1], longest[2]),
         )
+
+    def packs(self, trees: Sequence[Tree]) -> list[Pack]:
+        """`trees` in one padded pack, or in several where one does not hold them; a tree too large is not padded."""
+        whole = pack(trees)
+        padded = self.pad(whole)
+        if padded or len(trees) == 1:
+            return [padded or whole]
+        return self.packs(trees[::2]) + self.packs(trees[1::2])
 
     def pad(self, pack: Pack, size: int | None = None) -> Pack | None:
         """The pack with tokens that no other sees and no loss asks for; None where it does not fit in here.

@@ -88,6 +88,21 @@ def test_padding_changes_nothing(tiny_base):
     assert off(fused_gradient(model, fused), truth) < 1e-6
 
 
+def test_what_fits_no_graph_in_one_is_split_and_adds_up(tiny_base):
+    trees, _ = trees_of(tiny_base, 4)
+    model = lora_model(tiny_base)
+    room, fused = Room.of([pack(trees[:1])], most_tokens=len(pack(trees[:1]).input_ids)), Fused(model)
+    whole, packs = pack(trees), room.packs(trees)
+    assert len(packs) >= 3
+    assert sum(p.n_tokens for p in packs) == whole.n_tokens == len(whole.input_ids)
+    padded = [p for p in packs if len(p.input_ids) > p.n_tokens]
+    assert len({p.shape for p in padded}) == 1
+    loss, truth = loss_of(fused.logits, whole), fused_gradient(model, fused)
+    fused.flat.grad = None
+    assert sum(loss_of(fused.logits, p).item() for p in packs) == pytest.approx(loss.item(), rel=1e-6)
+    assert off(fused_gradient(model, fused), truth) < 1e-6
+
+
 def test_the_modules_weights_are_views_of_the_flat_one(tiny_base):
     model = lora_model(tiny_base)
     before = [w.detach().clone() for w in adapter_weights(model)]

@@ -121,12 +121,15 @@ def test_a_graph_computes_what_was_recorded_for_any_pack_that_fits(smollm2_base)
     fused = Fused(model, keep_layers=8, hold_layers=30)
     work = worker(fused)
     packs = [pack(trees[i : i + n]) for i, n in ((0, 8), (8, 2), (10, 8), (18, 6))]
-    graphed = Graphed(work, [fused.flat], Room.of(packs, 2048), packs[1])
+    room = Room.of(packs, 2048)
+    graphed = Graphed(work, [fused.flat], room, packs[1])
     assert len(graphed.graphs) >= 2
     replays = []
     for batch in [*packs, packs[0]]:
         fused.flat.grad.zero_()
-        loss = graphed(batch, 0.5).item()
+        padded = room.pad(batch)
+        assert graphed.graphs[len(padded.input_ids)][1].shape == padded.shape
+        loss = graphed(padded, 0.5).item()
         replays.append(fused.flat.grad.clone())
         fused.flat.grad.zero_()
         assert loss == pytest.approx(work(batch.to(GPU), torch.tensor(0.5, device=GPU)).item(), rel=2e-3)
@@ -160,9 +163,10 @@ def test_a_budget_is_kept_and_its_count_is_right(monkeypatch, budget, flash, dty
     meter.reset_peaks(GPU)
     work = worker(fused)
     packs = [pack(some(n)) for n in (full, full // 2)]
-    compute = Graphed(work, [fused.flat], Room.of(packs, choice.pack_tokens), packs[1]) if flash else None
+    room = Room.of(packs, choice.pack_tokens)
+    compute = Graphed(work, [fused.flat], room, packs[1]) if flash else None
     for batch in packs:
-        loss = compute(batch, 1.0) if compute else work(batch.to(GPU), torch.ones((), device=GPU))
+        loss = compute(room.pad(batch), 1.0) if compute else work(batch.to(GPU), torch.ones((), device=GPU))
         assert torch.isfinite(loss)
     assert torch.isfinite(fused.flat.grad).all() or dtype == "fp16"  # no loss scale here
     fused.flat.grad.nan_to_num_()

@@ -55,11 +55,11 @@ def test_too_little_memory_makes_packs_smaller_and_then_says_what_it_takes():
 
 def test_a_budget_beyond_what_is_free_is_what_is_free():
     train = Train(memory_budget_gib=24)
-    assert choose(train, LLAMA, GPU, STEP, SHARE, room=9 * GIB) == choose(
+    assert choose(train, LLAMA, GPU, STEP, SHARE, free=9 * GIB) == choose(
         Train(memory_budget_gib=9), LLAMA, GPU, STEP, SHARE
     )
     with pytest.raises(UserError, match=r"memory_budget_gib=24, of which there are 3\.0"):
-        choose(train, LLAMA, GPU, STEP, SHARE, room=3 * GIB)
+        choose(train, LLAMA, GPU, STEP, SHARE, free=3 * GIB)
 
 
 def test_without_a_budget_checkpointing_decides():
