@@ -30,7 +30,7 @@ export SQUAD_DIR ?= $(CURDIR)/.cache/squad
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 train eval bench bench-train report demo test test-gpu lint format verify-scorer doctor bundle unbundle clean
+.PHONY: help setup smollm2 train eval bench bench-train report demo test test-gpu test-published lint format verify-scorer doctor bundle unbundle clean
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
@@ -68,6 +68,9 @@ test: $(READY) $(SMOLLM2) ## the whole test suite
 
 test-gpu: $(READY) $(SMOLLM2) ## what only a GPU can show; fails without one
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -m gpu
+
+test-published: $(READY) ## the scorer on published predictions: bert-ensemble, logistic-regression, dev in DATA=folder
+	PUBLISHED="$(DATA)" $(PY) -m pytest -m published
 
 lint: $(READY) ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -1,10 +1,12 @@
 """The score is the official one."""
 
 import json
+import os
 import re
 import string
 import subprocess
 from collections import Counter
+from pathlib import Path
 
 from common.score import exact_match, f1, normalize, score
 from common.squad import Answer, Example
@@ -14,7 +16,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-SHARED = ROOT.parent / "shared" / "data"
 words = st.lists(st.sampled_from(["a", "an", "The", "bridge", "Bridge!", "1,820", "x-y", "été", "  ", ";"])).map(
     " ".join
 )
@@ -90,6 +91,7 @@ def verify(prediction, data) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.published
 @pytest.mark.parametrize(
     ("name", "lines"),
     [
@@ -98,9 +100,9 @@ def verify(prediction, data) -> subprocess.CompletedProcess:
     ],
 )
 def test_published_predictions_score_as_published(name, lines):
-    if not SHARED.is_dir():
-        pytest.skip("the published prediction files are not part of this repo")
-    result = verify(SHARED / "predictions" / f"{name}.json.gz", SHARED / "squad-v1.1-dev.json.gz")
+    folder = Path(os.environ.get("PUBLISHED", ""))
+    (predictions,), (data,) = folder.glob(f"**/{name}.json*"), folder.glob("**/*dev-v1.1.json*")
+    result = verify(predictions, data)
     assert result.stdout.splitlines() == lines
 
 
