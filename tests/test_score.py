@@ -101,7 +101,7 @@ def verify(prediction, data) -> subprocess.CompletedProcess:
 )
 def test_published_predictions_score_as_published(name, lines):
     folder = Path(os.environ.get("PUBLISHED", ""))
-    (predictions,), (data,) = folder.glob(f"**/{name}.json*"), folder.glob("**/*dev-v1.1.json*")
+    (predictions,), (data,) = folder.glob(f"**/{name}.json*"), folder.glob("*dev*.json*")
     result = verify(predictions, data)
     assert result.stdout.splitlines() == lines
 
