@@ -12,6 +12,9 @@ SET     = runs=$(RUNS) $(if $(SEED),seed=$(SEED)) $(if $(ADAPTER),adapter=$(ADAP
 # PROCESSES=n shares training and evaluation out: a process a GPU, or on CPUs. `exec`, so that a signal to make arrives.
 LAUNCH  = $(VENV)/bin/accelerate launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no
 RUN     = $(if $(filter-out 1,$(PROCESSES)),$(LAUNCH) --num_processes $(PROCESSES),$(PY))
+# of bench-train, which chooses a model itself where none is named
+OWN_MODEL = $(if $(filter-out file,$(origin MODEL)),$(MODEL))
+GPU     = $(shell command -v nvidia-smi)
 # the demo: the real scripts on demo/, small enough for two CPU cores
 DEMO    = runs=runs/demo data.train=demo/train.json data.dev=demo/dev.json
 DEMO_TRAIN ?= train.lr=2e-3 train.questions_per_step=16 train.eval_every=15 early_stop.questions=20
@@ -54,8 +57,8 @@ eval: $(NEEDS) ## official EM and F1 of MODEL
 bench: $(NEEDS) ## single-query latency and memory of MODEL
 	exec $(PY) bench_latency.py "$(MODEL)" $(SET)
 
-bench-train: $(NEEDS) $(SMOLLM2) ## training throughput beside other stacks, at a size that suits this machine (MODEL=, ARGS=)
-	$(PY) benchmarks/train_throughput.py $(if $(filter-out file,$(origin MODEL)),$(MODEL)) $(ARGS)
+bench-train: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## training speed beside other stacks, at a size that suits this machine
+	$(PY) benchmarks/train_throughput.py $(OWN_MODEL) $(if $(SEED),seed=$(SEED)) $(ARGS)
 
 report: $(READY) ## one table of all runs, as Markdown and HTML (RUNS=runs)
 	$(PY) report.py $(RUNS)

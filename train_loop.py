@@ -147,13 +147,9 @@ def main(argv: list[str]) -> None:
         free = memory.free(device) if device.type == "cuda" else None
         shapes = memory.Shapes.of(model, trained)
         choice = memory.choose(train, shapes, device, n_tokens / per_epoch / n_ranks, answer_share, free)
-        pack_tokens, keep_layers, counted, ways = (
-            choice.pack_tokens,
-            choice.keep_layers,
-            choice.counted,
-            choice.sentence,
-        )
-        knob += f" (now {pack_tokens}), or set train.memory_budget_gib"
+        pack_tokens, keep_layers = choice.pack_tokens, choice.keep_layers
+        counted, ways = choice.counted if device.type == "cuda" else None, choice.sentence
+        knob += f" (now {pack_tokens}), or {'lower' if train.memory_budget_gib else 'set'} train.memory_budget_gib"
         fast = fused.Fused(model, keep_layers, choice.hold_layers)
         weights, logits_of, recomputed = [fast.flat], fast.logits, fast.recomputed
 
@@ -177,6 +173,13 @@ def main(argv: list[str]) -> None:
     room: packing.Room | None = None
     compute: Callable = lambda pack, share: work(pack.to(device), share)  # noqa: E731
     if not plain and attention.has_flash(device, dtype):
+        # what graphs hold is not free for an evaluation
+        evaluation = shapes.evaluation(config.eval.pack_tokens or decode.GPU_PACK_TOKENS)
+        graphed = free is not None and sum(choice.counted.values()) + evaluation <= free
+        ways += ", CUDA graphs" if graphed else ", no CUDA graphs (an evaluation would not fit beside them)"
+    else:
+        graphed = False
+    if graphed:
         like = [pack for step in range(min(32, per_epoch)) for pack in prepare(step)[1]]
         smallest = min(like, key=lambda pack: pack.n_tokens)
         room = packing.Room.of(like, pack_tokens)
@@ -285,7 +288,7 @@ def main(argv: list[str]) -> None:
             with meter.out_of_memory(f"{knob}. What {run} holds is whole"):
                 for pack in packs:
                     total_loss += compute(pack, 1 / answer_tokens)
-                upcoming = prepare(step + 1)  # while a GPU computes
+                upcoming = prepare(step + 1) if step + 1 < total else None  # while a GPU computes
                 loss, tokens, signals = ranks.sum_gradients(weights, total_loss.item(), tokens, request.code > 0)
             grad_norm = float(accelerator.clip_grad_norm_(weights, train.max_grad_norm))
             # fp16's scaler skips steps of its own accord when a gradient overflows

@@ -67,7 +67,7 @@ def measure(torch: Any, peer: Any, job: dict[str, Any]) -> dict[str, Any]:
         if searched[-1]["allocated_gib"] > max(job["budgets"]):
             break
     if job["search"]:
-        fits = {b: [s for s in searched if s["allocated_gib"] <= b] for b in job["budgets"]}
+        fits = {b: [s for s in searched if s["allocated_gib"] <= 0.98 * b] for b in job["budgets"]}
         timed = {b: max(f, key=lambda s: s["questions_per_s"])["batch"] for b, f in fits.items() if f}
     found = {
         batch: timed_steps(torch, peer, job, batch, WARMUP_STEPS, max(LEAST_STEPS, job["questions"] // batch))
@@ -78,7 +78,7 @@ def measure(torch: Any, peer: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 def timed_steps(torch: Any, peer: Any, job: dict[str, Any], batch: int, warmup: int, steps: int) -> dict[str, Any]:
     """Questions/s and tokens/s (padding aside) of `steps` optimizer steps after `warmup`, and the peak of all."""
-    rows = rows_of(job, batch, warmup + steps)
+    rows = rows_of(job, batch, warmup) + rows_of(job, batch, steps)
     cuda = torch.cuda.is_available()
     clock, marks = time.perf_counter, []
     if cuda:
@@ -104,15 +104,20 @@ def timed_steps(torch: Any, peer: Any, job: dict[str, Any], batch: int, warmup: 
 
 
 def rows_of(job: dict[str, Any], batch: int, steps: int) -> Rows:
-    """Rows of so many batches, in order: each of similar lengths, the batches shuffled."""
-    rows = [{"input_ids": ids, "labels": [-100] * n + ids[n:]} for ids, n in job["rows"]]
-    rng = random.Random(job["seed"])
-    while len(rows) < batch * steps:
-        rows += rows[: batch * steps - len(rows)]
-    rows = sorted(rng.sample(rows, batch * steps), key=lambda row: len(row["input_ids"]))
-    batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
-    rng.shuffle(batches)
+    """Rows of so many batches in order, each of similar lengths, the batches shuffled.
+
+    They are evenly spaced in the job's rows by length, so that every batch size sees the same lengths.
+    """
+    rows = sorted(({"input_ids": ids, "labels": [-100] * n + ids[n:]} for ids, n in job["rows"]), key=_length)
+    wanted = batch * steps
+    rows = [rows[i * (len(rows) - 1) // max(1, wanted - 1)] for i in range(wanted)]
+    batches = [rows[i : i + batch] for i in range(0, wanted, batch)]
+    random.Random(job["seed"]).shuffle(batches)
     return [row for members in batches for row in members]
+
+
+def _length(row: dict[str, list[int]]) -> int:
+    return len(row["input_ids"])
 
 
 # ---- the stacks ----------------------------------------------------------------------------------------------------
@@ -142,12 +147,13 @@ class HfLoop:
         import bitsandbytes as bnb
         from peft import LoraConfig, get_peft_model
 
+        self.max_grad_norm = job["max_grad_norm"]
         self.model = get_peft_model(load(job), LoraConfig(task_type="CAUSAL_LM", **job["lora"]))
         if job["checkpointing"]:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model.train()
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = bnb.optim.PagedAdamW8bit(self.weights, lr=job["lr"], weight_decay=0.0)
+        self.optimizer = bnb.optim.PagedAdamW8bit(self.weights, lr=job["lr"], weight_decay=job["weight_decay"])
 
     def train(self, rows: Rows, batch: int, mark: Any) -> None:
         import torch
@@ -168,7 +174,7 @@ class HfLoop:
                 hidden = causal.model(input_ids=ids).last_hidden_state[:, :-1]
                 logits = causal.lm_head(hidden[keep]).float()
             F.cross_entropy(logits, labels[keep]).backward()
-            torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+            torch.nn.utils.clip_grad_norm_(self.weights, self.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             mark()
@@ -205,11 +211,14 @@ class Unsloth:
         self.model = FastLanguageModel.get_peft_model(model, use_gradient_checkpointing=checkpointing, **lora)
 
     def train(self, rows: Rows, batch: int, mark: Any) -> None:
-        train_sft(self.model, self.job, rows, batch, mark, {})
+        from transformers import AutoTokenizer, DataCollatorForSeq2Seq
+
+        collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(self.job["model"]))
+        train_sft(self.model, self.job, rows, batch, mark, {"data_collator": collator})
 
 
 def train_sft(
-    model: Any, job: dict[str, Any], rows: Rows, batch: int, mark: Any, adapter: dict[str, Any], **more: Any
+    model: Any, job: dict[str, Any], rows: Rows, batch: int, mark: Any, trainer_takes: dict[str, Any], **more: Any
 ) -> Any:
     import torch
     from datasets import Dataset
@@ -230,45 +239,33 @@ def train_sft(
     arguments = SFTConfig(
         output_dir=job["work"], per_device_train_batch_size=batch, gradient_accumulation_steps=1,
         max_steps=len(rows) // batch, train_sampling_strategy="sequential", learning_rate=job["lr"],
-        optim="paged_adamw_8bit", bf16=cuda, use_cpu=not cuda, max_grad_norm=1.0, weight_decay=0.0,
-        max_length=job["window"], dataset_kwargs={"skip_prepare_dataset": True}, save_strategy="no", report_to="none",
-        logging_steps=1000, disable_tqdm=True, seed=job["seed"], **more,
+        optim="paged_adamw_8bit", bf16=cuda, use_cpu=not cuda,
+        max_grad_norm=job["max_grad_norm"], weight_decay=job["weight_decay"], max_length=job["window"],
+        dataset_kwargs={"skip_prepare_dataset": True}, save_strategy="no", report_to="none", logging_steps=1000,
+        disable_tqdm=True, seed=job["seed"], **more,
     )  # fmt: skip
     trainer = SFTTrainer(
         model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-        callbacks=[Marks()], **adapter,
-        **({"data_collator": collator(tokenizer)} if not more else {}),
+        callbacks=[Marks()], **trainer_takes,
     )  # fmt: skip
     trainer.train()
     return trainer.model
-
-
-def collator(tokenizer: Any) -> Any:
-    """For Unsloth; TRL brings its own."""
-    from transformers import DataCollatorForSeq2Seq
-
-    return DataCollatorForSeq2Seq(tokenizer)
 
 
 def write_base(job: dict[str, Any]) -> str:
     """Random weights of the shapes in question, quantised, as a folder that every stack can load."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from common.config import Base
+    from common.meter import pick_device
     from common.model import load_base, load_tokenizer
     from common.packing import ATTENTION  # noqa: F401 - registers what load_base asks for
 
     base = Base(**job["base"])
-    model = load_base(base, torch_device())
+    model = load_base(base, pick_device())
     model.set_attn_implementation("sdpa")
     model.save_pretrained(job["model"])
     load_tokenizer(base.tokenizer or base.path).save_pretrained(job["model"])
     return job["model"]
-
-
-def torch_device() -> Any:
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def matmul_rate(torch: Any) -> float:

@@ -5,15 +5,15 @@
 Every figure comes from a fresh process. `ours` is train_loop.py itself, read off its metrics.jsonl; the others are
 benchmarks/peers.py. All train on the questions of the same optimizer steps, with the same token ids, base, LoRA shape,
 compute dtype and optimizer class. On a GPU each has a memory budget (GiB allocated at the peak): ours gets it as
-train.memory_budget_gib, of a peer the fastest batch size that keeps to it is taken, found in the first round.
+train.memory_budget_gib, of a peer the fastest batch size that keeps to it is taken, found in the first round; whether
+peers recompute activations is train.gradient_checkpointing.
 Warm-up steps are left out, with --whole-process nothing is. Rounds are interleaved; the table has their medians, the
 last line is one JSON object. Without MODEL: qlora7b at 8 and 24 GiB on a GPU, and on a CPU SmolLM2 against the plain
-loop, by wall time of whole processes.
+loop alone, by wall time of whole processes.
 """
 
 import argparse
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -30,12 +30,12 @@ from common.config import Config, load  # noqa: E402
 from common.errors import UserError, one_line_errors  # noqa: E402
 from common.model import load_tokenizers  # noqa: E402
 
+import torch  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
-GPU_DEFAULT = ["qlora7b", "--budgets", "8", "24"]
 CPU_DEFAULT = [
-    "smollm2-qlora", "data.train_paragraphs=60", "train.questions_per_step=32", "--systems", "ours", "hf",
-    "--rounds", "5", "--steps", "3", "--warmup", "1", "--questions", "96", "--whole-process",
+    "train.questions_per_step=32", "--systems", "ours", "hf", "--rounds", "5", "--steps", "7", "--warmup", "1",
+    "--questions", "200", "--whole-process",
 ]  # fmt: skip
 TRAIN_QUESTIONS = 87_599  # of SQuAD v1.1's train set: what an epoch is
 GIB = 2**30
@@ -49,14 +49,20 @@ COLUMNS = (
 
 
 def main(argv: list[str]) -> None:
-    arguments = parser().parse_intermixed_args(argv)
-    gpu = shutil.which("nvidia-smi") is not None
-    if arguments.model is None or "=" in arguments.model:
-        argv = [*(GPU_DEFAULT if gpu else CPU_DEFAULT), *argv]
-    args = parser().parse_intermixed_args(argv)
+    gpu = torch.cuda.is_available()
+    args = parse(argv, gpu)
     config = load(args.model, args.overrides)
     if config.lora is None:
         raise UserError(f"{config.system} has no lora section, so there is nothing to train; try MODEL=qlora7b")
+    if min(args.rounds, args.steps, args.warmup, args.questions) < 1:
+        raise UserError("--rounds, --steps, --warmup and --questions must be 1 or more")
+    if (config.base.quant, config.base.double_quant, config.base.dtype, config.lora.dropout) != (
+        "nf4",
+        True,
+        "auto",
+        0,
+    ):
+        raise UserError("the stacks are compared with base.quant=nf4, double quantisation, base.dtype=auto, no dropout")
     preflight.check(config.base, config.system)
 
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
@@ -73,8 +79,15 @@ def main(argv: list[str]) -> None:
             written = peer("base", job | {"base": config.to_dict()["base"]}, work)
             if "failed" in written:
                 raise UserError(f"{config.base.path}: {written['failed']}")
-        lines = args.out.read_text().splitlines() if args.out and args.out.exists() else []
-        runs = [json.loads(line) for line in lines]
+        asked = {"config": config.hash(), "budgets": job["budgets"], "batches": batches, "steps": args.steps}
+        runs: list[dict[str, Any]] = []
+        if args.out and args.out.exists():
+            header, *lines = args.out.read_text().splitlines()
+            runs = [json.loads(line) for line in lines]
+            if json.loads(header) != asked:
+                raise UserError(f"{args.out} holds figures of something else: {header}")
+        elif args.out:
+            args.out.write_text(json.dumps(asked) + "\n")
         for number in range(args.rounds):
             for system in args.systems:
                 if any(run["round"] == number and run["system"] == system for run in runs):
@@ -120,6 +133,15 @@ def main(argv: list[str]) -> None:
     print(json.dumps(result))
 
 
+def parse(argv: list[str], gpu: bool) -> argparse.Namespace:
+    """Arguments, with a model and a size that suit the machine where no model is named."""
+    args = parser().parse_intermixed_args(argv)
+    if args.model is None or "=" in args.model:
+        args = parser().parse_intermixed_args([*(["qlora7b"] if gpu else ["smollm2-qlora", *CPU_DEFAULT]), *argv])
+        args.budgets = args.budgets or [8.0, 24.0]
+    return args
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     p.add_argument("model", nargs="?", help="a name in configs/, or a YAML file")
@@ -145,6 +167,8 @@ def job_of(config: Config, args: argparse.Namespace, work: Path) -> dict[str, An
     per_step = config.train.questions_per_step
     trees = plan.bounded(built.trees, per_step)
     steps = plan.epoch(trees, config.seed, 0, per_step)[: args.warmup + args.steps]
+    if len(steps) < args.warmup + args.steps:
+        raise UserError(f"{len(steps)} steps are in this data, not {args.warmup + args.steps}: lower --steps")
     rows = [
         (tree.prefix_ids + branch.prompt_ids + branch.answer_ids, len(tree.prefix_ids + branch.prompt_ids))
         for members in steps
@@ -156,6 +180,7 @@ def job_of(config: Config, args: argparse.Namespace, work: Path) -> dict[str, An
         "model": str(Path(config.base.path).resolve()) if local else str(work / "base") if config.base.random_weights
         else config.base.path,
         "rows": rows, "questions": args.questions, "seed": config.seed, "lr": config.train.lr,
+        "weight_decay": config.train.weight_decay, "max_grad_norm": config.train.max_grad_norm,
         "window": config.window.tokens, "checkpointing": config.train.gradient_checkpointing, "work": str(work / "out"),
         "lora": {"r": config.lora.rank, "lora_alpha": config.lora.alpha, "lora_dropout": 0.0,
                               "bias": "none", "target_modules": list(config.lora.targets)},

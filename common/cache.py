@@ -1,6 +1,7 @@
 """Trees on disk: tokenising a whole split takes a while, so the same questions, tokenizer and window do it once.
 
-A file is found by a hash of all that decides what is in it, so it is never out of date. Imports no torch.
+A file is found by a hash of all that decides what is in it, code included, so it is never out of date. Imports no
+torch.
 """
 
 import contextlib
@@ -8,7 +9,6 @@ import hashlib
 import itertools
 import json
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from common.prompt import Branch, Tree, Trees
 from common.squad import Example
 
 import numpy as np
+import tokenizers
 
-FOLDER = Path(".cache/trees")
-LAYOUT = 1  # of the files; a new one makes the old ones unread
+FOLDER = Path(__file__).resolve().parent.parent / ".cache" / "trees"
 
 
 def build_trees(
@@ -30,14 +30,15 @@ def build_trees(
     """`prompt.build_trees`, kept in `FOLDER` where there are many questions. An unreadable file is made anew."""
     if len(examples) < prompt.MANY:
         return prompt.build_trees(examples, tokenizer, window, train=train, window_tokenizer=window_tokenizer)
-    cutter = window_tokenizer or tokenizer
-    decides = hashlib.sha256(repr((LAYOUT, prompt.fingerprint(), window, train, tokenizer.eos_token_id)).encode())
-    for part in (tokenizer.backend_tokenizer.to_str(), cutter.backend_tokenizer.to_str(), *map(repr, examples)):
+    decides = hashlib.sha256(repr((prompt.fingerprint(), window, train, tokenizer.eos_token_id)).encode())
+    code = [Path(module).read_text() for module in (__file__, prompt.__file__)] + [tokenizers.__version__]
+    vocabularies = (t.backend_tokenizer.to_str() for t in (tokenizer, window_tokenizer or tokenizer))
+    for part in (*code, *vocabularies, *map(repr, examples)):
         decides.update(part.encode())
     path = FOLDER / f"{decides.hexdigest()[:32]}.npz"
     try:
         return _read(path)
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+    except Exception:  # absent, or damaged in one of many ways
         built = prompt.build_trees(examples, tokenizer, window, train=train, window_tokenizer=window_tokenizer)
     try:
         _write(path, built)

@@ -74,6 +74,11 @@ class Shapes:
             "logits or one layer's work": max(work, (self.item + 12) * self.vocabulary * answers),
         }
 
+    def evaluation(self, tokens: int) -> int:
+        """Bytes that decoding a pack of `tokens` takes beside base and adapter: keys, values, products, a mask."""
+        keys = 2 * self.layers * self.key * self.item * tokens
+        return keys + self.item * (3 * self.intermediate + 4 * self.hidden) * tokens + 3 * tokens**2
+
 
 @dataclass(frozen=True)
 class Choice:

@@ -35,13 +35,17 @@ def load_tokenizers(config: Config) -> tuple[Any, Any]:
 
 
 def load_tokenizer(path: str, revision: str = "main") -> Any:
-    """The tokenizer of a hub id or folder; its EOS must be set."""
+    """The tokenizer of a hub id or folder: a fast one, with EOS; it neither cuts nor pads."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no tokenizer could be loaded from there ({_first_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: its tokenizer has no EOS token, which ends every answer")
+    if not tokenizer.is_fast:
+        raise UserError(f"{path}: its tokenizer has no tokenizer.json, which says where tokens lie in a text")
+    tokenizer.backend_tokenizer.no_truncation()  # either may have been saved with it
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 

@@ -116,8 +116,8 @@ def build_trees(
         ids = encoding.ids
         n = _tokens_within(encoding, len(row.prompt))
         if n is None or encoding.token_to_chars(len(ids) - 1) is None:
-            what = "merges the prompt and the answer" if n is None else "adds an end"
-            raise UserError(f"question {row.id}: this tokenizer {what}")
+            what = "merges the prompt and the answer" if n is None else "adds an end to every text"
+            raise UserError(f"question {row.id}: this tokenizer {what}; name another by base.tokenizer")
         answer_ids = [*ids[n:], tokenizer.eos_token_id] if train else []
         if len(answer_ids) > window.answer:
             counts["dropped_long"] += 1

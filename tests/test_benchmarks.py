@@ -21,6 +21,22 @@ def job(tiny_config, tmp_path):
     }  # fmt: skip
 
 
+def test_without_a_model_the_machine_decides_and_overrides_stay_overrides():
+    on_gpu = train_throughput.parse(["base.random_weights=true", "--rounds", "1"], gpu=True)
+    assert (on_gpu.model, on_gpu.overrides) == ("qlora7b", ["base.random_weights=true"])
+    assert (on_gpu.budgets, on_gpu.rounds, on_gpu.whole_process) == ([8, 24], 1, False)
+    on_cpu = train_throughput.parse(["seed=1"], gpu=False)
+    assert (on_cpu.model, on_cpu.overrides[-1]) == ("smollm2-qlora", "seed=1")
+    assert (on_cpu.systems, on_cpu.whole_process) == (["ours", "hf"], True)
+    named = train_throughput.parse(["tiny.yaml", "seed=1"], gpu=True)
+    assert (named.model, named.overrides, named.budgets) == ("tiny.yaml", ["seed=1"], None)
+
+
+def test_every_batch_size_sees_the_same_lengths(job):
+    mean = {b: sum(len(r["input_ids"]) for r in peers.rows_of(job, b, 5)) / (5 * b) for b in (1, 4, 8)}
+    assert max(mean.values()) <= 1.05 * min(mean.values())
+
+
 def test_peers_get_the_questions_of_our_first_steps_with_loss_on_the_answers(job, tiny_base):
     rows = peers.rows_of(job, batch=4, steps=5)
     assert len(job["rows"]) == 3 * 8

@@ -55,7 +55,10 @@ def test_a_broken_file_is_made_anew_and_a_folder_that_cannot_be_written_is_done_
     built = cache.build_trees(examples, tokenizer, Window(), train=True)
     (file,) = folder.iterdir()
     whole = file.read_bytes()
-    for broken in (b"", whole[: len(whole) // 2], whole.replace(b"counts", b"cuonts")):
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for broken in (b"", whole[: len(whole) // 2], bytes(flipped)):
+        assert broken != whole
         file.write_bytes(broken)
         assert cache.build_trees(examples, tokenizer, Window(), train=True) == built
         assert file.read_bytes() == whole

@@ -80,8 +80,8 @@ def test_a_cpu_has_small_packs_and_no_budget():
 
 def test_logits_count_where_they_are_more_than_a_layers_work():
     kind = "logits or one layer's work"
-    few, many = (LLAMA.table(4096, answers, 32, False)[kind] for answers in (100, 10_000))
-    assert few == LLAMA.table(4096, 0, 32, False)[kind]
+    few, many = (LLAMA.table(4096, answers, 32, 0)[kind] for answers in (100, 10_000))
+    assert few == LLAMA.table(4096, 0, 32, 0)[kind]
     assert many == 14 * 32000 * 10_000
 
 

@@ -21,6 +21,7 @@ from tests.test_packing import gradient, lora_model, packed_loss, trees_of
 import bitsandbytes as bnb
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 CPU = torch.device("cpu")
@@ -221,3 +222,14 @@ def test_smollm2_ends_answers_with_its_own_eos_and_pads_with_another_token(smoll
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", model_config["eos_token_id"])
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert tokenizer("text").input_ids[0] != tokenizer.bos_token_id
+
+
+def test_a_tokenizer_saved_with_truncation_and_padding_neither_cuts_nor_pads(tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "base")
+    saved = Tokenizer.from_file(str(tmp_path / "base" / "tokenizer.json"))
+    saved.enable_truncation(8)
+    saved.enable_padding(length=30)
+    saved.save(str(tmp_path / "base" / "tokenizer.json"))
+    text = "A long text about canals, bridges and harbours."
+    backend = load_tokenizer(str(tmp_path / "base")).backend_tokenizer
+    assert backend.encode(text).ids == load_tokenizer(str(tiny_base)).backend_tokenizer.encode(text).ids

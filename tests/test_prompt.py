@@ -139,7 +139,7 @@ def test_a_tokenizer_that_ends_texts_or_joins_prompt_and_answer_is_refused(tiny_
     ends = AutoTokenizer.from_pretrained(tiny_base)
     template = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 1)])
     ends.backend_tokenizer.post_processor = template
-    with pytest.raises(UserError, match=f"question {demo[0].id}: this tokenizer adds an end"):
+    with pytest.raises(UserError, match=f"question {demo[0].id}: this tokenizer adds an end to every text"):
         build_trees(demo, ends, ROOMY, train=False)
 
     letters = sorted({c for e in demo for c in prompt.text(e.context, e.question) + e.answers[0].text})

@@ -100,7 +100,8 @@ def verify(prediction, data) -> subprocess.CompletedProcess:
     ],
 )
 def test_published_predictions_score_as_published(name, lines):
-    folder = Path(os.environ.get("PUBLISHED", ""))
+    folder = Path(os.environ["PUBLISHED"] or "DATA=folder is missing")
+    assert folder.is_dir(), folder
     (predictions,), (data,) = folder.glob(f"**/{name}.json*"), folder.glob("*dev*.json*")
     result = verify(predictions, data)
     assert result.stdout.splitlines() == lines
