@@ -8,7 +8,7 @@ import shutil
 import bench_latency
 import eval_loop
 import train_loop
-from common import attention, meter
+from common import attention, memory, meter
 from common.config import Base, Lora, Train
 from common.decode import predict, stop_ids
 from common.errors import UserError
@@ -178,20 +178,38 @@ def test_a_budget_is_kept_and_its_count_is_right(monkeypatch, budget, flash, dty
     assert peak == pytest.approx(counted, rel=0.15)
 
 
+def random_7b(system: str, tokenizer, runs) -> list[str]:
+    return [
+        system, "base.random_weights=true", f"base.path={ROOT / 'configs' / 'shapes' / 'llama-2-7b'}",
+        f"base.tokenizer={tokenizer}", f"data.train={ROOT / 'demo' / 'train.json'}",
+        f"data.dev={ROOT / 'demo' / 'dev.json'}", f"runs={runs}",
+    ]  # fmt: skip
+
+
 def test_the_t4_profile_trains_in_its_budget(tiny_base, tmp_path, monkeypatch, capsys):
     """On the GPU at hand, as on a T4: fp16 with loss scaling, no flash attention, so no graphs."""
     without_flash(monkeypatch)
-    train_loop.main([
-        "qlora7b-t4", "base.random_weights=true", f"base.path={ROOT / 'configs' / 'shapes' / 'llama-2-7b'}",
-        f"base.tokenizer={tiny_base}", f"data.train={ROOT / 'demo' / 'train.json'}",
-        f"data.dev={ROOT / 'demo' / 'dev.json'}", "early_stop.questions=4", "train.max_steps=6", "train.eval_every=6",
-        f"runs={tmp_path}",
-    ])  # fmt: skip
+    few = ["early_stop.questions=4", "train.max_steps=6", "train.eval_every=6"]
+    train_loop.main([*random_7b("qlora7b-t4", tiny_base, tmp_path), *few])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     losses = [row["loss"] for row in metrics(next(tmp_path.iterdir())) if "loss" in row]
     assert losses[-1] < losses[0]
     assert result["peak"]["allocated_bytes"] <= 12 * GIB
     assert 0 < result["kept_layers"] < 32
+
+
+def test_a_card_of_8_gib_trains_and_evaluates(tiny_base, tmp_path, monkeypatch, capsys):
+    """The context of CUDA itself, about half a GiB, is left out of what the process may take."""
+    limit = int(7.2 * GIB)
+    monkeypatch.setattr(memory, "free", lambda device: int(0.9 * limit))
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(GPU).total_memory)
+    try:
+        train_loop.main([*random_7b("qlora7b", tiny_base, tmp_path), "train.max_steps=2", "train.eval_every=2"])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    said = capsys.readouterr().out.splitlines()
+    assert any("no CUDA graphs" in line for line in said)
+    assert json.loads(said[-1])["peak"]["reserved_bytes"] <= limit
 
 
 def test_training_leaves_the_nf4_bytes_as_they_were(smollm2_base):
