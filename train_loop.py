@@ -130,9 +130,9 @@ def main(argv: list[str]) -> None:
             f"train.memory_budget_gib needs the fused layers; not with {plain}: set train.memory_budget_gib=null, and "
             "train.pack_tokens and train.gradient_checkpointing by hand"
         )
-    knob, counted, n_layers = "lower train.pack_tokens", None, model.config.num_hidden_layers
+    knob, counted = "lower train.pack_tokens", None
     if plain:
-        keep_layers, recomputed = (0, 1.0) if train.gradient_checkpointing else (n_layers, 0.0)
+        keep_layers, recomputed = (0, 1.0) if train.gradient_checkpointing else (model.config.num_hidden_layers, 0.0)
         pack_tokens = train.pack_tokens or (CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS)
         ways = f"layers by transformers and PEFT ({plain}), packs of {pack_tokens} tokens"
         knob += f" (now {pack_tokens})"
@@ -146,7 +146,9 @@ def main(argv: list[str]) -> None:
         answer_share = sum(len(branch.answer_ids) for tree in trees for branch in tree.branches) / n_tokens
         free = memory.free(device) if device.type == "cuda" else None
         shapes = memory.Shapes.of(model, trained)
-        choice = memory.choose(train, shapes, device, n_tokens / per_epoch / n_ranks, answer_share, free)
+        # what graphs hold is not free for an evaluation
+        evaluation = shapes.evaluation(config.eval.pack_tokens or decode.GPU_PACK_TOKENS)
+        choice = memory.choose(train, shapes, device, n_tokens / per_epoch / n_ranks, answer_share, free, evaluation)
         pack_tokens, keep_layers = choice.pack_tokens, choice.keep_layers
         counted, ways = choice.counted if device.type == "cuda" else None, choice.sentence
         knob += f" (now {pack_tokens}), or {'lower' if train.memory_budget_gib else 'set'} train.memory_budget_gib"
@@ -172,19 +174,16 @@ def main(argv: list[str]) -> None:
 
     room: packing.Room | None = None
     compute: Callable = lambda pack, share: work(pack.to(device), share)  # noqa: E731
-    if not plain and attention.has_flash(device, dtype):
-        # what graphs hold is not free for an evaluation
-        evaluation = shapes.evaluation(config.eval.pack_tokens or decode.GPU_PACK_TOKENS)
-        graphed = free is not None and sum(choice.counted.values()) + evaluation <= free
-        ways += ", CUDA graphs" if graphed else ", no CUDA graphs (an evaluation would not fit beside them)"
-    else:
-        graphed = False
-    if graphed:
-        like = [pack for step in range(min(32, per_epoch)) for pack in prepare(step)[1]]
-        smallest = min(like, key=lambda pack: pack.n_tokens)
-        room = packing.Room.of(like, pack_tokens)
-        with meter.out_of_memory(knob):
-            compute = graphs.Graphed(work, weights, room, smallest)
+    if not plain and free is not None and attention.has_flash(device, dtype):
+        if sum(choice.counted.values()) + evaluation <= free:
+            ways += ", CUDA graphs"
+            like = [pack for step in range(min(32, per_epoch)) for pack in prepare(step)[1]]
+            smallest = min(like, key=lambda pack: pack.n_tokens)
+            room = packing.Room.of(like, pack_tokens)
+            with meter.out_of_memory(knob):
+                compute = graphs.Graphed(work, weights, room, smallest)
+        else:
+            ways += ", no CUDA graphs (an evaluation would not fit beside them)"
     optimizer = accelerator.prepare(bnb.optim.PagedAdamW8bit(weights, lr=train.lr, weight_decay=train.weight_decay))
     training = {"optimizer": optimizer} | ({"scaler": accelerator.scaler} if accelerator.scaler else {})
 

@@ -57,6 +57,8 @@ def main(argv: list[str]) -> None:
             f"runs={runs}",
         ])  # fmt: skip
     hook.remove()
+    if len(marks) < total:
+        raise UserError(f"{len(marks)} optimizer steps are in this data, and {total} are needed")
     took: defaultdict[str, float] = defaultdict(float)
     for event in watch.key_averages():
         kind = next(name for name, pattern in CLASSES.items() if re.search(pattern, event.key, re.I))

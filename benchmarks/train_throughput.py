@@ -39,6 +39,7 @@ CPU_DEFAULT = [
 ]  # fmt: skip
 TRAIN_QUESTIONS = 87_599  # of SQuAD v1.1's train set: what an epoch is
 GIB = 2**30
+NO_BUDGET = 1e6  # GiB
 SYSTEMS = {
     "ours": "train_loop.py", "hf": "Hugging Face loop", "trl": "TRL SFTTrainer", "unsloth": "Unsloth",
 }  # fmt: skip
@@ -56,12 +57,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{config.system} has no lora section, so there is nothing to train; try MODEL=qlora7b")
     if min(args.rounds, args.steps, args.warmup, args.questions) < 1:
         raise UserError("--rounds, --steps, --warmup and --questions must be 1 or more")
-    if (config.base.quant, config.base.double_quant, config.base.dtype, config.lora.dropout) != (
-        "nf4",
-        True,
-        "auto",
-        0,
-    ):
+    base, same = config.base, ("nf4", True, "auto", 0)
+    if (base.quant, base.double_quant, base.dtype, config.lora.dropout) != same:
         raise UserError("the stacks are compared with base.quant=nf4, double quantisation, base.dtype=auto, no dropout")
     preflight.check(config.base, config.system)
 
@@ -71,7 +68,7 @@ def main(argv: list[str]) -> None:
         ceiling = peer("matmul", job, work)
         if "failed" in ceiling:
             raise UserError(f"matrix products: {ceiling['failed']}")
-        job["budgets"] = (args.budgets or [config.train.memory_budget_gib or 1e6]) if gpu else [1e6]
+        job["budgets"] = (args.budgets or [config.train.memory_budget_gib or NO_BUDGET]) if gpu else [NO_BUDGET]
         batches = args.batches or ([8, 16, 24, 32, 64, 128] if gpu else [8])
         if args.whole_process and len(batches) > 1:
             raise UserError("--whole-process: name one of --batches, for a search would count")
@@ -138,7 +135,7 @@ def parse(argv: list[str], gpu: bool) -> argparse.Namespace:
     args = parser().parse_intermixed_args(argv)
     if args.model is None or "=" in args.model:
         args = parser().parse_intermixed_args([*(["qlora7b"] if gpu else ["smollm2-qlora", *CPU_DEFAULT]), *argv])
-        args.budgets = args.budgets or [8.0, 24.0]
+        args.budgets = args.budgets or ([8.0, 24.0] if gpu else None)
     return args
 
 
@@ -217,7 +214,7 @@ def ours(budget: float, args: argparse.Namespace, work: Path) -> dict[str, Any]:
         sys.executable, str(ROOT / "train_loop.py"), args.model, *args.overrides, f"train.max_steps={total}",
         f"train.eval_every={total}", "early_stop.questions=1", f"runs={runs}",
     ]  # fmt: skip
-    command += [f"train.memory_budget_gib={budget:g}"] if budget < 1e6 else []
+    command += [f"train.memory_budget_gib={budget:g}"] if budget < NO_BUDGET else []
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     wall = time.perf_counter() - began

@@ -96,11 +96,13 @@ def free(device: torch.device) -> int:
 
 
 def choose(
-    train: Train, shapes: Shapes, device: torch.device, step_tokens: float, answer_share: float, free: int | None = None
-) -> Choice:
+    train: Train, shapes: Shapes, device: torch.device, step_tokens: float, answer_share: float,
+    free: int | None = None, evaluation: int = 0,
+) -> Choice:  # fmt: skip
     """Pack size and what to keep. `step_tokens`: of an average optimizer step on this rank; `answer_share`: of these.
 
-    A budget above `free` (bytes) is taken for that. Raises `UserError` where not even the least fits the budget.
+    A budget above `free` (bytes) is taken for that. Matrices are held in what leaves an `evaluation` its bytes too, for
+    graphs beside it save more. Raises `UserError` where not even the least fits the budget.
     """
     largest = CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS
     # a step in one pack, or in a few equal ones; a tenth more, since steps differ
@@ -129,6 +131,7 @@ def choose(
             wanted -= 256
         # a GiB of activations saves more than one of matrices
         keep = max(n for n in range(shapes.layers + 1) if total(wanted, n, hold) <= budget or n == 0)
+        budget = min(budget, (free or 2**63) - evaluation)
         hold = max(n for n in range(hold, shapes.layers + 1) if total(wanted, keep, n) <= budget or n == hold)
     counted = table(wanted, keep, hold)
     sentence = f"fused layers, {keep} of {shapes.layers} keep their activations"

@@ -62,6 +62,14 @@ def test_a_budget_beyond_what_is_free_is_what_is_free():
         choose(train, LLAMA, GPU, STEP, SHARE, free=3 * GIB)
 
 
+def test_matrices_are_not_held_in_the_room_of_an_evaluation_beside_graphs():
+    train, free, evaluation = Train(memory_budget_gib=24), int(20.8 * GIB), LLAMA.evaluation(4096)
+    choice = choose(train, LLAMA, GPU, STEP, SHARE, free, evaluation)
+    assert choice.keep_layers == 32
+    assert sum(choice.counted.values()) + evaluation <= free
+    assert choice.hold_layers < choose(train, LLAMA, GPU, STEP, SHARE, free).hold_layers
+
+
 def test_without_a_budget_checkpointing_decides():
     assert choose(Train(gradient_checkpointing=True), LLAMA, GPU, STEP, SHARE).keep_layers == 0
     assert choose(Train(gradient_checkpointing=False), LLAMA, GPU, STEP, SHARE).keep_layers == 32
