@@ -102,8 +102,9 @@ def main(argv: list[str]) -> None:
     rows: list[dict[str, Any]] = []
     for system in args.systems:
         for budget in job["budgets"]:
-            mine = [run for run in runs if run["system"] == system and run.get("budget") == budget]
-            failed = next((run for run in runs if run["system"] == system and "failed" in run), None)
+            here = [run for run in runs if run["system"] == system and run["budget"] in (budget, None)]
+            mine = [run for run in here if "failed" not in run]
+            failed = next((run for run in here if "failed" in run), None)
             if not mine:
                 why = failed["failed"] if failed else f"no batch size keeps to {budget:g} GiB"
                 rows.append({"system": system, "budget": budget, "failed": why})
@@ -219,7 +220,9 @@ def ours(budget: float, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True)
     wall = time.perf_counter() - began
     if done.returncode:
-        raise UserError(f"{' '.join(command)}\n{done.stderr.strip().splitlines()[-1]}")
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        print(f"{' '.join(command)}\n{said}", file=sys.stderr)
+        return {"system": "ours", "budget": budget, "batch": None, "failed": said}
     result = json.loads(done.stdout.strip().splitlines()[-1])
     lines = (Path(result["run"]) / "metrics.jsonl").read_text().splitlines()
     steps = [row for row in map(json.loads, lines) if "loss" in row]

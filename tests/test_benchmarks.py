@@ -1,6 +1,7 @@
 """The stacks that are compared get the same questions, and one that cannot run says why."""
 
 import json
+import subprocess
 import sys
 
 from benchmarks import peers, train_throughput
@@ -65,6 +66,14 @@ def test_a_peer_that_is_not_there_says_so(job, tmp_path, capsys, monkeypatch):
     (tmp_path / "job.json").write_text(json.dumps(job))
     peers.main("unsloth", str(tmp_path / "job.json"))
     assert "unsloth" in json.loads(capsys.readouterr().out)["failed"]
+
+
+def test_a_budget_at_which_ours_fails_is_a_row_and_not_the_end(tmp_path, monkeypatch):
+    args = train_throughput.parse(["tiny.yaml"], gpu=True)
+    failed = subprocess.CompletedProcess([], 2, stdout="", stderr="one line\ntoo little memory\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    (row,) = train_throughput.one("ours", {"budgets": [8.0]}, args, tmp_path)
+    assert (row["budget"], row["failed"]) == (8.0, "too little memory")
 
 
 def test_flops_are_those_of_the_layers_matrices(tiny_base):
