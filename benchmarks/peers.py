@@ -211,10 +211,20 @@ class Unsloth:
         self.model = FastLanguageModel.get_peft_model(model, use_gradient_checkpointing=checkpointing, **lora)
 
     def train(self, rows: Rows, batch: int, mark: Any) -> None:
-        from transformers import AutoTokenizer, DataCollatorForSeq2Seq
+        from transformers import DataCollatorForSeq2Seq
 
-        collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(self.job["model"]))
+        collator = DataCollatorForSeq2Seq(padding_tokenizer(self.job))
         train_sft(self.model, self.job, rows, batch, mark, {"data_collator": collator})
+
+
+def padding_tokenizer(job: dict[str, Any]) -> Any:
+    """The base's tokenizer; Llama-2's own has no token to pad with, and a base that is saved may have lost one."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
 
 
 def train_sft(
@@ -222,7 +232,7 @@ def train_sft(
 ) -> Any:
     import torch
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     class Marks(TrainerCallback):
@@ -232,9 +242,6 @@ def train_sft(
         def on_step_end(self, *_: Any, **__: Any) -> None:
             mark()
 
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     cuda = torch.cuda.is_available()
     arguments = SFTConfig(
         output_dir=job["work"], per_device_train_batch_size=batch, gradient_accumulation_steps=1,
@@ -245,7 +252,7 @@ def train_sft(
         disable_tqdm=True, seed=job["seed"], **more,
     )  # fmt: skip
     trainer = SFTTrainer(
-        model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+        model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=padding_tokenizer(job),
         callbacks=[Marks()], **trainer_takes,
     )  # fmt: skip
     trainer.train()

@@ -8,7 +8,7 @@ import shutil
 import bench_latency
 import eval_loop
 import train_loop
-from common import attention, memory, meter
+from common import attention, memory, meter, packing
 from common.config import Base, Lora, Train
 from common.decode import predict, stop_ids
 from common.errors import UserError
@@ -20,7 +20,7 @@ from common.packing import IGNORED, Room, pack
 from common.prompt import Branch, Tree
 from tests.conftest import ROOT
 from tests.test_decode import LIMIT, demo_trees, generated
-from tests.test_fused import adapter_weights, fused_gradient, loss_of, off, plain_loss
+from tests.test_fused import adapter_weights, fused_gradient, off
 from tests.test_model import four_bit_bytes, train_a_little
 from tests.test_packing import gradient, lora_model, packed_loss, rows_loss, trees_of
 from tests.test_train_loop import interrupt_at_evaluation, metrics
@@ -96,21 +96,37 @@ def test_fused_gradients_in_16_bits_are_as_good_as_those_of_the_modules(base16, 
     """In fp16 without flash attention: as on a T4."""
     if not flash:
         without_flash(monkeypatch)
-    trees, _ = trees_of(base16, 8)
-    batch = pack(trees).to(GPU)
-    truth_model = lora_model(base16, "nf4", "fp32", GPU)
-    true_loss, truth = plain_loss(truth_model, batch).item(), gradient(truth_model)
-    del truth_model
-    model = lora_model(base16, "nf4", dtype, GPU)
-    modules_loss, modules = plain_loss(model, batch).item(), off(gradient(model), truth)
+    trees, _ = trees_of(base16, 40)
+    packs = [pack(trees[i : i + 8]).to(GPU) for i in range(0, 40, 8)]
+
+    def losses_of(logits_of) -> torch.Tensor:
+        """Of every answer token, after a backward pass for their sum."""
+        found = []
+        for batch in packs:
+            logits = logits_of(batch, batch.target_index).float()
+            found.append(cross_entropy(logits, batch.target_ids, reduction="none", ignore_index=IGNORED))
+            found[-1].sum().backward()
+        return torch.cat(found).detach()
+
+    def by_modules(dtype: str):
+        model = lora_model(base16, "nf4", dtype, GPU)
+        return model, losses_of(lambda batch, keep: packing.pack_logits(model, batch, keep)), gradient(model)
+
+    _, true_losses, truth = by_modules("fp32")
+    model, modules_losses, modules = by_modules(dtype)
+    true_loss, modules_loss = true_losses.sum().item(), modules_losses.sum().item()
+    apart = off(modules_losses, true_losses)
     for keep in (0, 30):
         fused = Fused(model, keep, hold_layers=keep)
-        loss, found = loss_of(fused.logits, batch).item(), fused_gradient(model, fused)
-        print(f"{dtype}, flash {flash}, {keep} layers kept: loss {loss} for {true_loss} (modules {modules_loss})")
-        print(f"gradient off by {off(found, truth):.4f} (modules {modules:.4f}), cosine {cosine(found, truth):.6f}")
-        assert abs(loss - true_loss) <= max(0.005 * true_loss, 1.2 * abs(modules_loss - true_loss))
+        losses, found = losses_of(fused.logits), fused_gradient(model, fused)
+        print(f"{dtype}, flash {flash}, {keep} layers kept; modules in brackets: loss {losses.sum().item():.1f} "
+              f"({modules_loss:.1f}) for {true_loss:.1f}, of tokens off by {off(losses, true_losses):.5f} "
+              f"({apart:.5f}), gradient off by {off(found, truth):.5f} ({off(modules, truth):.5f}), "
+              f"cosine {cosine(found, truth):.6f}")  # fmt: skip
+        assert losses.sum().item() == pytest.approx(true_loss, rel=0.005)
+        assert off(losses, true_losses) <= 1.1 * apart
         assert cosine(found, truth) >= 0.999
-        assert off(found, truth) <= 1.1 * modules
+        assert off(found, truth) <= 1.1 * off(modules, truth)
         for p in adapter_weights(model):
             p.requires_grad_(True)
 
