@@ -101,7 +101,7 @@ def test_weights_and_gpu_are_reported_apart(monkeypatch):
     assert weights["meta-llama/Llama-2-7b-hf"] == "no"
     assert weights[".cache/smollm2-135m-instruct:"] == "ok"
     found = {finding.about: (finding.state, finding.text) for finding in findings}
-    assert found["qlora7b"] == ("no", "No CUDA device. qlora7b needs one with ≥ 8 GiB.")
+    assert found["qlora7b"] == ("no", "No CUDA device. qlora7b needs one with ≥ 7.5 GiB.")
     assert found["tinyllama1b"][1].startswith("needs the weights of TinyLlama")
     assert found["smollm2-qlora"] == ("ok", "can run")
 
