@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     began = meter.now(device)
     mine = plan.share(built.trees, process.num_processes)[process.process_index]
     own = decode.predict(
-        model, tokenizer, mine, stops, config.window.answer, config.eval.pack_tokens,
+        model, tokenizer, mine, stops, config.window.answer, config.eval,
         "decode" if process.is_main_process else None,
     )  # fmt: skip
     answers = decode.merge(gather_object(list(own.values())))

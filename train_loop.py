@@ -147,7 +147,7 @@ def main(argv: list[str]) -> None:
         free = memory.free(device) if device.type == "cuda" else None
         shapes = memory.Shapes.of(model, trained)
         # what graphs hold is not free for an evaluation
-        evaluation = shapes.evaluation(config.eval.pack_tokens or decode.GPU_PACK_TOKENS)
+        evaluation = shapes.evaluation(memory.LEAST_PASS_TOKENS, memory.LEAST_ARENA_TOKENS)
         choice = memory.choose(train, shapes, device, n_tokens / per_epoch / n_ranks, answer_share, free, evaluation)
         pack_tokens, keep_layers = choice.pack_tokens, choice.keep_layers
         counted, ways = choice.counted if device.type == "cuda" else None, choice.sentence
@@ -244,7 +244,7 @@ def main(argv: list[str]) -> None:
                 mine = plan.share(stop_trees, n_ranks)[rank]
                 try:
                     answers = decode.predict(
-                        model, tokenizer, mine, stops, config.window.answer, config.eval.pack_tokens,
+                        model, tokenizer, mine, stops, config.window.answer, config.eval,
                         "evaluate" if first else None, request.check,
                     )  # fmt: skip
                 except stopping.Stopped:

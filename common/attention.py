@@ -8,10 +8,13 @@ each other, whatever the size of the pack.
 
 On a GPU with flash attention (sm80 and up, 16-bit) both parts are PyTorch's own varlen kernels. Elsewhere SDPA does
 tree by tree what those do.
+
+In decoding (`over_arena`) keys and values lie in an arena, where each prefix and each branch has a stretch of its own.
 """
 
 import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -74,6 +77,47 @@ class Spans:
         return Spans(**moved, longest=self.longest, starts=self.starts)
 
 
+@dataclass(frozen=True)
+class Reach:
+    """What T new tokens see of an arena: those of new prefixes come first, then each tree's branches together.
+
+    Every prefix and branch sees what its own stretch of the arena holds, up to itself; a branch its tree's prefix too.
+    Starts are those of stretches in the arena; `used` is how many tokens lie there, the new ones included.
+    """
+
+    own: Tensor  # [S + 1] int32 cumulative new tokens of every prefix, then of every branch
+    own_start: Tensor  # [S + 1] int32; the last is not read
+    own_used: Tensor  # [S] int32
+    trees: Tensor  # [N + 1] int32 cumulative new tokens of each tree's branches, from the first branch's on
+    prefix_start: Tensor  # [N + 1] int32; the last is not read
+    prefix_used: Tensor  # [N] int32
+    host: tuple[list[int], ...]  # the six above
+    first: int  # new tokens of prefixes: where the branches' begin
+
+    @property
+    def longest(self) -> tuple[int, int, int, int]:
+        """Of own queries, own keys, a tree's branches' queries, prefixes."""
+        own, _, own_used, trees, _, prefix_used = self.host
+        queries, over = (max((b - a for a, b in pairwise(ends)), default=0) for ends in (own, trees))
+        return queries, max(own_used), over, max(prefix_used, default=0)
+
+    @functools.cached_property
+    def by_tree(self) -> list[tuple[slice, list[slice], Tensor]]:
+        """For each tree (its branches' new tokens, the stretches of prefix and branches, mask [new, keys] bool)."""
+        own, start, used, trees, prefix, prefix_used = self.host
+        at, out = own.index(self.first), []
+        for n, (a, b) in enumerate(pairwise(trees)):
+            stretches, marks = [slice(prefix[n], prefix[n] + prefix_used[n])], []
+            while own[at] < self.first + b:
+                stretches.append(slice(start[at], start[at] + used[at]))
+                new = own[at + 1] - own[at]
+                marks.append(torch.ones(new, used[at], dtype=torch.bool).tril(used[at] - new))
+                at += 1
+            mask = torch.cat([torch.ones(b - a, prefix_used[n], dtype=torch.bool), torch.block_diag(*marks)], dim=1)
+            out.append((slice(self.first + a, self.first + b), stretches, mask.to(self.own.device)))
+        return out
+
+
 def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -111,6 +155,31 @@ def backward(
     return _add_where(d_q, d_k, d_v, *over, spans.shares[:, None, None], spans.shared[:, None, None])
 
 
+def over_arena(q: Tensor, keys: Tensor, values: Tensor, reach: Reach) -> Tensor:
+    """Queries [T, H, D] of new tokens over an arena's keys and values [A, G, D] → output [T, H, D]. For inference."""
+    if not has_flash(q.device, q.dtype):
+        return _over_arena_by_tree(q, keys, values, reach)
+    queries, own, over, prefix = reach.longest
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, keys, values, reach.own, reach.own_start, queries, own, 0.0, True, False, seqused_k=reach.own_used
+    )
+    if not over:
+        return out
+    shared, lse_shared, *_ = torch.ops.aten._flash_attention_forward(
+        q[reach.first :], keys, values, reach.trees, reach.prefix_start, over, prefix, 0.0, False, False,
+        seqused_k=reach.prefix_used,
+    )  # fmt: skip
+    out[reach.first :] = _joined(out[reach.first :], shared, lse.T[reach.first :], lse_shared.T)
+    return out
+
+
+@compiled
+def _joined(out: Tensor, over: Tensor, lse: Tensor, lse_over: Tensor) -> Tensor:
+    """Outputs [T, H, D] over two sets of keys made one, by their log-sum-exps [T, H]."""
+    both = torch.logaddexp(lse, lse_over)
+    return (out * (lse - both).exp()[..., None] + over * (lse_over - both).exp()[..., None]).to(out.dtype)
+
+
 @compiled
 def _join(
     out: Tensor, over: Tensor, lse: Tensor, lse_over: Tensor, shares: Tensor, shared: Tensor
@@ -130,6 +199,25 @@ def _add_where(
     d_q = torch.where(shares, d_q + q, torch.where(shared, d_q, 0))
     d_k, d_v = (torch.where(shared, own + over, torch.where(shares, own, 0)) for own, over in ((d_k, k), (d_v, v)))
     return d_q, d_k, d_v
+
+
+def _over_arena_by_tree(q: Tensor, keys: Tensor, values: Tensor, reach: Reach) -> Tensor:
+    q, keys, values = (x.transpose(0, 1)[None] for x in (q, keys, values))  # [1, H, T, D]
+
+    def attend(new: slice, stretches: list[slice], mask: Tensor | None) -> Tensor:
+        k, v = (x[:, :, stretches[0]] if mask is None else torch.cat([x[:, :, s] for s in stretches], dim=2)
+                for x in (keys, values))  # fmt: skip
+        return F.scaled_dot_product_attention(q[:, :, new], k, v, mask, is_causal=mask is None, enable_gqa=True)
+
+    own, start, used, *_ = reach.host
+    with sdpa_kernel(SDPBackend.MATH) if q.is_cuda else nullcontext():
+        out = [
+            attend(slice(a, b), [slice(start[i], start[i] + used[i])], None)
+            for i, (a, b) in enumerate(pairwise(own))
+            if b <= reach.first
+        ]
+        out += [attend(*part) for part in reach.by_tree]
+    return torch.cat(out, dim=2)[0].transpose(0, 1)
 
 
 def _by_tree(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:

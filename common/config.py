@@ -134,10 +134,14 @@ class EarlyStop:
 
 @dataclass(frozen=True)
 class Eval:
-    pack_tokens: int | None = None  # tokens of paragraphs and questions decoded together; null: by device
+    engine: str = "auto"  # plain: transformers' and PEFT's own modules, as ever where the model is no Llama
+    memory_budget_gib: float = 12.0  # what may be allocated at the peak, the base included; less where less is free
+    pass_tokens: int | None = None  # tokens of one forward pass; null: by device and memory
 
     def __post_init__(self) -> None:
-        _need(self.pack_tokens is None or self.pack_tokens >= 64, "pack_tokens", "must be ≥ 64")
+        _need(self.engine in ("auto", "plain"), "engine", "must be auto or plain")
+        _need(self.memory_budget_gib > 0, "memory_budget_gib", "must be > 0")
+        _need(self.pass_tokens is None or self.pass_tokens >= 64, "pass_tokens", "must be ≥ 64")
 
 
 @dataclass(frozen=True)

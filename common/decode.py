@@ -1,22 +1,26 @@
-"""Greedy decoding of packs: each paragraph is read once, then all its questions' answers grow side by side.
+"""Greedy answers to questions that share paragraphs: each paragraph is read once, whatever the engine.
 
-Exact: in fp32 every answer has the token ids that `model.generate` gives for that question alone (a test).
+Exact: in fp32 every answer has the token ids that `model.generate` gives for that question alone (a test). Llamas, with
+an adapter or without, go through `common.stream`; any other model, and whoever asks for it, through `greedy`, which
+runs transformers' and PEFT's own modules pack by pack.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common import meter, plan
+from common import fused, memory, meter, plan, stream
+from common.config import Eval
 from common.packing import Pack, logits, pack, pack_logits
-from common.prompt import Tree
+from common.prompt import Ids, Tree
+from common.reader import Reader
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-CPU_PACK_TOKENS, GPU_PACK_TOKENS = 8192, 4096
+CPU_PACK_TOKENS, GPU_PACK_TOKENS = 8192, 4096  # of `greedy`
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Prediction:
     token_ids: list[int]  # as decoded, the stop token included
     logprob: float  # of all decoded tokens, natural log
     hit_limit: bool  # stopped by the limit, not by itself
+    ties: int | None = None  # tokens with whose logit another's was equal; None where it was not looked
 
 
 def stop_ids(tokenizer: Any) -> list[int]:
@@ -63,32 +68,60 @@ def predict(
     trees: Sequence[Tree],
     stops: Sequence[int],
     max_new_tokens: int,
-    pack_tokens: int | None = None,
+    options: Eval = Eval(),  # noqa: B008 - frozen
     progress: str | None = "decode",
     check: Callable[[], None] = lambda: None,
+    scripts: Mapping[str, Ids] | None = None,
 ) -> dict[str, Prediction]:
     """Answer every question of `trees`. The model is put into eval mode and back.
 
     A question read in several windows (`overflow: chunk`) keeps its most probable answer (`merge`). `check` is called
-    between packs; what it raises ends the work.
+    between passes; what it raises ends the work. `scripts`: by question, the tokens to draw whatever the model says,
+    for timing models whose answers mean nothing.
     """
-    device = next(model.parameters()).device
-    pack_tokens = pack_tokens or (CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS)
-    ends = torch.tensor(stops, device=device)
-    packs = plan.fill(trees, pack_tokens)
     training = model.training
     model.eval()
-    answers: list[Prediction] = []
     n = sum(len(tree.branches) for tree in trees)
-    lower = f"lower eval.pack_tokens (now {pack_tokens})"
+    plain = options.engine == "plain" or fused.unreadable(model)
+    engine = _by_packs if plain else _by_stream
+    answers: list[Prediction] = []
     try:
-        with tqdm(total=n, desc=progress, unit="question", disable=progress is None) as bar, meter.out_of_memory(lower):
-            for members in packs:
-                check()
-                answers += _answers(model, tokenizer, pack(members).to(device), ends, max_new_tokens, bar)
+        with tqdm(total=n, desc=progress, unit="question", disable=progress is None) as bar:
+            for answer in engine(model, tokenizer, trees, stops, max_new_tokens, options, check, scripts or {}):
+                answers.append(answer)
+                bar.update()
     finally:
         model.train(training)
     return merge(answers)
+
+
+def _by_stream(
+    model: Any, tokenizer: Any, trees: Sequence[Tree], stops: Sequence[int], limit: int, options: Eval,
+    check: Callable[[], None], scripts: Mapping[str, Ids],
+) -> Iterator[Prediction]:  # fmt: skip
+    device, ended = next(model.parameters()).device, set(stops)
+    room = memory.decoding(options, memory.Shapes.of(model), device)
+    with meter.out_of_memory(f"lower eval.memory_budget_gib (now {options.memory_budget_gib:g})"):
+        reader = Reader(model, room.arena_tokens)
+        for a in stream.answers(reader, trees, stops, limit, room.pass_tokens, scripts, check):
+            hit_limit = a.token_ids[-1] not in ended
+            text = to_text(tokenizer, a.token_ids)
+            yield Prediction(a.branch.id, text, a.token_ids, a.logprob, hit_limit, a.ties)
+
+
+def _by_packs(
+    model: Any, tokenizer: Any, trees: Sequence[Tree], stops: Sequence[int], limit: int, options: Eval,
+    check: Callable[[], None], scripts: Mapping[str, Ids],
+) -> Iterator[Prediction]:  # fmt: skip
+    if scripts:
+        raise ValueError("the plain engine follows no scripts")
+    device = next(model.parameters()).device
+    pack_tokens = options.pass_tokens or (CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS)
+    ends = torch.tensor(stops, device=device)
+    with meter.out_of_memory(f"lower eval.pass_tokens (now {pack_tokens})"):
+        for members in plan.fill(trees, pack_tokens):
+            check()
+            yield from _answers(model, tokenizer, pack(members).to(device), ends, limit)
 
 
 def merge(answers: Iterable[Prediction]) -> dict[str, Prediction]:
@@ -101,17 +134,13 @@ def merge(answers: Iterable[Prediction]) -> dict[str, Prediction]:
     return dict(sorted(best.items()))
 
 
-def _answers(model: Any, tokenizer: Any, pack: Pack, stops: Tensor, max_new_tokens: int, bar: Any) -> list[Prediction]:
+def _answers(model: Any, tokenizer: Any, pack: Pack, stops: Tensor, max_new_tokens: int) -> list[Prediction]:
     tokens: list[list[int]] = [[] for _ in pack.ids]
     logprob = [0.0] * len(pack.ids)
-    before = len(pack.ids)
     for live, step_tokens, step_logprob in greedy(model, pack, stops, max_new_tokens):
         for branch, token, p in zip(live.tolist(), step_tokens.tolist(), step_logprob.tolist(), strict=True):
             tokens[branch].append(token)
             logprob[branch] += p
-        bar.update(before - len(live))
-        before = len(live)
-    bar.update(before)
     ended = set(stops.tolist())
     return [
         Prediction(id_, to_text(tokenizer, ids), ids, p, ids[-1] not in ended)

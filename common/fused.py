@@ -1,4 +1,4 @@
-"""A Llama's decoder layers for training, each one autograd function: less memory, fewer launches, the same numbers.
+"""A Llama's decoder layers, in training each one autograd function: less memory, fewer launches, the same numbers.
 
 What the layer modules of transformers and PEFT compute, written out with its own backward, so that
 - the frozen 4-bit weights are dequantised once per pass and get no gradient, nor a graph;
@@ -6,10 +6,12 @@ What the layer modules of transformers and PEFT compute, written out with its ow
 - a layer keeps all that its backward needs, or its input alone and computes the rest again, but never its last product;
 - all LoRA weights are one fp32 tensor (`flatten`): one cast, one gradient, one optimizer call.
 
-What is between the matrix products is plain PyTorch, which `torch.compile` fuses on a GPU.
+What is between the matrix products is plain PyTorch, which `torch.compile` fuses on a GPU. Decoding goes through the
+same layers (`common.reader`).
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,29 +27,41 @@ from torch import Tensor
 
 Lora = list[list[Tensor]]  # per group [A, B, B, ...]
 Rope = tuple[Tensor, Tensor]  # cos, sin [T, D]
+# q [T, H, D], k and v [T, G, D] → (attention's output [T, H, D], log-sum-exps [H, T] where the backward needs them)
+Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # by shared input
 
 
-def unfit(model: Any) -> str | None:
-    """Why this PEFT model has to go the plain way; None where the fused one computes the same."""
-    config, (adapter,) = model.config, model.peft_config.values()
-    attention_layers = [layer.self_attn for layer in _layers(model)]
-    linears = [linear for layer in _layers(model) for linear in _linears(layer).values()]
-    wrapped = [linear for linear in linears if hasattr(linear, "lora_A")]
+def unreadable(model: Any) -> str | None:
+    """Why these layers cannot stand for this model's, PEFT's or a plain one; None where they compute the same."""
+    config = model.config
     if config.model_type != "llama" or config.hidden_act != "silu":
         return f"{config.model_type} is not a Llama with SiLU"
-    if adapter.lora_dropout:
-        return "lora.dropout > 0"
-    if adapter.use_dora or adapter.bias != "none" or any(_base(linear).bias is not None for linear in linears):
+    linears = [linear for layer in layers_of(model) for linear in _linears(layer).values()]
+    wrapped = [linear for linear in linears if hasattr(linear, "lora_A")]
+    if any(_base(linear).bias is not None for linear in linears) or any(
+        adapter.use_dora or adapter.bias != "none" for adapter in getattr(model, "peft_config", {}).values()
+    ):
         return "biases or DoRA"
     if len({scale for linear in wrapped for scale in linear.scaling.values()}) > 1:
         return "its adapters are scaled differently"
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    if trained != {id(p) for linear in wrapped for p in (linear.lora_A.default.weight, linear.lora_B.default.weight)}:
-        return "something else than the seven projections is trained"
-    if attention_layers[0].head_dim % 8:
+    ours = {id(p) for linear in wrapped for p in (linear.lora_A.default.weight, linear.lora_B.default.weight)}
+    if any(id(p) not in ours for name, p in model.named_parameters() if "lora_" in name or "modules_to_save" in name):
+        return "something else than the seven projections is adapted"
+    if layers_of(model)[0].self_attn.head_dim % 8:
         return "its heads are not a multiple of 8 wide"
+    return None
+
+
+def unfit(model: Any) -> str | None:
+    """Why this PEFT model has to be trained the plain way; None where the fused one computes the same."""
+    if reason := unreadable(model):
+        return reason
+    if any(adapter.lora_dropout for adapter in model.peft_config.values()):
+        return "lora.dropout > 0"
+    if any(p.requires_grad != ("lora_" in name) for name, p in model.named_parameters()):
+        return "something else than the seven projections is trained"
     return None
 
 
@@ -77,34 +91,37 @@ class Adapter:
             yield out
 
 
+def adapter_of(layer: Any) -> tuple[Adapter, list[tuple[list[Tensor], list[Tensor]]]]:
+    """A decoder layer's adapter, and per group the As and Bs of PEFT's modules; none where there are none."""
+    linears, groups = _linears(layer), []
+    shapes: list[tuple[tuple[int, int], ...]] = []
+    adapted, scale = [], 1.0
+    for group in GROUPS:
+        has = tuple(hasattr(linears[name], "lora_A") for name in group)
+        lora = [linears[name] for name, yes in zip(group, has, strict=True) if yes]
+        a, b = ([getattr(m, kind).default.weight for m in lora] for kind in ("lora_A", "lora_B"))
+        scale = next((m.scaling["default"] for m in lora), scale)
+        shapes.append(((sum(map(len, a)), a[0].shape[1]), *((x.shape[0], x.shape[1]) for x in b)) if lora else ())
+        adapted.append(has)
+        groups.append((a, b))
+    return Adapter(tuple(shapes), tuple(adapted), scale), groups
+
+
 def flatten(model: Any) -> tuple[torch.nn.Parameter, list[Adapter]]:
     """Move all LoRA weights of a PEFT model into one fp32 parameter; the model's own become views of it.
 
-    What the optimizer does to the one tensor is seen by PEFT's layers, which go on to serve evaluation and saving. They
-    no longer ask for gradients themselves.
+    What the optimizer does to the one tensor is seen by PEFT's layers, which go on to serve saving. They no longer ask
+    for gradients themselves.
     """
-    adapters, parts = [], []
-    for layer in _layers(model):
-        linears = _linears(layer)
-        shapes: list[tuple[tuple[int, int], ...]] = []
-        adapted, scale = [], 1.0
-        for group in GROUPS:
-            has = tuple(hasattr(linears[name], "lora_A") for name in group)
-            lora = [linears[name] for name, yes in zip(group, has, strict=True) if yes]
-            a, b = ([getattr(m, kind).default.weight for m in lora] for kind in ("lora_A", "lora_B"))
-            scale = next((m.scaling["default"] for m in lora), scale)
-            rows = sum(len(x) for x in a)
-            shapes.append(((rows, a[0].shape[1]), *((x.shape[0], x.shape[1]) for x in b)) if lora else ())
-            adapted.append(has)
-            parts += [*a, *b]
-        adapters.append(Adapter(tuple(shapes), tuple(adapted), scale))
+    found = [adapter_of(layer) for layer in layers_of(model)]
+    parts = [p for _, groups in found for a, b in groups for p in (*a, *b)]
     flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in parts]).float())
     start = 0
     for p in parts:
         p.requires_grad_(False)
         p.data = flat.data[start : start + p.numel()].view(p.shape)
         start += p.numel()
-    return flat, adapters
+    return flat, [adapter for adapter, _ in found]
 
 
 # ---- one layer, forward and backward -------------------------------------------------------------------------------
@@ -239,13 +256,13 @@ class Layer:
         """Per group the matrices [N, K] in the compute dtype."""
         return self.held or [[_matrix(linear.weight, self.dtype) for linear in group] for group in self.linears]
 
-    def begin(self, x: Tensor, lora: Lora, rope: Rope, spans: Spans, w: list[list[Tensor]]) -> Kept:
+    def begin(self, x: Tensor, lora: Lora, rope: Rope, attend: Attend, w: list[list[Tensor]]) -> Kept:
         """Attention, and the MLP up to its last product."""
         n, _ = _norm(x, self.norms[0], self.eps)
         h_qkv, *qkv = _project(n, w[0], lora[0], self.adapter, 0)
         q, k, v = (y.view(len(x), -1, self.head_dim) for y in qkv)
         q, k = _rotate(q, k, *rope)
-        out, lse = attention.forward(q, k, v, spans)
+        out, lse = attend(q, k, v)
         h_o, y = _project(out.flatten(1), w[1], lora[1], self.adapter, 1)
         mid, n, _ = _add_norm(x, y, self.norms[1], self.eps)
         h_mlp, gate, up = _project(n, w[2], lora[2], self.adapter, 2)
@@ -292,7 +309,7 @@ class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, part: Tensor, layer: Layer, rope: Rope, spans: Spans, keep: bool) -> Tensor:
         w, lora = layer.weights(), list(layer.adapter.views(part))
-        kept = layer.begin(x, lora, rope, spans, w)
+        kept = layer.begin(x, lora, rope, functools.partial(attention.forward, spans=spans), w)
         h, y = layer.end(kept, lora, w)
         ctx.save_for_backward(x, part, *rope, h, *(kept if keep else ()))
         ctx.layer, ctx.spans = layer, spans
@@ -303,7 +320,8 @@ class _LayerFunction(torch.autograd.Function):
         x, part, cos, sin, h, *saved = ctx.saved_tensors
         layer, spans, rope = ctx.layer, ctx.spans, (cos, sin)
         w, lora = layer.weights(), list(layer.adapter.views(part))
-        kept = Kept(*saved) if saved else layer.begin(x, lora, rope, spans, w)
+        attend = functools.partial(attention.forward, spans=spans)
+        kept = Kept(*saved) if saved else layer.begin(x, lora, rope, attend, w)
         gradient = torch.empty_like(part)
         gradients = list(layer.adapter.views(gradient))
         d_x = layer.backward(d, x, kept, h, lora, gradients, rope, spans, w, ctx.needs_input_grad[0])
@@ -319,9 +337,9 @@ class Fused:
 
     def __init__(self, model: Any, keep_layers: int = 0, hold_layers: int = 0):
         assert not unfit(model)
-        self.base = model.get_base_model()
+        self.base = causal_of(model)
         self.flat, self.adapters = flatten(model)
-        self.layers = [Layer(m, a, self.base.dtype) for m, a in zip(_layers(model), self.adapters, strict=True)]
+        self.layers = [Layer(m, a, self.base.dtype) for m, a in zip(layers_of(model), self.adapters, strict=True)]
         self.keep_layers = keep_layers
         for layer in self.layers[:hold_layers]:
             layer.held = layer.weights()
@@ -349,8 +367,13 @@ def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.data.to(dtype)
 
 
-def _layers(model: Any) -> Any:
-    return model.get_base_model().model.layers
+def causal_of(model: Any) -> Any:
+    """The causal language model within a PEFT model; itself where it is none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def layers_of(model: Any) -> Any:
+    return causal_of(model).model.layers
 
 
 def _linears(layer: Any) -> dict[str, Any]:

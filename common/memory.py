@@ -1,4 +1,4 @@
-"""What training takes on a GPU, counted before it starts, and what a budget therefore allows.
+"""What training and decoding take on a GPU, counted before they start, and what a budget therefore allows.
 
 Peak allocated bytes = frozen base + matrices that are held dequantised + LoRA weights, their gradient and optimizer
 state + every layer's input + all activations of the layers that keep them + a fiftieth of these for what is small
@@ -10,13 +10,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from common.config import Train
+from common.config import Eval, Train
 from common.errors import UserError
 
 import torch
 
 GIB = 2**30
 CPU_PACK_TOKENS, GPU_PACK_TOKENS, LEAST_PACK_TOKENS = 1024, 8192, 512
+MOST_PASS_TOKENS, LEAST_PASS_TOKENS, PASSES = 8192, 256, 10  # an answer with its neighbours lives about 10 passes
+LEAST_ARENA_TOKENS, CPU_ARENA_TOKENS = 4096, 16384
+DRAWN = 0.25  # of a pass's tokens, those that draw a next one: seldom as many
 HELD_BYTES = 2**30  # dequantised matrices are held, budget or not, where all take no more than this
 
 
@@ -33,8 +36,8 @@ class Shapes:
     item: int  # bytes of one number of the compute dtype
 
     @classmethod
-    def of(cls, model: Any, lora: int) -> "Shapes":
-        """Of a PEFT model, as loaded."""
+    def of(cls, model: Any, lora: int = 0) -> "Shapes":
+        """Of a model as loaded, PEFT's or a plain one. `lora`: how many weights are trained."""
         c = model.config
         width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         base = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
@@ -74,10 +77,16 @@ class Shapes:
             "logits or one layer's work": max(work, (self.item + 12) * self.vocabulary * answers),
         }
 
-    def evaluation(self, tokens: int) -> int:
-        """Bytes that decoding a pack of `tokens` takes beside base and adapter: keys, values, products, a mask."""
-        keys = 2 * self.layers * self.key * self.item * tokens
-        return keys + self.item * (3 * self.intermediate + 4 * self.hidden) * tokens + 3 * tokens**2
+    @property
+    def kept_in_arena(self) -> int:
+        """Bytes of one token's keys and values."""
+        return 2 * self.layers * self.key * self.item
+
+    def evaluation(self, pass_tokens: int, arena_tokens: int) -> int:
+        """Bytes that decoding takes beside base and adapter: the arena, one layer's matrices and work, logits."""
+        work = self.item * (4 * self.intermediate + 6 * self.hidden) * pass_tokens
+        logits = (self.item + 8) * self.vocabulary * math.ceil(pass_tokens * DRAWN)
+        return self.kept_in_arena * arena_tokens + self.layer_matrices + max(work, logits)
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,45 @@ def free(device: torch.device) -> int:
     """Bytes that this process may well allocate: what is free or its own, less a tenth for gaps between tensors."""
     unused, _ = torch.cuda.mem_get_info(device)
     return int(0.9 * (unused + torch.cuda.memory_reserved(device)))
+
+
+@dataclass(frozen=True)
+class Decoding:
+    pass_tokens: int
+    arena_tokens: int
+
+
+def decoding(options: Eval, shapes: Shapes, device: torch.device) -> Decoding:
+    """Sizes of the passes and of the arena that `options.memory_budget_gib`, or what is free, leaves room for.
+
+    Raises `UserError` where not even the least does.
+    """
+    if device.type == "cpu":
+        return Decoding(options.pass_tokens or CPU_PACK_TOKENS, CPU_ARENA_TOKENS)
+    torch.cuda.empty_cache()  # what is reserved and unused is free
+    unused, _ = torch.cuda.mem_get_info(device)
+    room = min(options.memory_budget_gib * GIB - torch.cuda.memory_allocated(device), 0.95 * unused)
+    return fit(options, shapes, int(room))
+
+
+def fit(options: Eval, shapes: Shapes, room: int) -> Decoding:
+    """The same for `room` bytes."""
+
+    def arena_for(pass_tokens: int) -> int:
+        return (room - shapes.evaluation(pass_tokens, 0)) // shapes.kept_in_arena
+
+    most = PASSES * MOST_PASS_TOKENS
+    tokens = options.pass_tokens or MOST_PASS_TOKENS
+    while not options.pass_tokens and tokens > LEAST_PASS_TOKENS and arena_for(tokens) < PASSES * tokens:
+        tokens -= 128
+    arena = min(arena_for(tokens), most)
+    if arena < LEAST_ARENA_TOKENS:
+        least = shapes.evaluation(options.pass_tokens or LEAST_PASS_TOKENS, LEAST_ARENA_TOKENS)
+        raise UserError(
+            f"decoding takes {least / GIB:.1f} GiB beside the base, and there are {max(room, 0) / GIB:.1f}: raise "
+            f"eval.memory_budget_gib (now {options.memory_budget_gib:g}), or free the GPU"
+        )
+    return Decoding(tokens, arena)
 
 
 def choose(

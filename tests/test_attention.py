@@ -58,6 +58,72 @@ def test_spans_are_where_the_tokens_are(shapes):
     assert spans.longest == tuple(int(x.diff().max()) for x in (spans.own, spans.prefix, spans.branches))
 
 
+@st.composite
+def stretches(draw):
+    """Trees of which some are new and some are in the arena, their branches with a few new tokens each."""
+    trees = []
+    for _ in range(draw(st.integers(1, 4))):
+        branches = st.tuples(st.integers(0, 5), st.integers(1, 4))  # tokens before, new ones
+        new = draw(st.booleans())
+        prefix = draw(st.integers(1, 9))
+        trees.append((prefix, new, draw(st.lists(branches, min_size=1, max_size=3))))
+    return trees
+
+
+def reach_of(trees) -> tuple[attention.Reach, torch.Tensor, torch.Tensor]:
+    """(reach, the slot [T] of every new token, whether it sees each of the arena's slots [T, A]); gaps between."""
+    at, places = 3, []  # tree: start, then each branch's
+    for prefix, _, branches in trees:
+        starts = [at]
+        for before, new in [(0, prefix), *branches]:
+            at += before + new + 2
+            starts.append(at)
+        places.append(starts)
+    own, start, used, slots, seen = [0], [], [], [], []
+
+    def put(begin: int, before: int, new: int, prefix: range) -> None:
+        own.append(own[-1] + new)
+        start.append(begin)
+        used.append(before + new)
+        for i in range(before, before + new):
+            slots.append(begin + i)
+            seen.append([slot in prefix or begin <= slot <= begin + i for slot in range(at)])
+
+    for (prefix, new, _), (begin, *_) in zip(trees, places, strict=True):
+        if new:
+            put(begin, 0, prefix, range(0))
+    first, over, prefix_start, prefix_used = own[-1], [0], [], []
+    for (prefix, _, branches), (begin, *starts) in zip(trees, places, strict=True):
+        for (before, new), where in zip(branches, starts, strict=False):
+            put(where, before, new, range(begin, begin + prefix))
+        over.append(own[-1] - first)
+        prefix_start.append(begin)
+        prefix_used.append(prefix)
+    host = (own, [*start, 0], used, over, [*prefix_start, 0], prefix_used)
+    tensors = (torch.tensor(x, dtype=torch.int32) for x in host)
+    return attention.Reach(*tensors, host, first), torch.tensor(slots), torch.tensor(seen)
+
+
+@given(stretches())
+def test_new_tokens_see_their_own_stretch_and_their_prefix(trees):
+    reach, slots, seen = reach_of(trees)
+    torch.manual_seed(0)
+    keys, values = (torch.randn(seen.shape[1], 2, 8, dtype=torch.float64) for _ in range(2))
+    q = torch.randn(len(slots), 4, 8, dtype=torch.float64)
+    wide = (x.transpose(0, 1)[None] for x in (q, keys, values))
+    expected = F.scaled_dot_product_attention(*wide, attn_mask=seen[None, None], enable_gqa=True)[0].transpose(0, 1)
+    torch.testing.assert_close(attention.over_arena(q, keys, values, reach), expected)
+
+
+def test_two_sets_of_keys_join_to_the_whole():
+    q, k, v = (torch.randn(2, 5, 8, dtype=torch.float64) for _ in range(3))  # [H, T, D]
+    scores = q @ k.transpose(1, 2)
+    parts = [(scores[..., s].softmax(-1) @ v[:, s], scores[..., s].logsumexp(-1)) for s in (slice(2), slice(2, 5))]
+    (out, lse), (over, lse_over) = ((o.transpose(0, 1), x.T) for o, x in parts)
+    whole = (scores.softmax(-1) @ v).transpose(0, 1)
+    torch.testing.assert_close(attention._joined(out, over, lse, lse_over), whole)
+
+
 def test_two_parts_join_to_the_whole():
     """`_join` with the log-sum-exps of each part is attention over both."""
     q, k, v = (torch.randn(2, 5, 8, dtype=torch.float64) for _ in range(3))  # [H, T, D]

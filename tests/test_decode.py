@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 from common import decode, squad
-from common.config import Base, Window
+from common.config import Base, Eval, Window
 from common.decode import predict, stop_ids, to_text
 from common.model import load_base, load_tokenizer
 from common.prompt import Branch, Tree, build_trees
 from tests.conftest import ROOT
+from tests.test_fused import adapter_weights
+from tests.test_packing import lora_model, trees_of
 
 import pytest
 import torch
@@ -39,11 +41,12 @@ def generated(model, tokenizer, tree: Tree, branch: Branch, stops: list[int]) ->
     return out[0, prompt.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("engine", ["auto", "plain"])
 @pytest.mark.parametrize(("base", "paragraphs"), [("tiny_base", 8), ("smollm2_base", 1)])
-def test_every_answer_equals_generate_at_batch_one_token_for_token(base, paragraphs, request):
+def test_every_answer_equals_generate_at_batch_one_token_for_token(base, paragraphs, engine, request):
     model, tokenizer = system(request.getfixturevalue(base))
     trees, stops = demo_trees(tokenizer, paragraphs), stop_ids(tokenizer)
-    answers = predict(model, tokenizer, trees, stops, LIMIT, progress=None)
+    answers = predict(model, tokenizer, trees, stops, LIMIT, Eval(engine), progress=None)
     assert len(answers) == 5 * paragraphs
     for tree in trees:
         for branch in tree.branches:
@@ -51,11 +54,12 @@ def test_every_answer_equals_generate_at_batch_one_token_for_token(base, paragra
     assert len({tuple(answer.token_ids) for answer in answers.values()}) > 1
 
 
-def test_answers_do_not_depend_on_how_trees_are_packed(tiny_base):
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+def test_answers_do_not_depend_on_how_trees_are_packed(tiny_base, engine):
     model, tokenizer = system(tiny_base)
     trees, stops = demo_trees(tokenizer, 6), stop_ids(tokenizer)
-    one_pack = predict(model, tokenizer, trees, stops, LIMIT, pack_tokens=100_000, progress=None)
-    many = predict(model, tokenizer, trees, stops, LIMIT, pack_tokens=600, progress=None)
+    one_pack = predict(model, tokenizer, trees, stops, LIMIT, Eval(engine, pass_tokens=100_000), progress=None)
+    many = predict(model, tokenizer, trees, stops, LIMIT, Eval(engine, pass_tokens=600), progress=None)
     assert {k: v.token_ids for k, v in one_pack.items()} == {k: v.token_ids for k, v in many.items()}
     assert one_pack.keys() == {branch.id for tree in trees for branch in tree.branches}
 
@@ -120,19 +124,38 @@ def test_nothing_to_answer_is_no_error(tiny_base):
     assert predict(model, tokenizer, [], [], 2, progress=None) == {}
 
 
-def test_keys_and_values_of_a_prefix_are_stored_once(tiny_base, monkeypatch):
+def test_the_plain_engine_stores_keys_and_values_of_a_prefix_once(tiny_base, monkeypatch):
     model, tokenizer = system(tiny_base)
     (tree,) = demo_trees(tokenizer, 1)
     caches = []
     original = decode.DynamicCache
     monkeypatch.setattr(decode, "DynamicCache", lambda **kw: caches.append(original(**kw)) or caches[-1])
-    predict(
-        model,
-        tokenizer,
-        [Tree(tree.prefix_ids, tuple(Branch(f"{i}", [5], []) for i in range(4)))],
-        [],
-        3,
-        progress=None,
-    )
+    four = Tree(tree.prefix_ids, tuple(Branch(f"{i}", [5], []) for i in range(4)))
+    predict(model, tokenizer, [four], [], 3, Eval("plain"), progress=None)
     (cache,) = caches
     assert cache.get_seq_length() == len(tree.prefix_ids) + 4 + 4 * 2  # prefix, prompts, all but the last tokens
+
+
+def test_an_adapter_answers_alike_by_either_engine_and_not_as_the_base(tiny_base):
+    trees, _ = trees_of(tiny_base, 6, train=False)
+    model, tokenizer = lora_model(tiny_base, "nf4"), load_tokenizer(str(tiny_base))
+    for p in adapter_weights(model):
+        torch.nn.init.normal_(p, std=0.2)
+    found = [predict(model, tokenizer, trees, [], 6, Eval(engine), progress=None) for engine in ("auto", "plain")]
+    streamed, plain = ({k: v.token_ids for k, v in answers.items()} for answers in found)
+    assert streamed == plain
+    with model.disable_adapter():
+        base = predict(model, tokenizer, trees, [], 6, Eval("plain"), progress=None)
+    assert streamed != {k: v.token_ids for k, v in base.items()}
+    for id_, answer in found[0].items():
+        assert answer.logprob == pytest.approx(found[1][id_].logprob, abs=1e-3)
+
+
+def test_a_model_that_is_no_llama_goes_the_plain_way(tiny_base, monkeypatch):
+    model, tokenizer = system(tiny_base)
+    trees = demo_trees(tokenizer, 2)
+    expected = predict(model, tokenizer, trees, [], 4, progress=None)
+    model.config.hidden_act = "gelu"  # what the layers have built in stays as it is
+    monkeypatch.setattr(decode, "Reader", None)
+    found = predict(model, tokenizer, trees, [], 4, progress=None)
+    assert {k: v.token_ids for k, v in found.items()} == {k: v.token_ids for k, v in expected.items()}

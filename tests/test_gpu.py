@@ -4,12 +4,14 @@ import gc
 import json
 import random
 import shutil
+import statistics
+from dataclasses import fields, replace
 
 import bench_latency
 import eval_loop
 import train_loop
 from common import attention, memory, meter, packing
-from common.config import Base, Lora, Train
+from common.config import Base, Eval, Lora, Train
 from common.decode import predict, stop_ids
 from common.errors import UserError
 from common.fused import Fused
@@ -19,6 +21,7 @@ from common.model import add_lora, load_base, load_tokenizer, parameter_counts
 from common.packing import IGNORED, Room, pack
 from common.prompt import Branch, Tree
 from tests.conftest import ROOT
+from tests.test_attention import reach_of
 from tests.test_decode import LIMIT, demo_trees, generated
 from tests.test_fused import adapter_weights, fused_gradient, off
 from tests.test_model import four_bit_bytes, train_a_little
@@ -280,6 +283,55 @@ def test_greedy_answers_are_those_of_generate(smollm2_base, quant):
         for branch in tree.branches:
             assert answers[branch.id].token_ids == generated(model, tokenizer, tree, branch, stops)
     assert len({tuple(answer.token_ids) for answer in answers.values()}) > 30
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_flash_attention_over_an_arena_is_that_of_products(monkeypatch, dtype):
+    """Stretches of all sizes, with garbage in the gaps; queries are the last of their stretch, one or many."""
+    rng = random.Random(0)
+    trees = [(rng.randrange(1, 400), i % 3 == 0, [(0, rng.randrange(1, 64)) if i % 3 == 0 else (rng.randrange(1, 90), 1)
+             for _ in range(rng.randrange(1, 9))]) for i in range(40)]  # fmt: skip
+    host, slots, seen = reach_of(trees)
+    tensors = {f.name: x.to(GPU) for f in fields(host) if isinstance(x := getattr(host, f.name), torch.Tensor)}
+    reach = replace(host, **tensors)
+    torch.manual_seed(0)
+    keys, values = (torch.randn(seen.shape[1], 4, 128, dtype=dtype, device=GPU) for _ in range(2))
+    for arena in (keys, values):
+        arena[(~seen.any(0)).to(GPU)] = torch.nan
+    q = torch.randn(len(slots), 8, 128, dtype=dtype, device=GPU)
+    found = attention.over_arena(q, keys, values, reach)
+    without_flash(monkeypatch)
+    expected = attention.over_arena(q.float(), keys.float(), values.float(), reach)
+    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_stream_answers_as_the_modules_do(smollm2_base, dtype):
+    """In 16 bits nearly always: where they differ, two tokens were about as likely."""
+    model = lora_model(smollm2_base, "nf4", dtype, GPU).eval()
+    tokenizer = load_tokenizer(str(smollm2_base))
+    trees, stops = demo_trees(tokenizer, 24), stop_ids(tokenizer)
+    streamed, plain = (
+        predict(model, tokenizer, trees, stops, LIMIT, Eval(e), progress=None) for e in ("auto", "plain")
+    )
+    same = [streamed[i].token_ids == plain[i].token_ids for i in plain]
+    apart = [abs(streamed[i].logprob - plain[i].logprob) for i, yes in zip(plain, same, strict=True) if yes]
+    print(f"{dtype}: {sum(same)} of {len(same)} answers equal, log-probabilities {max(apart):.3f} apart at most")
+    assert sum(same) >= 0.9 * len(same)
+    assert statistics.median(apart) < 0.05
+
+
+def test_decoding_keeps_to_its_budget(tiny_base):
+    model = load_base(Base(str(ROOT / "configs" / "shapes" / "llama-2-7b"), random_weights=True, dtype="bf16"), GPU)
+    tokenizer = load_tokenizer(str(tiny_base))
+    trees = demo_trees(tokenizer, 24)
+    for budget in (7, 12):
+        meter.reset_peaks(GPU)
+        answers = predict(model, tokenizer, trees, [], 12, Eval(memory_budget_gib=budget), progress=None)
+        peak = meter.peaks(GPU)["allocated_bytes"] / GIB
+        print(f"decoding with {budget} GiB: {peak:.2f} allocated")
+        assert len(answers) == sum(len(tree.branches) for tree in trees)
+        assert 0.8 * budget <= peak <= budget
 
 
 def test_the_whole_path_runs_and_measures_memory(tiny_config, capsys):

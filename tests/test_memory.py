@@ -2,9 +2,9 @@
 
 import json
 
-from common.config import Base, Lora, Train
+from common.config import Base, Eval, Lora, Train
 from common.errors import UserError
-from common.memory import GIB, Shapes, choose
+from common.memory import GIB, LEAST_ARENA_TOKENS, Shapes, choose, decoding, fit
 from common.model import add_lora, load_base, parameter_counts
 from tests.conftest import ROOT
 
@@ -63,7 +63,7 @@ def test_a_budget_beyond_what_is_free_is_what_is_free():
 
 
 def test_matrices_are_not_held_in_the_room_of_an_evaluation_beside_graphs():
-    train, free, evaluation = Train(memory_budget_gib=24), int(20.8 * GIB), LLAMA.evaluation(4096)
+    train, free, evaluation = Train(memory_budget_gib=24), int(20.8 * GIB), LLAMA.evaluation(256, 4096)
     choice = choose(train, LLAMA, GPU, STEP, SHARE, free, evaluation)
     assert choice.keep_layers == 32
     assert sum(choice.counted.values()) + evaluation <= free
@@ -123,3 +123,19 @@ def test_the_figures_used_here_are_those_of_7bs_config():
     assert (c["num_hidden_layers"], c["hidden_size"], c["intermediate_size"], c["vocab_size"]) == (
         LLAMA.layers, LLAMA.hidden, LLAMA.intermediate, LLAMA.vocabulary,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("room", [3, 4, 8, 40])
+def test_decoding_fits_what_there_is_and_uses_it(room):
+    sizes = fit(Eval(), LLAMA, room * GIB)
+    assert LLAMA.evaluation(sizes.pass_tokens, sizes.arena_tokens) <= room * GIB
+    assert sizes.arena_tokens >= LEAST_ARENA_TOKENS
+    larger = fit(Eval(), LLAMA, (room + 1) * GIB)
+    assert larger.pass_tokens > sizes.pass_tokens or larger == fit(Eval(), LLAMA, 80 * GIB)
+    assert fit(Eval(pass_tokens=700), LLAMA, room * GIB).pass_tokens == 700
+
+
+def test_too_little_for_decoding_is_said():
+    with pytest.raises(UserError, match=r"decoding takes 2\.\d GiB beside the base, and there are 2\.0: raise eval"):
+        fit(Eval(), LLAMA, 2 * GIB)
+    assert decoding(Eval(memory_budget_gib=0.1), LLAMA, CPU).arena_tokens > 0, "a CPU has no such budget"

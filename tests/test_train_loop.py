@@ -136,9 +136,12 @@ def test_running_out_of_memory_names_the_knob_to_turn(tiny_config, monkeypatch, 
         patch.setattr(train_loop.F, "cross_entropy", full)
         with pytest.raises(UserError, match=rf"lower train\.pack_tokens \(now 256\), or set train\.{knob}"):
             train_loop.main([str(tiny_config), f"train.fused={fused}"])
-    monkeypatch.setattr(decode, "greedy", full)
-    with pytest.raises(UserError, match=r"lower eval\.pack_tokens \(now 8192\)"):
+    monkeypatch.setattr(decode.Reader, "read", full)
+    with pytest.raises(UserError, match=r"lower eval\.memory_budget_gib \(now 12\)"):
         train_loop.main([str(tiny_config)])
+    monkeypatch.setattr(decode, "greedy", full)
+    with pytest.raises(UserError, match=r"lower eval\.pass_tokens \(now 8192\)"):
+        train_loop.main([str(tiny_config), "eval.engine=plain"])
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny_config, tmp_path, monkeypatch):

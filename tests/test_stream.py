@@ -1,0 +1,141 @@
+"""The stream answers what each question alone would answer, whatever its passes and its arena hold."""
+
+import random
+
+from common import stream
+from common.packing import pack
+from common.prompt import Branch, Tree
+from common.reader import Pass, Reader
+from common.stream import Arena
+from tests.test_decode import demo_trees, system
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+STOPS = [7, 8, 9]
+
+
+def answers_of(reader, trees, **more):
+    return {a.branch.id: a for a in stream.answers(reader, trees, more.pop("stops", STOPS), more.pop("limit", 6),
+                                                   more.pop("pass_tokens", 512), **more)}  # fmt: skip
+
+
+def tokens_of(answers) -> dict[str, list[int]]:
+    return {id_: a.token_ids for id_, a in answers.items()}
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Every pass that is read, as it is laid out."""
+    seen: list[Pass] = []
+    read = Reader.read
+    monkeypatch.setattr(Reader, "read", lambda self, new, before=None: seen.append(new) or read(self, new, before))
+    return seen
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.booleans()), max_size=60))
+def test_stretches_never_overlap_and_all_come_back(orders):
+    arena, given_out = Arena(100), []
+    for length, back in orders:
+        if back and given_out:
+            arena.give_back(*given_out.pop(random.Random(length).randrange(len(given_out))))
+        elif (start := arena.take(length)) is not None:
+            given_out.append((start, length))
+        else:
+            assert max((n for _, n in arena.free), default=0) < length
+        used = [slot for start, n in (*given_out, *arena.free) for slot in range(start, start + n)]
+        assert sorted(used) == list(range(100))
+    for stretch in given_out:
+        arena.give_back(*stretch)
+    assert arena.free == [(0, 100)]
+
+
+@pytest.mark.parametrize(("pass_tokens", "arena_tokens"), [(64, 4096), (900, 1500), (4096, 500), (1000, 8192)])
+def test_answers_do_not_depend_on_passes_and_arena(tiny_base, passes, pass_tokens, arena_tokens):
+    model, tokenizer = system(tiny_base)
+    trees = demo_trees(tokenizer, 8)
+    expected = answers_of(Reader(model, 8192), trees, pass_tokens=8192)
+    assert len({tuple(ids) for ids in tokens_of(expected).values()}) > 3
+    passes.clear()
+    found = answers_of(Reader(model, arena_tokens), trees, pass_tokens=pass_tokens)
+    assert tokens_of(found) == tokens_of(expected)
+    longest = max(len(t.prefix_ids) + len(b) for t in trees for b in t.branches)
+    assert max(len(new.ids) for new in passes) <= max(pass_tokens, longest)
+    assert all(slot < arena_tokens for new in passes for slot in new.slot.tolist())
+
+
+def test_what_is_read_and_what_is_decoded_share_passes(tiny_base, passes):
+    model, tokenizer = system(tiny_base)
+    trees = demo_trees(tokenizer, 8)
+    found = answers_of(Reader(model, 8192), trees, pass_tokens=1000, stops=[], limit=4)
+    assert any((new.drawn >= 0).any() and (new.drawn < 0).any() for new in passes)
+    read = sum(len(new.ids) for new in passes)
+    assert read == sum(map(len, trees)) + 3 * len(found), "each paragraph once, each token but the last once"
+
+
+def test_an_answer_that_has_ended_costs_one_token_more_at_most(tiny_base, passes):
+    model, tokenizer = system(tiny_base)
+    (tree,) = demo_trees(tokenizer, 1)
+    everything = list(range(len(tokenizer)))
+    found = answers_of(Reader(model, 2048), [tree], stops=everything, limit=9, pass_tokens=2048)
+    assert all(len(a.token_ids) == 1 for a in found.values())
+    assert len(passes) <= 2
+
+
+def test_a_script_is_what_is_drawn_and_the_rest_is_the_models(tiny_base):
+    model, tokenizer = system(tiny_base)
+    trees = demo_trees(tokenizer, 3)
+    reader, some = Reader(model, 4096), trees[0].branches[0].id
+    free = answers_of(reader, trees)
+    scripted = answers_of(reader, trees, scripts={some: [20, 21, 7]})
+    assert scripted[some].token_ids == [20, 21, 7]
+    assert tokens_of({**scripted, some: free[some]}) == tokens_of(free)
+    echo = answers_of(reader, trees, scripts={some: free[some].token_ids[:2]})
+    assert tokens_of(echo) == tokens_of(free), "what it would have drawn anyway changes nothing"
+
+
+def test_ties_are_counted(tiny_base):
+    model, tokenizer = system(tiny_base)
+    trees = demo_trees(tokenizer, 1)
+    assert sum(a.ties for a in answers_of(Reader(model, 1024), trees).values()) == 0
+    head = model.lm_head.weight.data
+    head[:] = head[:1].clone()
+    tied = answers_of(Reader(model, 1024), trees, stops=[], limit=3)
+    assert all(a.ties == 3 for a in tied.values())
+
+
+def test_a_question_that_no_arena_holds_is_named(tiny_base):
+    model, _ = system(tiny_base)
+    tree = Tree([5] * 20, (Branch("long", [6] * 30, []),))
+    with pytest.raises(ValueError, match="question long needs 55 tokens"):
+        answers_of(Reader(model, 54), [tree])
+    assert answers_of(Reader(model, 55), [tree])["long"].token_ids
+
+
+def test_being_asked_to_stop_ends_it_between_passes(tiny_base, passes):
+    model, tokenizer = system(tiny_base)
+
+    def check():
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answers_of(Reader(model, 1024), demo_trees(tokenizer, 4), stops=[], check=check)
+    assert len(passes) == 2
+
+
+def test_a_pass_draws_what_the_model_says(tiny_base):
+    model, tokenizer = system(tiny_base)
+    (tree,) = demo_trees(tokenizer, 1)
+    reader, batch = Reader(model, 2048), pack([tree])
+    asked, new = stream._lay_out(reader.device, [stream._admit(tree, 5, 1000, {})], [], 6)
+    assert new.ids.tolist() == batch.input_ids.tolist()
+    assert new.position.tolist() == batch.layout.position.tolist()
+    drawn = reader.read(new)
+    for a, token, logprob in zip(asked, drawn.token, drawn.logprob, strict=True):
+        ids = torch.tensor([tree.prefix_ids + a.branch.prompt_ids])
+        expected = torch.log_softmax(model(input_ids=ids).logits[0, -1].float(), -1)
+        assert token == expected.argmax()
+        assert logprob.item() == pytest.approx(expected.max().item(), abs=1e-4)
