@@ -105,7 +105,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tiny_config, tmp_path, monke
 def test_a_signal_saves_at_the_steps_end_and_the_run_goes_on(tiny_config, tmp_path, monkeypatch, number, code, where):
     arguments = [str(tiny_config), "train.pack_tokens=10000"]  # one pack a step
     train_loop.main([*arguments, f"runs={tmp_path / 'whole'}"])
-    module, name, nth = (train_loop.F, "cross_entropy", 3) if where == "step" else (decode, "greedy", 2)
+    module, name, nth = (train_loop.F, "cross_entropy", 3) if where == "step" else (decode.Reader, "read", 2)
     original, calls = getattr(module, name), []
 
     def signalled(*args, **kwargs):
@@ -116,7 +116,6 @@ def test_a_signal_saves_at_the_steps_end_and_the_run_goes_on(tiny_config, tmp_pa
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(module, name, signalled)
-        patch.setattr(decode, "CPU_PACK_TOKENS", 150)  # several packs an evaluation
         train_loop.main([*arguments, f"runs={tmp_path / 'cut'}"])
     assert stop.value.code == code
     (cut,) = (tmp_path / "cut").iterdir()
