@@ -6,8 +6,8 @@ What the layer modules of transformers and PEFT compute, written out with its ow
 - a layer keeps all that its backward needs, or its input alone and computes the rest again, but never its last product;
 - all LoRA weights are one fp32 tensor (`flatten`): one cast, one gradient, one optimizer call.
 
-What is between the matrix products is plain PyTorch, which `torch.compile` fuses on a GPU. Decoding goes through the
-same layers (`common.reader`).
+What is between the matrix products is plain PyTorch, which `torch.compile` fuses on a GPU. Decoding has
+the forward pass alone (`common.reader`).
 """
 
 import functools
@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from common import attention
 from common.attention import Spans
 from common.compiled import compiled
+from common.matrices import Matrices
 from common.packing import Pack
 
-import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -132,7 +132,7 @@ def _project(x: Tensor, weights: Sequence[Tensor], lora: Sequence[Tensor], adapt
     """(h or None, the products of group `g` with x, LoRA updates included)."""
     if not lora:
         return None, *(x @ w.T for w in weights)
-    h = _scaled(x @ lora[0].T, adapter.scale)
+    h = scaled(x @ lora[0].T, adapter.scale)
     out, rank, bs = [], 0, iter(lora[1:])
     for w, adapted in zip(weights, adapter.adapted[g], strict=True):
         if adapted:
@@ -159,14 +159,14 @@ def _project_back(
             torch.mm(d.T, h[:, mine], out=d_b)
             torch.mm(d, b, out=d_h[:, mine])
             rank += b.shape[1]
-        d_h = _scaled(d_h, adapter.scale)
+        d_h = scaled(d_h, adapter.scale)
         d_x = (d_h @ lora[0]).addmm_(d_out[0], weights[0])
     for d, w in zip(d_out[1:], weights[1:], strict=True):
         d_x.addmm_(d, w)
     return d_x, d_h
 
 
-def _scaled(x: Tensor, scale: float) -> Tensor:
+def scaled(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1 else x.mul_(scale)
 
 
@@ -177,11 +177,11 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return weight * (wide * r).to(x.dtype), r
 
 
-_norm = compiled(_rms)
+norm = compiled(_rms)
 
 
 @compiled
-def _add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     x = x + y
     return x, *_rms(x, weight, eps)
 
@@ -201,7 +201,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @compiled
-def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return _turn(q, cos, sin), _turn(k, cos, sin)
 
 
@@ -211,7 +211,7 @@ def _rotate_back(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 
 @compiled
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
@@ -244,33 +244,34 @@ class Layer:
     """One decoder layer. Its matrices and norms are frozen; its LoRA weights come with each call."""
 
     def __init__(self, module: Any, adapter: Adapter, dtype: torch.dtype):
-        linears = _linears(module)
-        self.linears = [[_base(linears[name]) for name in group] for group in GROUPS]
+        self.matrices = matrices_of(module, dtype)
         self.norms = (module.input_layernorm.weight, module.post_attention_layernorm.weight)
         self.eps = module.input_layernorm.variance_epsilon
         self.head_dim = module.self_attn.head_dim
-        self.adapter, self.dtype = adapter, dtype
+        self.adapter = adapter
         self.held: list[list[Tensor]] | None = None
 
     def weights(self) -> list[list[Tensor]]:
         """Per group the matrices [N, K] in the compute dtype."""
-        return self.held or [[_matrix(linear.weight, self.dtype) for linear in group] for group in self.linears]
+        return self.held or [
+            list(matrix.split(rows)) for matrix, rows in zip(self.matrices(), self.matrices.sizes, strict=True)
+        ]
 
     def begin(self, x: Tensor, lora: Lora, rope: Rope, attend: Attend, w: list[list[Tensor]]) -> Kept:
         """Attention, and the MLP up to its last product."""
-        n, _ = _norm(x, self.norms[0], self.eps)
+        n, _ = norm(x, self.norms[0], self.eps)
         h_qkv, *qkv = _project(n, w[0], lora[0], self.adapter, 0)
         q, k, v = (y.view(len(x), -1, self.head_dim) for y in qkv)
-        q, k = _rotate(q, k, *rope)
+        q, k = rotate(q, k, *rope)
         out, lse = attend(q, k, v)
         h_o, y = _project(out.flatten(1), w[1], lora[1], self.adapter, 1)
-        mid, n, _ = _add_norm(x, y, self.norms[1], self.eps)
+        mid, n, _ = add_norm(x, y, self.norms[1], self.eps)
         h_mlp, gate, up = _project(n, w[2], lora[2], self.adapter, 2)
         return Kept(h_qkv, q, k, v, out, lse, h_o, mid, h_mlp, gate, up)
 
     def end(self, kept: Kept, lora: Lora, w: list[list[Tensor]]) -> tuple[Tensor | None, Tensor]:
         """(h of the last product, the layer's output)."""
-        h, y = _project(_swiglu(kept.gate, kept.up), w[3], lora[3], self.adapter, 3)
+        h, y = _project(swiglu(kept.gate, kept.up), w[3], lora[3], self.adapter, 3)
         return h, y.add_(kept.mid)
 
     def backward(
@@ -291,7 +292,7 @@ class Layer:
         back_a(3, d_h, product)
         del product, d_product
         d_n, d_h = back(2, kept.h_mlp, d_gate, d_up)
-        n, r = _norm(kept.mid, self.norms[1], self.eps)
+        n, r = norm(kept.mid, self.norms[1], self.eps)
         back_a(2, d_h, n)
         d_mid = _norm_back(d_n, kept.mid, r, self.norms[1], d)
         del d_gate, d_up
@@ -300,7 +301,7 @@ class Layer:
         d_q, d_k, d_v = attention.backward(d_out.view_as(kept.q), kept.q, kept.k, kept.v, kept.out, kept.lse, spans)
         d_q, d_k = _rotate_back(d_q, d_k, *rope)
         d_n, d_h = back(0, kept.h_qkv, d_q.flatten(1), d_k.flatten(1), d_v.flatten(1))
-        n, r = _norm(x, self.norms[0], self.eps)
+        n, r = norm(x, self.norms[0], self.eps)
         back_a(0, d_h, n)
         return _norm_back(d_n, x, r, self.norms[0], d_mid) if wants_x else None
 
@@ -347,7 +348,7 @@ class Fused:
     @property
     def recomputed(self) -> float:
         """Share of the layers' matrix products that a backward pass computes again: never the last of a layer."""
-        *again, last = [sum(m.in_features * m.out_features for m in group) for group in self.layers[0].linears]
+        *again, last = [rows * columns for rows, columns in self.layers[0].matrices.shapes]
         return sum(again) / (sum(again) + last) * (1 - self.keep_layers / len(self.layers))
 
     def logits(self, pack: Pack, keep: Tensor) -> Tensor:
@@ -361,10 +362,12 @@ class Fused:
         return self.base.lm_head(self.base.model.norm(x.index_select(0, keep)))
 
 
-def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    if isinstance(weight, bnb.nn.Params4bit):
-        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
-    return weight.data.to(dtype)
+def matrices_of(layer: Any, dtype: torch.dtype) -> Matrices:
+    """A decoder layer's, made at the first call."""
+    if not hasattr(layer, "matrices"):
+        linears = _linears(layer)
+        layer.matrices = Matrices([[_base(linears[name]) for name in group] for group in GROUPS], dtype)
+    return layer.matrices
 
 
 def causal_of(model: Any) -> Any:

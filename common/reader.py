@@ -1,8 +1,7 @@
 """A Llama's forward pass for decoding: new tokens of many prefixes and branches in one row, beside those read before.
 
 Keys and values lie in an arena [A] per layer, where every prefix and every branch has a stretch of its own; who sees
-what of it is the pass's `Reach`. Each pass dequantises each layer's matrices once, for all new tokens together. The
-layers are those of training (`common.fused`), so nothing is computed in two ways.
+what of it is the pass's `Reach`. A pass dequantises each layer's matrices once, by one call, for all new tokens.
 """
 
 from dataclasses import dataclass, fields
@@ -10,7 +9,19 @@ from typing import Any
 
 from common import attention
 from common.attention import Reach
-from common.fused import Layer, adapter_of, causal_of, layers_of, unreadable
+from common.fused import (
+    Rope,
+    adapter_of,
+    add_norm,
+    causal_of,
+    layers_of,
+    matrices_of,
+    norm,
+    rotate,
+    scaled,
+    swiglu,
+    unreadable,
+)
 
 import torch
 from torch import Tensor
@@ -60,11 +71,55 @@ class Drawn:
         return Drawn(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
 
+class Layer:
+    """One decoder layer, forward; its adapter's weights are copied in the compute dtype.
+
+    Linears that share their input share both LoRA products too, their Bs being blocks of one matrix.
+    """
+
+    def __init__(self, module: Any, dtype: torch.dtype):
+        self.matrices = matrices_of(module, dtype)
+        self.norms = (module.input_layernorm.weight, module.post_attention_layernorm.weight)
+        self.eps = module.input_layernorm.variance_epsilon
+        self.head_dim = module.self_attn.head_dim
+        adapter, groups = adapter_of(module)
+        self.scale = adapter.scale
+        self.lora: list[tuple[Tensor, Tensor] | None] = []
+        for (a, b), adapted, rows in zip(groups, adapter.adapted, self.matrices.sizes, strict=True):
+            if not a:
+                self.lora.append(None)
+                continue
+            bs = iter(b)
+            blocks = [next(bs) if yes else a[0].new_empty(n, 0) for yes, n in zip(adapted, rows, strict=True)]
+            self.lora.append((torch.cat(a).to(dtype), torch.block_diag(*blocks).to(dtype)))
+
+    def __call__(self, x: Tensor, rope: Rope, keys: Tensor, values: Tensor, slot: Tensor, reach: Reach) -> Tensor:
+        """[T, hidden] → [T, hidden]; keys and values [A, G, D] take in the new tokens' at `slot` [T]."""
+        w = self.matrices()
+        q_size, kv_size, _ = self.matrices.sizes[0]
+        n, _ = norm(x, self.norms[0], self.eps)
+        qkv = self._project(n, w[0], 0).view(len(x), -1, self.head_dim)
+        q, k, v = qkv.split([size // self.head_dim for size in (q_size, kv_size, kv_size)], dim=1)
+        q, k = rotate(q, k, *rope)
+        keys.index_copy_(0, slot, k)
+        values.index_copy_(0, slot, v)
+        out = attention.over_arena(q, keys, values, reach)
+        x, n, _ = add_norm(x, self._project(out.flatten(1), w[1], 1), self.norms[1], self.eps)
+        gate, up = self._project(n, w[2], 2).chunk(2, dim=1)
+        return self._project(swiglu(gate, up), w[3], 3).add_(x)
+
+    def _project(self, x: Tensor, weight: Tensor, g: int) -> Tensor:
+        if self.lora[g] is None:
+            return x @ weight.T
+        a, b = self.lora[g]  # type: ignore[misc]
+        return (scaled(x @ a.T, self.scale) @ b.T).addmm_(x, weight.T)
+
+
 class Reader:
     """The passes of one model, PEFT's or a plain one, over an arena of `arena_tokens`.
 
-    An adapter's weights are copied in the compute dtype: what changes them later is not seen. Raises `ValueError` for a
-    model that is no plain Llama (`fused.unreadable`).
+    What changes the adapter's weights later is not seen. Raises `ValueError` for a model that is no plain Llama
+    (`fused.unreadable`).
     """
 
     def __init__(self, model: Any, arena_tokens: int):
@@ -72,11 +127,7 @@ class Reader:
             raise ValueError(reason)
         self.base = causal_of(model)
         dtype, self.device = self.base.dtype, next(model.parameters()).device
-        self.layers, self.lora = [], []
-        for module in layers_of(model):
-            adapter, groups = adapter_of(module)
-            self.layers.append(Layer(module, adapter, dtype))
-            self.lora.append([[torch.cat(a).to(dtype), *(x.to(dtype) for x in b)] if a else [] for a, b in groups])
+        self.layers = [Layer(module, dtype) for module in layers_of(model)]
         shape = (len(self.layers), arena_tokens, self.base.config.num_key_value_heads, self.layers[0].head_dim)
         self.keys, self.values = (torch.empty(shape, dtype=dtype, device=self.device) for _ in range(2))
         self.arena_tokens = arena_tokens
@@ -90,15 +141,8 @@ class Reader:
         x = self.base.model.embed_tokens(ids)
         cos, sin = self.base.model.rotary_emb(x[None], new.position[None])
         slot = new.slot.long()
-        for layer, lora, keys, values in zip(self.layers, self.lora, self.keys, self.values, strict=True):
-
-            def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values) -> Any:
-                keys.index_copy_(0, slot, k)
-                values.index_copy_(0, slot, v)
-                return attention.over_arena(q, keys, values, new.reach), None
-
-            w = layer.weights()
-            _, x = layer.end(layer.begin(x, lora, (cos[0], sin[0]), attend, w), lora, w)
+        for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
+            x = layer(x, (cos[0], sin[0]), keys, values, slot, new.reach)
         logits = self.base.lm_head(self.base.model.norm(x[new.keep])).float()
         token = torch.where(new.forced >= 0, new.forced, logits.argmax(-1))
         best = logits.topk(2).values

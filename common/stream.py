@@ -2,8 +2,8 @@
 
 A pass takes one token of every answer that is growing, and fills up with whole paragraphs (and their questions) that
 have not been read. So passes stay large to the end, and the base's 4-bit weights are dequantised for many tokens at
-once. A paragraph whose last answer has ended gives its stretch of the arena to the next (continuous batching, as Orca,
-https://www.usenix.org/conference/osdi22/presentation/yu, has it).
+once. An answer that has ended gives its stretch of the arena back, and a paragraph whose last answer has (continuous
+batching, as Orca has it: https://www.usenix.org/conference/osdi22/presentation/yu).
 
 The host lays the next pass out while the device computes the last one, so it learns one pass late that an answer has
 ended; that answer's one token too many is dropped.
@@ -24,7 +24,7 @@ class Answer:
     """One question's, growing."""
 
     branch: Branch
-    start: int  # of its stretch in the arena
+    stretch: tuple[int, int]  # of the arena: start, length; the last token of an answer is never read
     position: int  # of its first token
     script: Ids | None  # what to draw whatever the model says
     launched: int = 0  # tokens asked for, the last of which may be unknown yet
@@ -37,12 +37,18 @@ class Answer:
 
 @dataclass
 class Reading:
-    """A tree that is in the arena."""
+    """A tree that is in the arena: its prefix, and its answers."""
 
-    tree: Tree
-    start: int
-    size: int
+    prefix_ids: Ids
+    stretch: tuple[int, int]
     answers: list[Answer]
+
+    def given_back(self, arena: "Arena") -> bool:
+        """Whether all answers have ended; the prefix is then given back."""
+        over = all(answer.ended for answer in self.answers)
+        if over:
+            arena.give_back(*self.stretch)
+        return over
 
 
 class Arena:
@@ -91,12 +97,11 @@ def answers(
         growing = sum(_grows(a, limit) for r in reading for a in r.answers)
         new: list[Reading] = []
         while waiting and (growing + len(waiting[0]) <= pass_tokens or not growing):
-            size = _size(waiting[0], limit)
-            start = arena.take(size)
-            if start is None:
+            admitted = _admit(waiting[0], arena, limit, scripts or {})
+            if admitted is None:
                 break
-            new.append(_admit(waiting.popleft(), start, size, scripts or {}))
-            growing += len(new[-1].tree)
+            new.append(admitted)
+            growing += len(waiting.popleft())
         asked, laid_out = _lay_out(reader.device, new, reading, limit)
         now = None
         if laid_out is not None:
@@ -106,13 +111,12 @@ def answers(
                 event = torch.cuda.Event()
                 event.record()
             now = drawn, on_host, asked, event
-        if before:
-            yield from _take_in(before, ended, limit)
-        before, reading = now, reading + new
-        for r in [r for r in reading if all(a.ended for a in r.answers)]:
-            # a pass that is under way may still write there, but comes before any that is laid out from here on
-            arena.give_back(r.start, r.size)
-            reading.remove(r)
+        # a pass that is under way may still write where an answer has ended, but before any that is laid out later
+        for answer in _take_in(before, ended, limit) if before else ():
+            arena.give_back(*answer.stretch)
+            yield answer
+        before = now
+        reading = [r for r in (*reading, *new) if not r.given_back(arena)]
 
 
 def _grows(answer: Answer, limit: int) -> bool:
@@ -120,7 +124,7 @@ def _grows(answer: Answer, limit: int) -> bool:
 
 
 def _size(tree: Tree, limit: int) -> int:
-    """Of a tree's stretch: the last token of an answer is never read."""
+    """Of a tree's stretches together."""
     return len(tree) + len(tree.branches) * (limit - 1)
 
 
@@ -135,13 +139,23 @@ def _that_fit(tree: Tree, arena_tokens: int, limit: int) -> Iterator[Tree]:
         raise ValueError(f"question {tree.branches[0].id} needs {_size(tree, limit)} tokens of the arena")
 
 
-def _admit(tree: Tree, start: int, size: int, scripts: Mapping[str, Ids]) -> Reading:
-    at, position, grown = start + len(tree.prefix_ids), len(tree.prefix_ids), []
-    room = (size - len(tree)) // len(tree.branches)
-    for branch in tree.branches:
-        grown.append(Answer(branch, at, position, scripts.get(branch.id)))
-        at += len(branch.prompt_ids) + room
-    return Reading(tree, start, size, grown)
+def _admit(tree: Tree, arena: Arena, limit: int, scripts: Mapping[str, Ids]) -> Reading | None:
+    """Stretches for the tree's prefix and for each of its answers; None where the arena has no room."""
+    lengths = [len(tree.prefix_ids), *(len(branch.prompt_ids) + limit - 1 for branch in tree.branches)]
+    taken: list[tuple[int, int]] = []
+    for length in lengths:
+        start = arena.take(length)
+        if start is None:
+            for stretch in taken:
+                arena.give_back(*stretch)
+            return None
+        taken.append((start, length))
+    prefix, *own = taken
+    grown = [
+        Answer(b, stretch, len(tree.prefix_ids), scripts.get(b.id))
+        for b, stretch in zip(tree.branches, own, strict=True)
+    ]
+    return Reading(tree.prefix_ids, prefix, grown)
 
 
 def _lay_out(
@@ -168,18 +182,18 @@ def _lay_out(
         own_used.append(where + len(tokens) - start)
 
     for r in new:
-        put(r.tree.prefix_ids, 0, r.start, r.start)
+        put(r.prefix_ids, 0, r.stretch[0], r.stretch[0])
     first = len(ids)
     drawn.extend([-1] * first)
     for r in (*reading, *new):
         grown = [a for a in r.answers if _grows(a, limit)]
         for a in grown:
-            prompt, n = a.branch.prompt_ids, a.launched
+            prompt, n, start = a.branch.prompt_ids, a.launched, a.stretch[0]
             if n:  # the token that it drew last
-                put([0], a.position + len(prompt) + n - 1, a.start + len(prompt) + n - 1, a.start)
+                put([0], a.position + len(prompt) + n - 1, start + len(prompt) + n - 1, start)
                 drawn.append(a.row)
             else:
-                put(prompt, a.position, a.start, a.start)
+                put(prompt, a.position, start, start)
                 drawn.extend([-1] * len(prompt))
             a.launched, a.row = n + 1, len(asked)
             keep.append(len(ids) - 1)
@@ -187,8 +201,8 @@ def _lay_out(
             asked.append(a)
         if grown:
             trees.append(len(ids) - first)
-            prefix_start.append(r.start)
-            prefix_used.append(len(r.tree.prefix_ids))
+            prefix_start.append(r.stretch[0])
+            prefix_used.append(len(r.prefix_ids))
     if not ids:
         return [], None
     reach = (own, [*own_start, 0], own_used, trees, [*prefix_start, 0], prefix_used)

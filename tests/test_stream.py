@@ -130,7 +130,7 @@ def test_a_pass_draws_what_the_model_says(tiny_base):
     model, tokenizer = system(tiny_base)
     (tree,) = demo_trees(tokenizer, 1)
     reader, batch = Reader(model, 2048), pack([tree])
-    asked, new = stream._lay_out(reader.device, [stream._admit(tree, 5, 1000, {})], [], 6)
+    asked, new = stream._lay_out(reader.device, [stream._admit(tree, Arena(2048), 6, {})], [], 6)
     assert new.ids.tolist() == batch.input_ids.tolist()
     assert new.position.tolist() == batch.layout.position.tolist()
     drawn = reader.read(new)

@@ -1,0 +1,94 @@
+"""A decoder layer's seven frozen matrices as one tensor: in 4 bits one call dequantises them all.
+
+Those that read the same input lie below each other, so one product computes q, k and v, and one gate and up. The
+linears' own weights become views of the one tensor, so nothing is stored twice and PEFT's modules go on as ever. NF4
+and FP4 are bitsandbytes' own: blocks of 64 numbers in a row with one absmax each, which a matrix whose size is a
+multiple of that lets lie in any order.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor
+
+
+class Matrices:
+    """`groups` of linears that share their input; calling it gives each group's matrix [rows of all, columns]."""
+
+    def __init__(self, groups: Sequence[Sequence[Any]], dtype: torch.dtype):
+        self.weights = [[linear.weight for linear in group] for group in groups]
+        self.sizes = [[linear.out_features for linear in group] for group in groups]
+        self.shapes = [(sum(rows), group[0].in_features) for rows, group in zip(self.sizes, groups, strict=True)]
+        self.dtype = dtype
+        self.whole: Tensor | None = None  # of all weights, as they are stored; None where they cannot be joined
+        flat = [w for group in self.weights for w in group]
+        states = [getattr(w, "quant_state", None) for w in flat]
+        if all(state and math.prod(state.shape) % state.blocksize == 0 for state in states):
+            self._join_constants(states)
+            self.whole = _join(flat)
+        elif not any(states) and len({w.dtype for w in flat}) == 1:
+            self.whole = _join(flat)
+
+    def __call__(self) -> list[Tensor]:
+        if self.whole is None:
+            return [torch.cat([_matrix(w, self.dtype) for w in group]) for group in self.weights]
+        numbers = self.whole if self.whole.is_floating_point() else self._dequantised(self.whole)
+        parts = numbers.to(self.dtype).view(-1).split([rows * columns for rows, columns in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def _join_constants(self, states: list[Any]) -> None:
+        """One absmax for each block of all; kept in 8 bits where every matrix has whole blocks of those too."""
+        self.state, self.offset = states[0], None
+        if not self.state.nested:
+            self.absmax = _join_named(states, "absmax")
+        elif any(len(s.absmax) % s.state2.blocksize for s in states):
+            self.absmax = torch.cat(
+                [bnb.functional.dequantize_blockwise(s.absmax, s.state2) + s.offset for s in states]
+            )
+        else:
+            self.absmax = _join_named(states, "absmax")
+            self.absmax2 = _join_named([s.state2 for s in states], "absmax")
+            blocks = torch.tensor([len(s.state2.absmax) for s in states], device=self.absmax.device)
+            self.offset = torch.stack([s.offset for s in states]).repeat_interleave(blocks)[:, None]
+
+    def _dequantised(self, codes: Tensor) -> Tensor:
+        absmax, state = self.absmax, self.state
+        if self.offset is not None:
+            second = state.state2
+            absmax = torch.ops.bitsandbytes.dequantize_blockwise(
+                absmax, self.absmax2, second.code, second.blocksize, torch.float32
+            )
+            absmax.view(-1, second.blocksize).add_(self.offset)
+        # a CPU shares rows out to its cores; a block never lies in two
+        row = self.shapes[0][1] if self.shapes[0][1] % state.blocksize == 0 else state.blocksize
+        rows = 2 * len(codes) // row
+        shape = [rows, row] if rows * row == 2 * len(codes) else [2 * len(codes) // state.blocksize, state.blocksize]
+        return torch.ops.bitsandbytes.dequantize_4bit(
+            codes, absmax.float(), state.blocksize, state.quant_type, shape, self.dtype
+        )
+
+
+def _join(weights: list[Any]) -> Tensor:
+    """All numbers in one tensor, of which the weights become views."""
+    whole, start = torch.cat([w.data.reshape(-1) for w in weights]), 0
+    for w in weights:
+        w.data, start = whole[start : start + w.numel()].view(w.shape), start + w.numel()
+    return whole
+
+
+def _join_named(holders: list[Any], name: str) -> Tensor:
+    whole, start = torch.cat([getattr(holder, name) for holder in holders]), 0
+    for holder in holders:
+        n = len(getattr(holder, name))
+        setattr(holder, name, whole[start : start + n])
+        start += n
+    return whole
+
+
+def _matrix(weight: Any, dtype: torch.dtype) -> Tensor:
+    if getattr(weight, "quant_state", None) is not None:
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+    return weight.data.to(dtype)
