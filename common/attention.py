@@ -205,19 +205,19 @@ def _over_arena_by_tree(q: Tensor, keys: Tensor, values: Tensor, reach: Reach) -
     q, keys, values = (x.transpose(0, 1)[None] for x in (q, keys, values))  # [1, H, T, D]
 
     def attend(new: slice, stretches: list[slice], mask: Tensor | None) -> Tensor:
-        k, v = (x[:, :, stretches[0]] if mask is None else torch.cat([x[:, :, s] for s in stretches], dim=2)
-                for x in (keys, values))  # fmt: skip
+        k, v = (torch.cat([x[:, :, s] for s in stretches], dim=2) for x in (keys, values))
         return F.scaled_dot_product_attention(q[:, :, new], k, v, mask, is_causal=mask is None, enable_gqa=True)
 
     own, start, used, *_ = reach.host
     with sdpa_kernel(SDPBackend.MATH) if q.is_cuda else nullcontext():
-        out = [
-            attend(slice(a, b), [slice(start[i], start[i] + used[i])], None)
-            for i, (a, b) in enumerate(pairwise(own))
-            if b <= reach.first
-        ]
+        out = []
+        for i, (a, b) in enumerate(pairwise(own)):
+            if b <= reach.first:
+                before = used[i] - (b - a)
+                mask = torch.ones(b - a, used[i], dtype=torch.bool, device=q.device).tril(before) if before else None
+                out.append(attend(slice(a, b), [slice(start[i], start[i] + used[i])], mask))
         out += [attend(*part) for part in reach.by_tree]
-    return torch.cat(out, dim=2)[0].transpose(0, 1)
+    return torch.cat([*out, q[:, :, own[-1] :] * 0], dim=2)[0].transpose(0, 1)  # padding attends to nothing
 
 
 def _by_tree(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:

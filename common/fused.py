@@ -11,6 +11,7 @@ the forward pass alone (`common.reader`).
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 from common import attention
 from common.attention import Spans
 from common.compiled import compiled
-from common.matrices import Matrices
+from common.matrices import Matrix
 from common.packing import Pack
 
 import torch
@@ -253,9 +254,7 @@ class Layer:
 
     def weights(self) -> list[list[Tensor]]:
         """Per group the matrices [N, K] in the compute dtype."""
-        return self.held or [
-            list(matrix.split(rows)) for matrix, rows in zip(self.matrices(), self.matrices.sizes, strict=True)
-        ]
+        return self.held or [matrix.apart() for matrix in self.matrices]
 
     def begin(self, x: Tensor, lora: Lora, rope: Rope, attend: Attend, w: list[list[Tensor]]) -> Kept:
         """Attention, and the MLP up to its last product."""
@@ -348,7 +347,7 @@ class Fused:
     @property
     def recomputed(self) -> float:
         """Share of the layers' matrix products that a backward pass computes again: never the last of a layer."""
-        *again, last = [rows * columns for rows, columns in self.layers[0].matrices.shapes]
+        *again, last = [math.prod(matrix.shape) for matrix in self.layers[0].matrices]
         return sum(again) / (sum(again) + last) * (1 - self.keep_layers / len(self.layers))
 
     def logits(self, pack: Pack, keep: Tensor) -> Tensor:
@@ -362,11 +361,11 @@ class Fused:
         return self.base.lm_head(self.base.model.norm(x.index_select(0, keep)))
 
 
-def matrices_of(layer: Any, dtype: torch.dtype) -> Matrices:
-    """A decoder layer's, made at the first call."""
+def matrices_of(layer: Any, dtype: torch.dtype) -> list[Matrix]:
+    """A decoder layer's, by group; made at the first call."""
     if not hasattr(layer, "matrices"):
         linears = _linears(layer)
-        layer.matrices = Matrices([[_base(linears[name]) for name in group] for group in GROUPS], dtype)
+        layer.matrices = [Matrix([_base(linears[name]) for name in group], dtype) for group in GROUPS]
     return layer.matrices
 
 

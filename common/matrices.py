@@ -15,32 +15,34 @@ import torch
 from torch import Tensor
 
 
-class Matrices:
-    """`groups` of linears that share their input; calling it gives each group's matrix [rows of all, columns]."""
+class Matrix:
+    """Of `linears` that share their input; calling it gives [rows of all, columns] in `dtype`."""
 
-    def __init__(self, groups: Sequence[Sequence[Any]], dtype: torch.dtype):
-        self.weights = [[linear.weight for linear in group] for group in groups]
-        self.sizes = [[linear.out_features for linear in group] for group in groups]
-        self.shapes = [(sum(rows), group[0].in_features) for rows, group in zip(self.sizes, groups, strict=True)]
+    def __init__(self, linears: Sequence[Any], dtype: torch.dtype):
+        self.weights = [linear.weight for linear in linears]
+        self.rows = [linear.out_features for linear in linears]
+        self.shape = (sum(self.rows), linears[0].in_features)
         self.dtype = dtype
-        self.whole: Tensor | None = None  # of all weights, as they are stored; None where they cannot be joined
-        flat = [w for group in self.weights for w in group]
-        states = [getattr(w, "quant_state", None) for w in flat]
+        self.whole: Tensor | None = None  # the weights as they are stored; None where they cannot be joined
+        states = [getattr(w, "quant_state", None) for w in self.weights]
         if all(state and math.prod(state.shape) % state.blocksize == 0 for state in states):
             self._join_constants(states)
-            self.whole = _join(flat)
-        elif not any(states) and len({w.dtype for w in flat}) == 1:
-            self.whole = _join(flat)
+            self.whole = _join(self.weights)
+        elif not any(states) and len({w.dtype for w in self.weights}) == 1:
+            self.whole = _join(self.weights)
 
-    def __call__(self) -> list[Tensor]:
+    def __call__(self) -> Tensor:
         if self.whole is None:
-            return [torch.cat([_matrix(w, self.dtype) for w in group]) for group in self.weights]
+            return torch.cat([_alone(w, self.dtype) for w in self.weights])
         numbers = self.whole if self.whole.is_floating_point() else self._dequantised(self.whole)
-        parts = numbers.to(self.dtype).view(-1).split([rows * columns for rows, columns in self.shapes])
-        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return numbers.to(self.dtype).view(self.shape)
+
+    def apart(self) -> list[Tensor]:
+        """The same, linear by linear."""
+        return list(self().split(self.rows))
 
     def _join_constants(self, states: list[Any]) -> None:
-        """One absmax for each block of all; kept in 8 bits where every matrix has whole blocks of those too."""
+        """One absmax for each block; kept in 8 bits where every matrix has whole blocks of those too."""
         self.state, self.offset = states[0], None
         if not self.state.nested:
             self.absmax = _join_named(states, "absmax")
@@ -62,12 +64,10 @@ class Matrices:
                 absmax, self.absmax2, second.code, second.blocksize, torch.float32
             )
             absmax.view(-1, second.blocksize).add_(self.offset)
-        # a CPU shares rows out to its cores; a block never lies in two
-        row = self.shapes[0][1] if self.shapes[0][1] % state.blocksize == 0 else state.blocksize
-        rows = 2 * len(codes) // row
-        shape = [rows, row] if rows * row == 2 * len(codes) else [2 * len(codes) // state.blocksize, state.blocksize]
+        # a CPU shares rows out to its cores, and a block must not lie in two
+        row = self.shape[1] if self.shape[1] % state.blocksize == 0 else state.blocksize
         return torch.ops.bitsandbytes.dequantize_4bit(
-            codes, absmax.float(), state.blocksize, state.quant_type, shape, self.dtype
+            codes, absmax.float(), state.blocksize, state.quant_type, [2 * len(codes) // row, row], self.dtype
         )
 
 
@@ -88,7 +88,7 @@ def _join_named(holders: list[Any], name: str) -> Tensor:
     return whole
 
 
-def _matrix(weight: Any, dtype: torch.dtype) -> Tensor:
+def _alone(weight: Any, dtype: torch.dtype) -> Tensor:
     if getattr(weight, "quant_state", None) is not None:
         return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
     return weight.data.to(dtype)

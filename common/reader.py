@@ -1,7 +1,7 @@
 """A Llama's forward pass for decoding: new tokens of many prefixes and branches in one row, beside those read before.
 
 Keys and values lie in an arena [A] per layer, where every prefix and every branch has a stretch of its own; who sees
-what of it is the pass's `Reach`. A pass dequantises each layer's matrices once, by one call, for all new tokens.
+what of it is the pass's `Reach`. A pass dequantises every matrix once, for all new tokens.
 """
 
 from dataclasses import dataclass, fields
@@ -26,10 +26,8 @@ from common.fused import (
 import torch
 from torch import Tensor
 
-_MOVED = (
-    "ids", "drawn", "position", "slot", "keep", "forced",
-    "own", "own_start", "own_used", "trees", "prefix_start", "prefix_used",
-)  # fmt: skip
+_OWN = ("ids", "drawn", "position", "slot", "keep", "forced")
+_OF_REACH = ("own", "own_start", "own_used", "trees", "prefix_start", "prefix_used")
 
 
 @dataclass(frozen=True)
@@ -41,22 +39,27 @@ class Pass:
     position: Tensor  # [T] along the token's own path
     slot: Tensor  # [T] where in the arena its key and value go
     reach: Reach
-    keep: Tensor  # [K] the tokens of which logits are wanted, rising
+    keep: Tensor  # [K] the tokens of which logits are wanted
     forced: Tensor  # [K] the token to draw whatever the model says; -1: the most probable
 
+    @staticmethod
+    def flat(lists: dict[str, list[int]]) -> Tensor:
+        """Lists by name, those of a `Reach` too, as one tensor on the host: what one transfer moves."""
+        return torch.tensor([n for name in (*_OWN, *_OF_REACH) for n in lists[name]], dtype=torch.int32)
+
     @classmethod
-    def lay_out(
-        cls, device: torch.device, first: int, *, ids: list[int], drawn: list[int], position: list[int],
-        slot: list[int], keep: list[int], forced: list[int], reach: tuple[list[int], ...],
-    ) -> "Pass":  # fmt: skip
-        """From lists on the host, by one transfer. `reach`: the six lists of a `Reach`."""
-        parts = [ids, drawn, position, slot, keep, forced, *reach]
-        flat = torch.tensor([n for part in parts for n in part], dtype=torch.int32)
-        if device.type == "cuda":
-            flat = flat.pin_memory().to(device, non_blocking=True)
-        moved = dict(zip(_MOVED, flat.split([len(part) for part in parts]), strict=True))
-        spans = Reach(**{name: moved.pop(name) for name in _MOVED[6:]}, host=reach, first=first)
-        return cls(**moved, reach=spans)
+    def of(cls, flat: Tensor, lists: dict[str, list[int]], first: int) -> "Pass":
+        """`flat`, moved to the device, as a pass; `lists` says where each begins, and what there is to know of the
+        reach on the host."""
+        parts = dict(zip((*_OWN, *_OF_REACH), flat.split([len(lists[n]) for n in (*_OWN, *_OF_REACH)]), strict=True))
+        host = tuple(lists[name] for name in _OF_REACH)
+        reach = Reach(**{name: parts.pop(name) for name in _OF_REACH}, host=host, first=first)
+        return cls(**parts, reach=reach)
+
+    @classmethod
+    def on(cls, device: torch.device, lists: dict[str, list[int]], first: int) -> "Pass":
+        flat = cls.flat(lists)
+        return cls.of(flat.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else flat, lists, first)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Layer:
         adapter, groups = adapter_of(module)
         self.scale = adapter.scale
         self.lora: list[tuple[Tensor, Tensor] | None] = []
-        for (a, b), adapted, rows in zip(groups, adapter.adapted, self.matrices.sizes, strict=True):
+        for (a, b), adapted, rows in zip(groups, adapter.adapted, (m.rows for m in self.matrices), strict=True):
             if not a:
                 self.lora.append(None)
                 continue
@@ -95,23 +98,22 @@ class Layer:
 
     def __call__(self, x: Tensor, rope: Rope, keys: Tensor, values: Tensor, slot: Tensor, reach: Reach) -> Tensor:
         """[T, hidden] → [T, hidden]; keys and values [A, G, D] take in the new tokens' at `slot` [T]."""
-        w = self.matrices()
-        q_size, kv_size, _ = self.matrices.sizes[0]
         n, _ = norm(x, self.norms[0], self.eps)
-        qkv = self._project(n, w[0], 0).view(len(x), -1, self.head_dim)
-        q, k, v = qkv.split([size // self.head_dim for size in (q_size, kv_size, kv_size)], dim=1)
+        qkv = self._project(n, 0).view(len(x), -1, self.head_dim)
+        q, k, v = qkv.split([rows // self.head_dim for rows in self.matrices[0].rows], dim=1)
         q, k = rotate(q, k, *rope)
         keys.index_copy_(0, slot, k)
         values.index_copy_(0, slot, v)
         out = attention.over_arena(q, keys, values, reach)
-        x, n, _ = add_norm(x, self._project(out.flatten(1), w[1], 1), self.norms[1], self.eps)
-        gate, up = self._project(n, w[2], 2).chunk(2, dim=1)
-        return self._project(swiglu(gate, up), w[3], 3).add_(x)
+        x, n, _ = add_norm(x, self._project(out.flatten(1), 1), self.norms[1], self.eps)
+        gate, up = self._project(n, 2).chunk(2, dim=1)
+        return self._project(swiglu(gate, up), 3).add_(x)
 
-    def _project(self, x: Tensor, weight: Tensor, g: int) -> Tensor:
-        if self.lora[g] is None:
+    def _project(self, x: Tensor, g: int) -> Tensor:
+        weight, lora = self.matrices[g](), self.lora[g]
+        if lora is None:
             return x @ weight.T
-        a, b = self.lora[g]  # type: ignore[misc]
+        a, b = lora
         return (scaled(x @ a.T, self.scale) @ b.T).addmm_(x, weight.T)
 
 

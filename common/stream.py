@@ -205,10 +205,12 @@ def _lay_out(
             prefix_used.append(len(r.prefix_ids))
     if not ids:
         return [], None
-    reach = (own, [*own_start, 0], own_used, trees, [*prefix_start, 0], prefix_used)
-    return asked, Pass.lay_out(
-        device, first, ids=ids, drawn=drawn, position=position, slot=slot, keep=keep, forced=forced, reach=reach
-    )
+    lists = {
+        "ids": ids, "drawn": drawn, "position": position, "slot": slot, "keep": keep, "forced": forced,
+        "own": own, "own_start": [*own_start, 0], "own_used": own_used,
+        "trees": trees, "prefix_start": [*prefix_start, 0], "prefix_used": prefix_used,
+    }  # fmt: skip
+    return asked, Pass.on(device, lists, first)
 
 
 def _take_in(

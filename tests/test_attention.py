@@ -60,13 +60,13 @@ def test_spans_are_where_the_tokens_are(shapes):
 
 @st.composite
 def stretches(draw):
-    """Trees of which some are new and some are in the arena, their branches with a few new tokens each."""
+    """Trees: tokens of the prefix, how many of them are new, and for each branch tokens before and new ones."""
     trees = []
     for _ in range(draw(st.integers(1, 4))):
-        branches = st.tuples(st.integers(0, 5), st.integers(1, 4))  # tokens before, new ones
-        new = draw(st.booleans())
+        branches = st.tuples(st.integers(0, 5), st.integers(1, 4))
         prefix = draw(st.integers(1, 9))
-        trees.append((prefix, new, draw(st.lists(branches, min_size=1, max_size=3))))
+        new = draw(st.sampled_from([0, 0, prefix, draw(st.integers(1, prefix))]))
+        trees.append((prefix, new, draw(st.lists(branches, min_size=0 if new else 1, max_size=3))))
     return trees
 
 
@@ -91,9 +91,11 @@ def reach_of(trees) -> tuple[attention.Reach, torch.Tensor, torch.Tensor]:
 
     for (prefix, new, _), (begin, *_) in zip(trees, places, strict=True):
         if new:
-            put(begin, 0, prefix, range(0))
+            put(begin, prefix - new, new, range(0))
     first, over, prefix_start, prefix_used = own[-1], [0], [], []
     for (prefix, _, branches), (begin, *starts) in zip(trees, places, strict=True):
+        if not branches:
+            continue
         for (before, new), where in zip(branches, starts, strict=False):
             put(where, before, new, range(begin, begin + prefix))
         over.append(own[-1] - first)

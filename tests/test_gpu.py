@@ -289,8 +289,12 @@ def test_greedy_answers_are_those_of_generate(smollm2_base, quant):
 def test_flash_attention_over_an_arena_is_that_of_products(monkeypatch, dtype):
     """Stretches of all sizes, with garbage in the gaps; queries are the last of their stretch, one or many."""
     rng = random.Random(0)
-    trees = [(rng.randrange(1, 400), i % 3 == 0, [(0, rng.randrange(1, 64)) if i % 3 == 0 else (rng.randrange(1, 90), 1)
-             for _ in range(rng.randrange(1, 9))]) for i in range(40)]  # fmt: skip
+    trees = []
+    for i in range(40):
+        prefix, new = rng.randrange(1, 400), i % 3 == 0
+        branches = [(0, rng.randrange(1, 64)) if new else (rng.randrange(90), 1) for _ in range(rng.randrange(1, 9))]
+        trees.append((prefix, prefix if new else 0, branches))
+    trees.append((200, 16, []))  # as drafts are read
     host, slots, seen = reach_of(trees)
     tensors = {f.name: x.to(GPU) for f in fields(host) if isinstance(x := getattr(host, f.name), torch.Tensor)}
     reach = replace(host, **tensors)
