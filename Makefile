@@ -19,7 +19,7 @@ GPU     = $(shell command -v nvidia-smi)
 DEMO    = runs=runs/demo data.train=demo/train.json data.dev=demo/dev.json
 DEMO_TRAIN ?= train.lr=2e-3 train.questions_per_step=16 train.eval_every=15 early_stop.questions=20
 DEMO_EVAL  ?=
-DEMO_BENCH ?= bench.queries=8 bench.warmup_queries=1
+DEMO_BENCH ?= bench.queries=8 bench.warmup_queries=1 bench.processes=1
 export TOKENIZERS_PARALLELISM = true
 LOCK   := requirements.lock
 # unpacked from a bundle: nothing asks for a network

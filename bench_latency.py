@@ -1,25 +1,32 @@
-"""Latency and memory of single queries: one question at a time, from text to text.
+"""Latency and memory of single queries: one question at a time, from text to text. The method: docs/latency.md.
 
-python bench_latency.py qlora7b [key=value ...]
+    python bench_latency.py qlora7b [key=value ...]
+
+Every figure is of a fresh process, and there are several, one after the other: the one in the middle is reported, and
+how far the others are from it is shown.
 """
 
 import argparse
-import itertools
 import json
 import os
 import random
+import statistics
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
-from common import checkpoint, decode, meter, packing, preflight, record, squad
-from common.config import load
+from common import checkpoint, decode, meter, preflight, record, single, squad
+from common.config import Config, load
 from common.errors import UserError, one_line_errors
 from common.model import load_system, load_tokenizers
 from common.prompt import build_trees
 from common.stats import percentile, percentile_interval
 
-import torch
 from tqdm import tqdm
+
+MODES = {"natural": "the answer ends by itself", "fixed": "always window.answer tokens"}
+PERCENTILES = (50, 90, 95, 99)
 
 
 def main(argv: list[str]) -> None:
@@ -27,6 +34,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="a name in configs/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # this is one of the processes: write there
     args = parser.parse_intermixed_args(argv)
     config = load(args.model, args.overrides)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -35,84 +43,188 @@ def main(argv: list[str]) -> None:
     adapter = record.trained_adapter(config)
     if adapter and (adapter / checkpoint.SUMS).exists():
         checkpoint.verify(adapter)
-    device = meter.pick_device()
-
-    # ---- data, model -----------------------------------------------------------------------------------------------
     dev = squad.load(config.data, "dev")
+    if args.measure:
+        measure(config, adapter, dev, args.measure)
+        return
+
+    # ---- fresh processes -------------------------------------------------------------------------------------------
+    run, device = record.new_run(config, "bench"), meter.pick_device()
+    found = []
+    for number in range(config.bench.processes):
+        file = run / f"process-{number}.json"
+        command = [sys.executable, str(Path(__file__).resolve()), *argv, "--measure", str(file)]
+        code = subprocess.run(command).returncode
+        if code in (2, 130, 143):  # it has said why
+            raise SystemExit(code)
+        if code:
+            seen = f"; what NVML saw until then: {file.with_suffix('.nvml.json')}" if device.type == "cuda" else ""
+            raise UserError(f"measuring process {number + 1} of {config.bench.processes} ended with {code}{seen}")
+        found.append(json.loads(file.read_text()))
+
+    # ---- record ----------------------------------------------------------------------------------------------------
+    result: dict[str, Any] = {"run": str(run), "random_weights": config.base.random_weights, "n": len(found[0]["ids"])}
+    for mode in MODES:
+        by_p95 = sorted(found, key=lambda p: percentile([q["total"] for q in p["modes"][mode]], 95))
+        middle = by_p95[(len(by_p95) - 1) // 2]["modes"][mode]
+        result[mode] = summary(middle) | {
+            "processes_p95_ms": [round(1000 * percentile([q["total"] for q in p["modes"][mode]], 95), 3) for p in found]
+        }
+    result |= {key: result["natural"][key] for key in ("latency", "ttft", "tpot", "mean_tokens")}
+    result["peak"] = {key: max(p["peak"][key] or 0 for p in found) or None for key in found[0]["peak"]}
+    result["phases"] = phases(found)
+    gauges = [phase for phase in result["phases"].values() if phase.get("device_bytes")]
+    result["nvml_peak"] = {
+        key: max(g[key] or 0 for g in gauges) or None for key in ("process_bytes", "device_bytes")
+    } if gauges else None  # fmt: skip
+    result["engine"] = found[0]["engine"]
+    record.write(run, config, "bench", dev, meter.describe(device), result)
+    show(config, device, result)
+    print(json.dumps(result))
+
+
+def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path) -> None:
+    """One process: load, warm up, time every query in every mode, write all samples and gauges."""
+    device = meter.pick_device()
     queries = squad.stratified(dev.examples, config.bench.queries)
     queries = random.Random(0).sample(queries, len(queries))  # shuffled, the same for every system
     tokenizer, cutter = load_tokenizers(config)
-    model = load_system(config, adapter, device)
-    stops = torch.tensor(decode.stop_ids(tokenizer), device=device)
+    gauges: dict[str, Any] = {}
 
-    def ask(example: squad.Example) -> dict[str, Any]:
-        """One query from text to text; seconds."""
-        began = meter.now(device)
-        trees = build_trees([example], tokenizer, config.window, train=False, window_tokenizer=cutter).trees
-        ticks: list[float] = []
-        for tree in trees:  # more than one only where a long context is read in windows
-            tokens: list[int] = []
-            batch = packing.pack([tree]).to(device)
-            for _, token, _ in decode.greedy(model, batch, stops, config.window.answer):
-                tokens += token.tolist()
-                ticks.append(meter.now(device))
-            decode.to_text(tokenizer, tokens)
-        total = meter.now(device) - began
-        gaps = [later - earlier for earlier, later in itertools.pairwise(ticks)]
-        return {"total": total, "first": ticks[0] - began, "gaps": gaps, "tokens": len(ticks)}
-
-    # ---- measure ---------------------------------------------------------------------------------------------------
-    with meter.out_of_memory("a single query does not fit beside the base: lower window.context, or base.quant=nf4"):
-        for i in tqdm(range(config.bench.warmup_queries), desc="warm up", unit="query"):
-            ask(queries[i % len(queries)])
+    def end_phase(name: str) -> None:
+        gauges[name] = meter.peaks(device)
         meter.reset_peaks(device)
-        with meter.nvml_sampler(device) as nvml:
-            samples = [ask(example) for example in tqdm(queries, desc="time", unit="query")]
 
-    # ---- record ----------------------------------------------------------------------------------------------------
+    with meter.nvml_sampler(device, file.with_suffix(".nvml.json")) as begin:
+        begin("load")
+        meter.reset_peaks(device)
+        model = load_system(config, adapter, device)
+        stops = decode.stop_ids(tokenizer)
+        with meter.out_of_memory(
+            "a single query does not fit beside the base: lower window.context, or base.quant=nf4"
+        ):
+            engine = single.engine(model, stops, config.window, config.eval)
+            end_phase("load")
+
+            def ask(example: squad.Example, mode: str) -> dict[str, Any]:
+                """One query from text to text; seconds."""
+                script = None
+                if mode == "natural" and config.base.random_weights:  # its own answers never end
+                    text = " " + example.answers[0].text
+                    script = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+                    script = script[-config.window.answer :]
+                ticks: list[float] = []
+                out: list[single.Answer] = []
+                began = meter.now(device)
+                trees = build_trees([example], tokenizer, config.window, train=False, window_tokenizer=cutter).trees
+                for tree in trees:  # more than one only where a long context is read in windows
+                    prompt = tree.prefix_ids + tree.branches[0].prompt_ids
+                    out.append(
+                        engine.answer(prompt, script, mode == "fixed", lambda n: ticks.append(meter.now(device)))
+                    )
+                    decode.to_text(tokenizer, out[-1].token_ids)
+                total = meter.now(device) - began
+                sums = {k: sum(getattr(a, k) for a in out) for k in ("passes", "drafted", "accepted")}
+                tokens = sum(len(a.token_ids) for a in out)
+                return {"total": total, "first": ticks[0] - began, "last": ticks[-1] - began, "tokens": tokens, **sums}
+
+            begin("warm up")
+            for i in tqdm(range(config.bench.warmup_queries), desc="warm up", unit="query"):
+                for mode in MODES:
+                    ask(queries[i % len(queries)], mode)
+            end_phase("warm up")
+            samples = {}
+            for mode in MODES:
+                begin(mode)
+                samples[mode] = [ask(example, mode) for example in tqdm(queries, desc=mode, unit="query")]
+                end_phase(mode)
+    nvml = file.with_suffix(".nvml.json")
+    peaks = list(gauges.values())
+    record.write_text(file, json.dumps({
+        "ids": [e.id for e in queries], "modes": samples, "gauges": gauges, "engine": engine.name,
+        "peak": {key: max(p[key] or 0 for p in peaks) or None for key in peaks[0]},
+        "nvml": json.loads(nvml.read_text()) if nvml.exists() else {},
+    }) + "\n")  # fmt: skip
+
+
+def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of one process and mode. Milliseconds; an interval is null where n is too small for one."""
+
     def spread(values: list[float]) -> dict[str, Any]:
-        """Milliseconds; an interval is null where n is too small for one."""
         ms = [1000 * value for value in values]
         out: dict[str, Any] = {}
-        for q in (50, 90, 95, 99):
+        for q in PERCENTILES:
             interval = percentile_interval(ms, q)
             out[f"p{q}_ms"] = round(percentile(ms, q), 3)
             out[f"p{q}_interval_ms"] = [round(v, 3) for v in interval] if interval else None
         return out
 
-    gaps = [gap for sample in samples for gap in sample["gaps"]]
-    result = {
-        "run": "", "n": len(samples), "random_weights": config.base.random_weights,
+    later = [(s["last"] - s["first"]) / (s["tokens"] - 1) for s in samples if s["tokens"] > 1]
+    drafted = sum(s["drafted"] for s in samples)
+    return {
         "latency": spread([s["total"] for s in samples]), "ttft": spread([s["first"] for s in samples]),
-        "tpot": spread(gaps) if gaps else None,
-        "mean_tokens": round(sum(s["tokens"] for s in samples) / len(samples), 2),
-        "peak": meter.peaks(device), "nvml_peak": nvml or None,
+        "tpot": spread(later) if later else None,
+        "mean_tokens": round(statistics.mean(s["tokens"] for s in samples), 2),
+        "mean_passes": round(statistics.mean(s["passes"] for s in samples), 2),
+        "drafts_accepted": round(sum(s["accepted"] for s in samples) / drafted, 4) if drafted else None,
+        "queries_per_s": round(len(samples) / sum(s["total"] for s in samples), 3),
     }  # fmt: skip
-    run = record.new_run(config, "bench")
-    result["run"] = str(run)
-    rows = [
-        {"id": e.id, "tokens": s["tokens"], "total_ms": 1000 * s["total"], "ttft_ms": 1000 * s["first"]}
-        for e, s in zip(queries, samples, strict=True)
-    ]
-    record.write_text(run / "queries.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    record.write(run, config, "bench", dev, meter.describe(device), result)
-    print(f"{config.title} on {meter.describe(device)['name']}: {len(samples)} single queries, "
-          f"{result['mean_tokens']} tokens each")  # fmt: skip
-    print(f"{'ms':16}{'p50':>10}{'p90':>10}{'p95':>10}{'p99':>10}   95 % interval of p95")
-    for name, row in (("text to text", "latency"), ("first token", "ttft"), ("per token", "tpot")):
-        if values := result[row]:
-            interval = values["p95_interval_ms"]
-            text = f"[{interval[0]:.1f}, {interval[1]:.1f}]" if interval else f"none: n = {len(samples)} is too small"
-            cells = "".join(f"{values[f'p{q}_ms']:10.1f}" for q in (50, 90, 95, 99))
-            print(f"{name:16}{cells}   {text if row != 'tpot' else ''}")
-    if device.type == "cpu":
+
+
+def phases(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The highest of every gauge over the processes; of energy and clocks the middle process's."""
+    out: dict[str, dict[str, Any]] = {}
+    for name in found[0]["gauges"]:
+        out[name] = {key: max(p["gauges"][name][key] or 0 for p in found) or None for key in found[0]["gauges"][name]}
+        seen = [p["nvml"][name] for p in found if name in p["nvml"]]
+        if seen:
+            out[name] |= {key: max(s[key] or 0 for s in seen) or None
+                          for key in ("process_bytes", "device_bytes", "processes")}  # fmt: skip
+            joules = [s["energy_j"] for s in seen if s["energy_j"] is not None]
+            n = len(found[0]["modes"].get(name, ())) or None
+            out[name]["energy_j_per_query"] = round(statistics.median(joules) / n, 3) if joules and n else None
+            clocks = [s["clock_mhz"] for s in seen if s["clock_mhz"]]
+            out[name]["clock_mhz"] = sorted(clocks, key=lambda c: c[1])[(len(clocks) - 1) // 2] if clocks else None
+            out[name]["throttled"] = sorted({reason for s in seen for reason in s["throttled"]})
+    return out
+
+
+def show(config: Config, device: Any, result: dict[str, Any]) -> None:
+    n = result["n"]
+    print(f"{config.title} on {meter.describe(device)['name']}: {n} single queries in each of "
+          f"{config.bench.processes} processes, engine {result['engine']}")  # fmt: skip
+    print(f"{'ms':26}{'p50':>10}{'p90':>10}{'p95':>10}{'p99':>10}   95 % interval of p95")
+    for mode, what in MODES.items():
+        part = result[mode]
+        if config.base.random_weights and mode == "natural":
+            what = "a gold answer and EOS are replayed, for random weights never end"
+        accepted = f", {part['drafts_accepted']:.0%} of drafts accepted" if part["drafts_accepted"] is not None else ""
+        print(f"{mode}: {what}; {part['mean_tokens']} tokens in {part['mean_passes']} passes{accepted}")
+        for name, row in (("text to text", "latency"), ("first token", "ttft"), ("per token after it", "tpot")):
+            if values := part[row]:
+                interval = values["p95_interval_ms"]
+                text = f"[{interval[0]:.1f}, {interval[1]:.1f}]" if interval else f"none: n = {n} is too small"
+                cells = "".join(f"{values[f'p{q}_ms']:10.1f}" for q in PERCENTILES)
+                print(f"  {name:24}{cells}   {text if row != 'tpot' else ''}")
+        p95 = part["processes_p95_ms"]
         print(
-            f"no GPU, so no VRAM was measured; peak RSS {result['peak']['rss_bytes'] / 2**20:.0f} MiB, loading included"
+            f"  p95 of each process: {', '.join(f'{value:.1f}' for value in p95)} ({max(p95) / min(p95) - 1:.1%} apart)"
         )
-    else:
-        sizes = {**result["peak"], **(result["nvml_peak"] or {})}
-        print("peak MiB: " + ", ".join(f"{k.removesuffix('_bytes')} {v / 2**20:.0f}" for k, v in sizes.items() if v))
-    print(json.dumps(result))
+    if device.type == "cpu":
+        rss = result["peak"]["rss_bytes"] / 2**20
+        print(f"no GPU, so no VRAM was measured; peak RSS {rss:.0f} MiB, loading included")
+        return
+    print(f"{'peak MiB':12}{'allocated':>11}{'reserved':>11}{'process':>11}{'device':>11}   joules a query, clock MHz")
+    for name, phase in result["phases"].items():
+        keys = ("allocated_bytes", "reserved_bytes", "process_bytes", "device_bytes")
+        cells = "".join(f"{phase[k] / 2**20:11.0f}" if phase.get(k) else f"{'not said':>11}" for k in keys)
+        joules = phase.get("energy_j_per_query")
+        clock = "/".join(f"{c:.0f}" for c in phase.get("clock_mhz") or [])
+        print(f"{name:12}{cells}   {f'{joules:.1f}' if joules else '–'}, {clock or '–'}")
+    throttled = sorted({reason for phase in result["phases"].values() for reason in phase.get("throttled", ())})
+    shared = max(phase.get("processes") or 0 for phase in result["phases"].values())
+    print(f"throttled: {', '.join(throttled) or 'no'}; processes on the GPU: {shared or 'not said'}"
+          f"{', so others shared it' if shared > 1 else ''}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -148,8 +148,10 @@ class Eval:
 class Bench:
     queries: int = 400  # timed single queries, drawn article by article from dev
     warmup_queries: int = 10  # before the clock starts
+    processes: int = 3  # fresh ones, one after the other
 
     def __post_init__(self) -> None:
+        _need(self.processes >= 1, "processes", "must be ≥ 1")
         _need(self.queries >= 1, "queries", "must be ≥ 1")
         _need(self.warmup_queries >= 0, "warmup_queries", "must be ≥ 0")
 

@@ -1,13 +1,13 @@
 """The one clock and the memory gauges."""
 
-import json
+import contextlib
 import os
 import platform
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,24 +70,29 @@ def out_of_memory(advice: str) -> Iterator[None]:
 
 
 @contextmanager
-def nvml_sampler(device: torch.device) -> Iterator[dict[str, int | None]]:
-    """Sample NVML from a process of its own while the body runs; afterwards the dict holds its peaks in bytes.
+def nvml_sampler(device: torch.device, file: Path) -> Iterator[Callable[[str], None]]:
+    """Sample NVML from a process of its own while the body runs, into `file` (`common.nvml`).
 
-    Stays empty on a CPU. `process_bytes` is None where the driver does not tell one process from another.
+    Yields what begins a new phase by name; the first is "start". On a CPU nothing is sampled and no file written.
     """
-    found: dict[str, int | None] = {}
     if device.type != "cuda":
-        yield found
+        yield lambda phase: None
         return
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    command = [sys.executable, "-m", "common.nvml", uuid, str(os.getpid())]
+    command = [sys.executable, "-m", "common.nvml", uuid, str(os.getpid()), str(file.resolve())]
     root = Path(__file__).resolve().parent.parent
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as sampler:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, cwd=root) as sampler:
+        assert sampler.stdin
+
+        def begin(phase: str) -> None:
+            with contextlib.suppress(BrokenPipeError):  # a sampler that has died is missed when its file is read
+                print(phase, file=sampler.stdin, flush=True)
+
         try:
-            yield found
+            yield begin
         finally:
-            answer, _ = sampler.communicate()  # closing its stdin ends it
-            found.update(json.loads(answer or "{}"))
+            with contextlib.suppress(BrokenPipeError):
+                sampler.stdin.close()  # ends it
 
 
 def _cpu_name() -> str:

@@ -14,8 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from common import attention
-from common.prompt import Ids
+from common import attention, decode
+from common.config import Eval, Window
+from common.fused import unreadable
+from common.packing import pack
+from common.prompt import Branch, Ids, Tree
 from common.reader import Drawn, Pass, Reader
 
 import torch
@@ -38,6 +41,8 @@ class Answer:
 class Single:
     """Answers one prompt after the other. `most_tokens`: of a prompt and its answer."""
 
+    name = "drafts"
+
     def __init__(self, model: Any, stops: Sequence[int], limit: int, most_tokens: int):
         # a draft may reach beyond the last token, and padding goes to a slot of its own
         self.reader = Reader(model, most_tokens + DRAFT + 1)
@@ -51,16 +56,18 @@ class Single:
                 self.recorded.insert(0, _Recorded(self.reader, length, asks, pool))
 
     def answer(
-        self, prompt_ids: Ids, script: Ids | None = None, tick: Callable[[int], None] = lambda n: None
-    ) -> Answer:
+        self, prompt_ids: Ids, script: Ids | None = None, to_the_limit: bool = False,
+        tick: Callable[[int], None] = lambda n: None,
+    ) -> Answer:  # fmt: skip
         """The greedy answer: up to and with a stop token, or `limit` tokens.
 
-        `tick` is called whenever tokens are known, with their number. `script`: what is drawn in place of the most
-        probable tokens. Raises `ValueError` for a prompt that is too long.
+        `script`: what is drawn in place of the most probable tokens. `to_the_limit`: a stop token does not end it.
+        `tick` is called whenever tokens are known, with their number. Raises `ValueError` for a prompt too long.
         """
         if not 0 < len(prompt_ids) <= self.most_prompt:
             raise ValueError(f"a prompt of {len(prompt_ids)} tokens; 1 to {self.most_prompt} can be asked")
         answer, new, before = Answer(), prompt_ids, 0
+        stops = set[int]() if to_the_limit else self.stops
         while True:
             draft = new[1:] if before else []
             known = len(answer.token_ids)
@@ -72,7 +79,7 @@ class Single:
                 answer.token_ids.append(token)
                 answer.logprob += logprob
                 answer.ties += tie
-                done = token in self.stops or len(answer.token_ids) == self.limit
+                done = token in stops or len(answer.token_ids) == self.limit
                 if done or i == len(draft) or token != draft[i]:
                     answer.accepted += i
                     break
@@ -91,6 +98,39 @@ class Single:
             return fitting(new, before, forced)
         lists = _lists(new, before, forced, len(new), asks, 0)
         return self.reader.read(Pass.on(self.reader.device, lists, len(new))).to("cpu")
+
+
+class Plain:
+    """The same by transformers' and PEFT's own modules, a token a pass: the reference, and for all that is no Llama."""
+
+    name = "plain"
+
+    def __init__(self, model: Any, stops: Sequence[int], limit: int):
+        self.model, self.limit = model, limit
+        self.stops = torch.tensor(stops, device=next(model.parameters()).device)
+
+    def answer(
+        self, prompt_ids: Ids, script: Ids | None = None, to_the_limit: bool = False,
+        tick: Callable[[int], None] = lambda n: None,
+    ) -> Answer:  # fmt: skip
+        if script:
+            raise ValueError("the plain engine follows no scripts")
+        answer, stops = Answer(), self.stops[:0] if to_the_limit else self.stops
+        batch = pack([Tree(prompt_ids[:-1], (Branch("", prompt_ids[-1:], []),))]).to(stops.device)
+        for _, token, logprob in decode.greedy(self.model, batch, stops, self.limit):
+            answer.token_ids += token.tolist()
+            answer.logprob += logprob.item()
+            answer.passes += 1
+            tick(1)
+        return answer
+
+
+def engine(model: Any, stops: Sequence[int], window: Window, options: Eval) -> Single | Plain:
+    """What `options.engine` and the model allow; for prompts and answers of this window. The model is in eval mode."""
+    if options.engine == "plain" or unreadable(model):
+        return Plain(model, stops, window.answer)
+    # another tokenizer cuts the text by its own tokens, of which this one may make more
+    return Single(model, stops, window.answer, window.tokens * (2 if window.tokenizer else 1))
 
 
 class _Recorded:

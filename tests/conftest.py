@@ -98,7 +98,7 @@ lora: {{rank: 4, alpha: 8, targets: [q_proj, v_proj, down_proj]}}
 data: {{train: {train_file}, dev: {dev_file}}}
 train: {{lr: 1e-2, questions_per_step: 8, epochs: 2, eval_every: 2, pack_tokens: 256, gradient_checkpointing: false}}
 early_stop: {{patience: 99}}
-bench: {{queries: 4, warmup_queries: 1}}
+bench: {{queries: 4, warmup_queries: 1, processes: 1}}
 runs: {tmp_path / "runs"}
 """
     )
