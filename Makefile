@@ -33,7 +33,7 @@ export SQUAD_DIR ?= $(CURDIR)/.cache/squad
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 train eval bench bench-train report demo test test-gpu test-published lint format verify-scorer doctor bundle unbundle clean
+.PHONY: help setup smollm2 train eval bench ask bench-train report demo test test-gpu test-published lint format verify-scorer doctor bundle unbundle clean
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
@@ -56,6 +56,9 @@ eval: $(NEEDS) ## official EM and F1 of MODEL
 
 bench: $(NEEDS) ## single-query latency and memory of MODEL
 	exec $(PY) bench_latency.py "$(MODEL)" $(SET)
+
+ask: $(NEEDS) ## one answer by MODEL: CONTEXT='…' QUESTION='…', or both on stdin, the question as the last line
+	@exec $(PY) ask.py "$(MODEL)" $(SET)
 
 bench-train: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## training speed beside other stacks, at a size that suits this machine
 	$(PY) benchmarks/train_throughput.py $(OWN_MODEL) $(if $(SEED),seed=$(SEED)) $(ARGS)

@@ -20,7 +20,6 @@ from common import checkpoint, decode, meter, preflight, record, single, squad
 from common.config import Config, load
 from common.errors import UserError, one_line_errors
 from common.model import load_system, load_tokenizers
-from common.prompt import build_trees
 from common.stats import percentile, percentile_interval
 
 from tqdm import tqdm
@@ -114,18 +113,14 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
                     script = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
                     script = script[-config.window.answer :]
                 ticks: list[float] = []
-                out: list[single.Answer] = []
                 began = meter.now(device)
-                trees = build_trees([example], tokenizer, config.window, train=False, window_tokenizer=cutter).trees
-                for tree in trees:  # more than one only where a long context is read in windows
-                    prompt = tree.prefix_ids + tree.branches[0].prompt_ids
-                    out.append(
-                        engine.answer(prompt, script, mode == "fixed", lambda n: ticks.append(meter.now(device)))
-                    )
-                    decode.to_text(tokenizer, out[-1].token_ids)
+                _, found = single.ask(
+                    engine, tokenizer, example, config.window, cutter, script, mode == "fixed",
+                    lambda n: ticks.append(meter.now(device)),
+                )  # fmt: skip
                 total = meter.now(device) - began
-                sums = {k: sum(getattr(a, k) for a in out) for k in ("passes", "drafted", "accepted")}
-                tokens = sum(len(a.token_ids) for a in out)
+                sums = {key: sum(getattr(a, key) for a in found) for key in ("passes", "drafted", "accepted")}
+                tokens = sum(len(a.token_ids) for a in found)
                 return {"total": total, "first": ticks[0] - began, "last": ticks[-1] - began, "tokens": tokens, **sums}
 
             begin("warm up")

@@ -18,8 +18,9 @@ from common import attention, decode
 from common.config import Eval, Window
 from common.fused import unreadable
 from common.packing import pack
-from common.prompt import Branch, Ids, Tree
+from common.prompt import Branch, Ids, Tree, build_trees
 from common.reader import Drawn, Pass, Reader
+from common.squad import Example
 
 import torch
 
@@ -131,6 +132,18 @@ def engine(model: Any, stops: Sequence[int], window: Window, options: Eval) -> S
         return Plain(model, stops, window.answer)
     # another tokenizer cuts the text by its own tokens, of which this one may make more
     return Single(model, stops, window.answer, window.tokens * (2 if window.tokenizer else 1))
+
+
+def ask(
+    engine: Single | Plain, tokenizer: Any, example: Example, window: Window, window_tokenizer: Any | None = None,
+    script: Ids | None = None, to_the_limit: bool = False, tick: Callable[[int], None] = lambda n: None,
+) -> tuple[str, list[Answer]]:  # fmt: skip
+    """From text to text: the answer, and what it took, the most probable first where the context is read in windows."""
+    trees = build_trees([example], tokenizer, window, train=False, window_tokenizer=window_tokenizer).trees
+    prompts = [tree.prefix_ids + tree.branches[0].prompt_ids for tree in trees]
+    found = [engine.answer(prompt, script, to_the_limit, tick) for prompt in prompts]
+    found.sort(key=lambda answer: (answer.logprob, answer.token_ids), reverse=True)
+    return decode.to_text(tokenizer, found[0].token_ids), found
 
 
 class _Recorded:

@@ -1,13 +1,14 @@
 """Gauges say what they measured, and nothing where they measured nothing."""
 
-import io
 import json
+import os
 from types import SimpleNamespace
 
 from common import meter, nvml
 
 import numpy as np
 import psutil
+import pytest
 import torch
 
 CPU = torch.device("cpu")
@@ -26,10 +27,10 @@ def test_an_earlier_part_of_the_run_counts_among_the_peaks():
     assert meter.peaks(CPU, {})["rss_bytes"] < 2**60
 
 
-def test_a_cpu_has_no_nvml_figures():
-    with meter.nvml_sampler(CPU) as found:
-        pass
-    assert found == {}
+def test_a_cpu_has_no_nvml_figures(tmp_path):
+    with meter.nvml_sampler(CPU, tmp_path / "gauges.json") as begin:
+        begin("phase")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_clock_runs_forward():
@@ -41,28 +42,82 @@ def test_a_cpu_is_named_with_its_threads():
     assert meter.describe(CPU)["threads"] == torch.get_num_threads()
 
 
-def test_the_sampler_reports_the_peaks_of_one_process_and_of_the_device(monkeypatch, capsys):
-    readings = iter([(100, 10), (300, 40), (200, 30)])
-    state = {}
+@pytest.fixture
+def gpu(monkeypatch):
+    """A driver of which every sample reads the next of these: device bytes, our bytes, clock, energy, reasons."""
+    state = {"at": 0}
+    readings = [(100, 10, 1500, 5000, 0), (300, 40, 900, 6000, 0x4 | 0x1), (200, None, 1700, 9500, 0)]
 
-    def device_memory(handle):
-        state["device"], state["process"] = next(readings)
-        return SimpleNamespace(used=state["device"])
+    def now(column: int):
+        return readings[min(state["at"], len(readings) - 1)][column]
 
-    def processes(handle):
-        other = SimpleNamespace(pid=7, usedGpuMemory=999)
-        return [other, SimpleNamespace(pid=42, usedGpuMemory=state["process"])]
+    def clock(handle, kind):
+        state["at"] += 1
+        return readings[min(state["at"], len(readings)) - 1][2]
+
+    def energy(handle):
+        if state.get("no energy"):
+            raise NVMLError
+        return now(3)
+
+    class NVMLError(Exception):
+        pass
 
     fake = SimpleNamespace(
+        NVMLError=NVMLError,
+        NVML_CLOCK_SM=1,
         nvmlInit=lambda: None,
         nvmlShutdown=lambda: None,
         nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
-        nvmlDeviceGetMemoryInfo=device_memory,
-        nvmlDeviceGetComputeRunningProcesses=processes,
-    )
-    stops = iter([False, False, True])
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=now(0)),
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: [
+            SimpleNamespace(pid=7, usedGpuMemory=999), SimpleNamespace(pid=42, usedGpuMemory=now(1)),
+        ],
+        nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: now(4),
+        nvmlDeviceGetClockInfo=clock,
+        nvmlDeviceGetTotalEnergyConsumption=energy,
+    )  # fmt: skip
     monkeypatch.setattr(nvml, "pynvml", fake)
-    monkeypatch.setattr(nvml.select, "select", lambda *_: ([sys_stdin] if next(stops) else [], [], []))
-    sys_stdin = io.StringIO()
-    nvml.main("GPU-x", 42)
-    assert json.loads(capsys.readouterr().out) == {"process_bytes": 40, "device_bytes": 300}
+    return state
+
+
+def watch(monkeypatch, path, events: list[str | None]) -> dict:
+    """What the sampler leaves after these events: None, nothing came; a text, that line came; "": stdin ended."""
+    coming = iter(events)
+    stdin = SimpleNamespace(readline=lambda: state["line"])
+    state = {}
+
+    def select(*_):
+        state["line"] = next(coming)
+        return ([stdin] if state["line"] is not None else [], [], [])
+
+    monkeypatch.setattr(nvml.select, "select", select)
+    monkeypatch.setattr(nvml.sys, "stdin", stdin)
+    nvml.main("GPU-x", 42, str(path))
+    return json.loads(path.read_text())
+
+
+def test_the_sampler_tells_phases_apart(gpu, monkeypatch, tmp_path):
+    found = watch(monkeypatch, tmp_path / "gauges.json", [None, "natural\n", None, ""])
+    assert list(found) == ["start", "natural"]
+    start, natural = found["start"], found["natural"]
+    assert (start["process_bytes"], start["device_bytes"], start["processes"]) == (40, 300, 2)
+    assert start["clock_mhz"] == [900, 1200, 1500]
+    assert start["throttled"] == ["power cap"], "idle is no trouble"
+    assert start["energy_j"] == 4.5
+    assert (natural["process_bytes"], natural["device_bytes"], natural["throttled"]) == (None, 200, [])
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_a_driver_does_not_say_is_left_open(gpu, monkeypatch, tmp_path):
+    gpu["no energy"] = True
+    assert watch(monkeypatch, tmp_path / "gauges.json", [None, ""])["start"]["energy_j"] is None
+
+
+def test_the_sampler_outlives_what_it_watches_and_has_written(gpu, monkeypatch, tmp_path):
+    """A crash ends stdin and nothing else; and before that a file is there already."""
+    path, seen = tmp_path / "gauges.json", []
+    monkeypatch.setattr(nvml.os, "replace", lambda a, b: (os.rename(a, b), seen.append(json.loads(path.read_text()))))
+    watch(monkeypatch, path, [None, None, ""])
+    assert len(seen) >= 2
+    assert "start" in seen[0]

@@ -1,6 +1,7 @@
 """A single answer is the greedy one, whatever is drafted; drafts come from the prompt."""
 
 from common import single
+from common.config import Eval, Window
 from common.decode import stop_ids
 from common.reader import Pass
 from common.single import DRAFT, Single, draft_from
@@ -130,3 +131,19 @@ def test_the_longest_match_wins_and_then_the_place_that_the_question_is_about():
     assert draft_from(prompt, [1, 2], 2) == [10, 11]
     far = [1, 20, 21, *[0] * 60, 30, 31, 1, 22, 23, *[0] * 60, *[99] * 20, 30, 31]
     assert draft_from(far, [1], 2) == [22, 23]
+
+
+def test_the_plain_engine_answers_alike_a_token_a_pass(tiny_base):
+    model, tokenizer = system(tiny_base)
+    stops, window = stop_ids(tokenizer), Window(context=500)
+    fast, plain = (single.engine(model, stops, window, Eval(engine)) for engine in ("auto", "plain"))
+    assert (fast.name, plain.name) == ("drafts", "plain")
+    for _, _, prompt in questions(tokenizer, 2):
+        for to_the_limit in (False, True):
+            ticks: list[int] = []
+            ours, theirs = (e.answer(prompt, None, to_the_limit, ticks.append) for e in (fast, plain))
+            assert ours.token_ids == theirs.token_ids
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+            assert sum(ticks) == 2 * len(ours.token_ids)
+            assert theirs.passes == len(theirs.token_ids)
+            assert not to_the_limit or len(ours.token_ids) == 32

@@ -1,0 +1,82 @@
+"""One question about one context, answered by any system.
+
+    python ask.py smollm2-qlora [key=value ...] --context TEXT --question TEXT
+    echo "A paragraph. What is asked?" | ...
+
+What is not given is taken from the environment's CONTEXT and QUESTION, and else from stdin: the context, or the
+question, or both, the question being the last line that is not empty.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+
+from common import checkpoint, decode, meter, preflight, record, single
+from common.config import load
+from common.errors import UserError, one_line_errors
+from common.model import load_system, load_tokenizers
+from common.squad import Example
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="a name in configs/, or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--context", default=os.environ.get("CONTEXT", ""))
+    parser.add_argument("--question", default=os.environ.get("QUESTION", ""))
+    args = parser.parse_intermixed_args(argv)
+    config = load(args.model, args.overrides)
+    context, question = texts(args.context.strip(), args.question.strip())
+    preflight.check(config.base, config.system)
+    adapter = record.trained_adapter(config)
+    if adapter and (adapter / checkpoint.SUMS).exists():
+        checkpoint.verify(adapter)
+    device = meter.pick_device()
+    tokenizer, cutter = load_tokenizers(config)
+    model = load_system(config, adapter, device)
+    with meter.out_of_memory("a single query does not fit: lower window.context, or base.quant=nf4"):
+        engine = single.engine(model, decode.stop_ids(tokenizer), config.window, config.eval)
+        example = Example("asked", "", context, question, ())
+        single.ask(engine, tokenizer, example, config.window, cutter)  # the first compiles, and loads kernels
+        began = meter.now(device)
+        text, found = single.ask(engine, tokenizer, example, config.window, cutter)
+        seconds = meter.now(device) - began
+
+    best, at = found[0], context.find(text) if text else -1
+    result = {
+        "system": config.system, "random_weights": config.base.random_weights, "answer": text,
+        "span": [at, at + len(text)] if at >= 0 else None, "confidence": math.exp(best.logprob),
+        "tokens": len(best.token_ids), "passes": sum(a.passes for a in found), "windows": len(found),
+        "ended_by_itself": best.token_ids[-1] in set(decode.stop_ids(tokenizer)), "milliseconds": 1000 * seconds,
+    }  # fmt: skip
+    where = f"characters {at} to {at + len(text)} of the context" if at >= 0 else "not a span of the context"
+    print(text or "(nothing)")
+    print(f"{where}; confidence {result['confidence']:.0%}; {result['milliseconds']:.0f} ms, {config.title} on "
+          f"{meter.describe(device)['name']}")  # fmt: skip
+    print(json.dumps(result, ensure_ascii=False))
+
+
+def texts(context: str, question: str) -> tuple[str, str]:
+    """(context, question), what is missing taken from stdin."""
+    if context and question:
+        return context, question
+    if sys.stdin.isatty():
+        print("context, then the question on the last line; end with Ctrl-D:", file=sys.stderr)
+    given = sys.stdin.read().strip()
+    if context:
+        question = given
+    elif question:
+        context = given
+    else:
+        context, _, question = (part.strip() for part in given.rpartition("\n"))
+    if not context or not question:
+        missing = "question" if context else "context"
+        raise UserError(f"no {missing}: give --context and --question, or both on stdin, the question as the last line")
+    return context, question
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])
