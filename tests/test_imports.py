@@ -7,7 +7,7 @@ import sys
 from tests.conftest import ROOT
 
 TORCH_FREE = ("config", "errors", "squad", "prompt", "cache", "plan", "score", "stats", "record", "nvml")
-SCRIPTS = ("train_loop", "eval_loop", "bench_latency", "report")
+SCRIPTS = ("train_loop", "eval_loop", "bench_latency", "ask", "report")
 
 
 def imported(path) -> set[str]:

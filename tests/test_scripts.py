@@ -1,5 +1,6 @@
 """The scripts as a user meets them: what they print, what they write, and how they refuse."""
 
+import io
 import json
 import os
 import re
@@ -7,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
+import ask
 import bench_latency
 import eval_loop
 import report
@@ -108,6 +111,81 @@ def test_a_context_longer_than_the_window_is_cut_and_counted(tiny_config, dev_fi
 def test_dev_can_be_a_fixed_part_of_itself(tiny_config, capsys):
     eval_loop.main([str(tiny_config), "lora=null", "data.dev_questions=5"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 5
+
+
+def test_asking_prints_answer_span_confidence_and_time(tiny_config, capsys, monkeypatch):
+    arguments = [str(tiny_config), "lora=null", "--context", "An amber bridge stands by the canal.", "--question"]
+    ask.main([*arguments, "What stands by the canal?"])
+    answer, about, line = capsys.readouterr().out.splitlines()[-3:]
+    result = json.loads(line)
+    assert result["answer"] == answer or answer == "(nothing)"
+    assert 0 < result["confidence"] <= 1
+    assert result["passes"] <= result["tokens"] <= 32
+    assert ("not a span" in about) == (result["span"] is None)
+    monkeypatch.setattr(ask.sys, "stdin", io.StringIO("What stands by the canal?\n"))
+    ask.main([*arguments, ""])
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again["answer"] == result["answer"]
+
+
+@pytest.mark.parametrize(
+    ("context", "question", "stdin", "expected"),
+    [
+        ("c", "q", "", ("c", "q")),
+        ("", "q", " two\n\nparts \n", ("two\n\nparts", "q")),
+        ("c", "", " q \n", ("c", "q")),
+        ("", "", "two\n\nparts\n\nq?\n", ("two\n\nparts", "q?")),
+        ("", "", "q?", "no context"),
+        ("c", "", " ", "no question"),
+        ("", "", "", "no context"),
+    ],
+)
+def test_what_is_not_given_comes_from_stdin(monkeypatch, context, question, stdin, expected):
+    monkeypatch.setattr(ask.sys, "stdin", io.StringIO(stdin))
+    if isinstance(expected, tuple):
+        assert ask.texts(context, question) == expected
+    else:
+        with pytest.raises(UserError, match=expected):
+            ask.texts(context, question)
+
+
+def test_a_measuring_process_that_dies_is_named(tiny_config, monkeypatch):
+    def died(command, **kwargs):
+        return subprocess.CompletedProcess(command, -9)
+
+    monkeypatch.setattr(bench_latency.subprocess, "run", died)
+    with pytest.raises(UserError, match="measuring process 1 of 1 ended with -9"):
+        bench_latency.main([str(tiny_config), "lora=null"])
+
+
+def test_the_process_in_the_middle_is_reported(tiny_config, monkeypatch, capsys):
+    """Three processes whose queries take 1, 3 and 2 times as long."""
+    times, original = iter([1.0, 3.0, 2.0]), subprocess.run
+
+    def measured(command, **kwargs):
+        if "--measure" not in command:
+            return original(command, **kwargs)
+        slow = next(times)
+        sample = {"first": 0.01 * slow, "last": 0.03 * slow, "tokens": 5, "passes": 2, "drafted": 15, "accepted": 3}
+        queries = [{**sample, "total": 0.04 * slow * (1 + i / 100)} for i in range(100)]
+        memory = {"allocated_bytes": None, "reserved_bytes": None, "rss_bytes": int(slow)}
+        found = {"ids": [str(i) for i in range(100)], "modes": dict.fromkeys(bench_latency.MODES, queries),
+                 "gauges": {"natural": memory}, "engine": "drafts", "peak": memory, "nvml": {}}  # fmt: skip
+        Path(command[-1]).write_text(json.dumps(found))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(bench_latency.subprocess, "run", measured)
+    bench_latency.main([str(tiny_config), "lora=null", "bench.processes=3"])
+    said = capsys.readouterr().out
+    result = json.loads(said.splitlines()[-1])
+    assert result["natural"]["processes_p95_ms"] == pytest.approx([77.62, 232.86, 155.24])
+    assert result["latency"]["p95_ms"] == pytest.approx(155.24)
+    low, high = result["latency"]["p95_interval_ms"]
+    assert low < 155.24 < high
+    assert result["tpot"]["p50_ms"] == pytest.approx(1000 * 0.04 / 4)
+    assert result["natural"]["drafts_accepted"] == 0.2
+    assert result["peak"]["rss_bytes"] == 3
+    assert "200.0% apart" in said
 
 
 # ---- errors, from outside ------------------------------------------------------------------------------------------
