@@ -33,7 +33,7 @@ export SQUAD_DIR ?= $(CURDIR)/.cache/squad
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 train eval bench ask bench-train report demo test test-gpu test-published lint format verify-scorer doctor bundle unbundle clean
+.PHONY: help setup smollm2 train eval bench ask bench-train bench-decode report demo test test-gpu test-published lint format verify-scorer doctor bundle unbundle clean
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
@@ -62,6 +62,9 @@ ask: $(NEEDS) ## one answer by MODEL: CONTEXT='…' QUESTION='…', or both on s
 
 bench-train: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## training speed beside other stacks, at a size that suits this machine
 	$(PY) benchmarks/train_throughput.py $(OWN_MODEL) $(if $(SEED),seed=$(SEED)) $(ARGS)
+
+bench-decode: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## decoding speed beside other stacks, at a size that suits this machine
+	$(PY) benchmarks/decode.py $(OWN_MODEL) $(if $(SEED),seed=$(SEED)) $(ARGS)
 
 report: $(READY) ## one table of all runs, as Markdown and HTML (RUNS=runs)
 	$(PY) report.py $(RUNS)

@@ -15,6 +15,7 @@ import random
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,18 @@ def main(stack: str, job_file: str) -> None:
     except Exception as error:  # whatever stands in a peer's way is its result
         lines = str(error).strip().splitlines() or [""]
         result = {"failed": f"{type(error).__name__}: {lines[0][:200]}"}
+    print(json.dumps({"stack": stack, **result, "versions": installed(PACKAGES)}), flush=True)
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those that are."""
     versions = {}
-    for name in PACKAGES:
+    for name in packages:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    print(json.dumps({"stack": stack, **result, "versions": versions}), flush=True)
+    return versions
 
 
 def measure(torch: Any, peer: Any, job: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from common import attention, decode
+from common import attention, decode, memory
 from common.config import Eval, Window
 from common.fused import unreadable
 from common.packing import pack
@@ -46,7 +46,9 @@ class Single:
 
     def __init__(self, model: Any, stops: Sequence[int], limit: int, most_tokens: int):
         # a draft may reach beyond the last token, and padding goes to a slot of its own
-        self.reader = Reader(model, most_tokens + DRAFT + 1)
+        device = next(model.parameters()).device
+        hold = device.type == "cpu" and memory.Shapes.of(model).small  # of a GPU's memory as little as it takes
+        self.reader = Reader(model, most_tokens + DRAFT + 1, hold)
         self.stops, self.limit, self.most_prompt = set(stops), limit, most_tokens - limit
         self.recorded: list[_Recorded] = []  # the first for drafts, the others for prompts, rising
         if attention.has_flash(self.reader.device, self.reader.base.dtype):
@@ -67,7 +69,7 @@ class Single:
         """
         if not 0 < len(prompt_ids) <= self.most_prompt:
             raise ValueError(f"a prompt of {len(prompt_ids)} tokens; 1 to {self.most_prompt} can be asked")
-        answer, new, before = Answer(), prompt_ids, 0
+        answer, new, before, hope = Answer(), prompt_ids, 0, DRAFT
         stops = set[int]() if to_the_limit else self.stops
         while True:
             draft = new[1:] if before else []
@@ -88,7 +90,9 @@ class Single:
             if done:
                 return answer
             before = len(prompt_ids) + len(answer.token_ids) - 1
-            most = min(DRAFT, self.limit - len(answer.token_ids) - 1)
+            # a graph takes as long for a short draft; elsewhere a longer one is tried where the last was right
+            hope = 2 * i + 1 if draft and not self.recorded else hope
+            most = min(DRAFT, hope, self.limit - len(answer.token_ids) - 1)
             new = [answer.token_ids[-1], *draft_from(prompt_ids, answer.token_ids, most)]
 
     def _read(self, new: Ids, before: int, asks: int, forced: Ids) -> Drawn:

@@ -1,0 +1,264 @@
+"""One decoding stack, one process: answer the questions of a job file, print one JSON line.
+
+    python benchmarks/decode_peers.py ours|hf|unsloth|vllm JOB.json        (started by decode.py)
+
+Each answers greedily with the same base, the same unmerged adapter and the same precision. A script, where the job
+names one, is what is drawn in place of the most probable tokens, by all alike: for models with random weights, whose
+answers mean nothing and never end. Loading, compiling, recording graphs and one warm-up are left out and shown apart.
+"""
+
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+warnings.filterwarnings("ignore")
+
+FIXED = {"b": 8, "c": 32}  # tokens of these scripts
+Question = dict[str, Any]  # id, prefix, prompt (ids after it), gold (ids with EOS)
+
+
+def main(stack: str, job_file: str) -> None:
+    job = json.loads(Path(job_file).read_text())
+    try:
+        result = {"hf": hf, "unsloth": unsloth, "vllm": vllm, "ours": ours}[stack](job)
+    except Exception as error:  # whatever stands in a peer's way is its result
+        lines = str(error).strip().splitlines() or [""]
+        result = {"failed": f"{type(error).__name__}: {lines[0][:200]}"}
+    print(json.dumps(result), flush=True)
+
+
+def script_of(question: Question, kind: str, eos: int) -> list[int] | None:
+    """What is drawn; None where the model decides."""
+    if kind in FIXED:  # no token of it follows another in any prompt: drafts are never right
+        return [eos + 100 + i for i in range(FIXED[kind])]
+    return question["gold"] if kind == "a" else None
+
+
+def limit_of(kind: str, job: dict[str, Any]) -> int:
+    return FIXED.get(kind, job["limit"])
+
+
+def timed(torch: Any, work: Any) -> tuple[Any, float, float]:
+    """(result, seconds, peak allocated GiB)"""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    result = work()
+    if cuda:
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - began, torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+
+
+def row(kind: str, batch: int | None, seconds: list[float], n: int, allocated: float, **more: Any) -> dict[str, Any]:
+    """`batch`: None for a stream of all. Latencies only where one question is asked at a time."""
+    import numpy as np
+
+    latency = {f"p{q}_ms": 1000 * float(np.percentile(seconds, q)) for q in (50, 95)} if batch == 1 else {}
+    return {
+        "kind": kind, "batch": batch, "questions": n, "seconds": sum(seconds), "questions_per_s": n / sum(seconds),
+        "allocated_gib": allocated, **latency, **more,
+    }  # fmt: skip
+
+
+# ---- the stacks ----------------------------------------------------------------------------------------------------
+
+
+def ours(job: dict[str, Any]) -> dict[str, Any]:
+    began = time.perf_counter()
+    from common import decode, memory, meter, single
+    from common.config import Base, Eval, Lora
+    from common.model import add_lora, load_adapter, load_base, load_tokenizer
+    from common.prompt import Branch, Tree
+
+    import torch
+
+    device = meter.pick_device()
+    base = Base(**job["base"])
+    tokenizer = load_tokenizer(base.tokenizer or base.path)
+    model = load_base(base, device)
+    if job["adapter"]:
+        model = load_adapter(model, Path(job["adapter"]), base)
+    elif job["lora"]:
+        model = add_lora(model, Lora(**job["lora"]), 0).eval()
+    options, questions, eos = Eval(**job["eval"]), job["questions"], tokenizer.eos_token_id
+    trees: dict[tuple[int, ...], list[Branch]] = {}
+    for q in questions:
+        trees.setdefault(tuple(q["prefix"]), []).append(Branch(q["id"], q["prompt"], []))
+    paragraphs = [Tree(list(prefix), tuple(branches)) for prefix, branches in trees.items()]
+
+    def dev(kind: str, some: list[Tree]) -> Any:
+        scripts = {q["id"]: s for q in questions if (s := script_of(q, kind, eos))}
+        return decode.predict(model, tokenizer, some, job["stops"], limit_of(kind, job), options, None, scripts=scripts)
+
+    start = {"load_s": time.perf_counter() - began}
+    _, start["warm_up_s"], _ = timed(torch, lambda: dev(job["kinds"][0], paragraphs[:20]))
+    rows, answers = [], {}
+    for kind in job["kinds"]:
+        found, seconds, allocated = timed(torch, lambda kind=kind: dev(kind, paragraphs))
+        rows.append(row(kind, None, [seconds], len(found), allocated))
+        if kind == "natural":
+            answers = {id_: [a.token_ids, a.text, a.ties] for id_, a in found.items()}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    for kind in job["kinds"]:
+        engine, seconds, _ = timed(
+            torch, lambda kind=kind: single.Single(model, job["stops"], limit_of(kind, job), job["window"])
+        )
+        start[f"record_s {kind}"] = seconds
+        alone: list[single.Answer] = []
+        allocated, took = 0.0, []
+        for q in job["alone"]:
+            prompt, script = q["prefix"] + q["prompt"], script_of(q, kind, eos)
+            engine.answer(prompt, script) if not alone else None  # the first time is a warm-up
+            answer, seconds, peak = timed(torch, lambda p=prompt, s=script, e=engine: e.answer(p, s))
+            alone.append(answer)
+            took.append(seconds)
+            allocated = max(allocated, peak)
+        drafted = sum(a.drafted for a in alone)
+        share = sum(a.accepted for a in alone) / drafted if drafted else None
+        passes = sum(a.passes for a in alone) / len(alone)
+        rows.append(row(kind, 1, took, len(took), allocated, drafts_accepted=share, passes=passes))
+        del engine
+    sizes = vars(memory.decoding(options, memory.Shapes.of(model), device))
+    return {"rows": rows, "answers": answers, "start": start, "sizes": sizes, "versions": versions()}
+
+
+def hf(job: dict[str, Any]) -> dict[str, Any]:
+    began = time.perf_counter()
+    from benchmarks.peers import load
+
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model = load(job)
+    model.config.use_cache = True
+    if job["adapter"]:
+        model = PeftModel.from_pretrained(model, job["adapter"])
+    elif job["lora"]:
+        model = get_peft_model(model, LoraConfig(
+            r=job["lora"]["rank"], lora_alpha=job["lora"]["alpha"], target_modules=job["lora"]["targets"],
+            task_type="CAUSAL_LM",
+        ))  # fmt: skip
+    return generate(torch, model.eval(), job, began)
+
+
+def unsloth(job: dict[str, Any]) -> dict[str, Any]:
+    began = time.perf_counter()
+    import torch
+    import unsloth as stack  # before transformers, which it patches
+
+    model, _ = stack.FastLanguageModel.from_pretrained(
+        job["adapter"] or job["model"], max_seq_length=job["window"], dtype=torch.bfloat16, load_in_4bit=True
+    )
+    if job["lora"] and not job["adapter"]:
+        model = stack.FastLanguageModel.get_peft_model(
+            model, r=job["lora"]["rank"], lora_alpha=job["lora"]["alpha"], target_modules=job["lora"]["targets"]
+        )
+    stack.FastLanguageModel.for_inference(model)
+    return generate(torch, model, job, began)
+
+
+def generate(torch: Any, model: Any, job: dict[str, Any], began: float) -> dict[str, Any]:
+    """transformers' `generate`, rows padded on the left; in each batch rows of similar lengths."""
+    from transformers import LogitsProcessorList
+
+    device, eos = next(model.parameters()).device, job["eos"]
+
+    def answer(batch: list[Question], kind: str) -> list[list[int]]:
+        prompts = [q["prefix"] + q["prompt"] for q in batch]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        scripts = [script_of(q, kind, eos) for q in batch]
+        limit = limit_of(kind, job)
+
+        def forced(seen: Any, scores: Any) -> Any:
+            at = seen.shape[1] - width
+            wanted = torch.tensor([s[at] if at < len(s) else eos for s in scripts], device=device)  # type: ignore[index,arg-type]
+            return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)
+
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, pad_token_id=eos,
+            eos_token_id=job["stops"], logits_processor=LogitsProcessorList([forced] if scripts[0] else []),
+        )  # fmt: skip
+        stops, answers = set(job["stops"]), []
+        for tokens in out[:, width:].tolist():
+            end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
+            answers.append(tokens[:end])
+        return answers
+
+    start = {"load_s": time.perf_counter() - began}
+    rows, answers = [], {}
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        _, start["warm_up_s"], _ = timed(torch, lambda: answer(job["alone"][:1], job["kinds"][0]))
+        for kind in job["kinds"]:
+            for batch in job["batches"]:
+                of = job["alone"] if batch == 1 else job["questions"]
+                some = sorted(of[: job["counts"][str(batch)]], key=lambda q: len(q["prefix"] + q["prompt"]))
+                seconds, allocated, n = [], 0.0, 0
+                try:
+                    for i in range(0, len(some) - batch + 1, batch):
+                        part = some[i : i + batch]
+                        found, took, peak = timed(torch, lambda p=part, k=kind: answer(p, k))
+                        seconds.append(took)
+                        n, allocated = n + len(part), max(allocated, peak)
+                        if kind == "natural" and batch == 1:
+                            answers[part[0]["id"]] = [found[0]]
+                except torch.OutOfMemoryError:
+                    torch.cuda.empty_cache()
+                    continue
+                if seconds:
+                    rows.append(row(kind, batch, seconds, n, allocated))
+    return {"rows": rows, "answers": answers, "start": start, "versions": versions()}
+
+
+def vllm(job: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's offline engine with the adapter beside the base. It follows no script, so (a) is left out."""
+    began = time.perf_counter()
+    import torch
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    engine = LLM(
+        job["model"], quantization="bitsandbytes", enable_lora=bool(job["adapter"]), max_model_len=job["window"],
+        enable_prefix_caching=True,
+    )  # fmt: skip
+    lora = LoRARequest("adapter", 1, job["adapter"]) if job["adapter"] else None
+    start, rows = {"load_s": time.perf_counter() - began}, []
+    for kind in job["kinds"]:
+        limit = limit_of(kind, job)
+        sampling = SamplingParams(
+            temperature=0, max_tokens=limit, stop_token_ids=job["stops"], ignore_eos=kind in FIXED
+        )
+
+        def ask(questions: list[Question], sampling: Any = sampling) -> Any:
+            prompts = [{"prompt_token_ids": q["prefix"] + q["prompt"]} for q in questions]
+            return engine.generate(prompts, sampling, lora_request=lora, use_tqdm=False)
+
+        if kind == "a":
+            continue
+        ask(job["alone"][:1])
+        _, seconds, allocated = timed(torch, lambda ask=ask: ask(job["questions"]))
+        rows.append(row(kind, None, [seconds], len(job["questions"]), allocated))
+        took = [timed(torch, lambda q=q, ask=ask: ask([q]))[1] for q in job["alone"]]
+        rows.append(row(kind, 1, took, len(took), allocated))
+    return {"rows": rows, "answers": {}, "start": start, "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    from benchmarks.peers import PACKAGES, installed
+
+    return installed((*PACKAGES, "vllm"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
