@@ -8,6 +8,7 @@ anew in a new run folder. SIGTERM and SIGINT save at the end of the step and exi
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -120,6 +121,9 @@ def main(argv: list[str]) -> None:
     total = max(1, round(train.epochs * per_epoch))
     total = min(total, train.max_steps or total)
     stops = decode.stop_ids(tokenizer)
+    # an evaluation keeps to the budget of the training that it interrupts
+    budget = min(config.eval.memory_budget_gib, train.memory_budget_gib or math.inf)
+    evaluating = dataclasses.replace(config.eval, memory_budget_gib=budget)
 
     # ---- model -----------------------------------------------------------------------------------------------------
     model = add_lora(load_base(config.base, device), config.lora, config.seed)
@@ -244,7 +248,7 @@ def main(argv: list[str]) -> None:
                 mine = plan.share(stop_trees, n_ranks)[rank]
                 try:
                     answers = decode.predict(
-                        model, tokenizer, mine, stops, config.window.answer, config.eval,
+                        model, tokenizer, mine, stops, config.window.answer, evaluating,
                         "evaluate" if first else None, request.check,
                     )  # fmt: skip
                 except stopping.Stopped:
@@ -341,7 +345,7 @@ def main(argv: list[str]) -> None:
     accuracy = "no accuracy" if untrue else f"best EM {result['em']:.2f} F1 {result['f1']:.2f}"
     print(
         f"{config.title}: {accuracy} at step {result['best_step']}; {result['questions_per_s']} questions/s; "
-        f"adapter in {run}/best"
+        f"evaluations took {state['evaluation_seconds'] / seconds:.0%} of {seconds:.0f} s; adapter in {run}/best"
     )
     print(json.dumps(result))
 

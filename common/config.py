@@ -134,12 +134,11 @@ class EarlyStop:
 
 @dataclass(frozen=True)
 class Eval:
-    engine: str = "auto"  # plain: transformers' and PEFT's own modules, as ever where the model is no Llama
+    engine: Literal["auto", "plain"] = "auto"  # plain: transformers' and PEFT's own modules, as ever where the model is no Llama
     memory_budget_gib: float = 12.0  # what may be allocated at the peak, the base included; less where less is free
     pass_tokens: int | None = None  # tokens of one forward pass; null: by device and memory
 
     def __post_init__(self) -> None:
-        _need(self.engine in ("auto", "plain"), "engine", "must be auto or plain")
         _need(self.memory_budget_gib > 0, "memory_budget_gib", "must be > 0")
         _need(self.pass_tokens is None or self.pass_tokens >= 64, "pass_tokens", "must be ≥ 64")
 

@@ -100,7 +100,7 @@ def _by_stream(
     check: Callable[[], None], scripts: Mapping[str, Ids],
 ) -> Iterator[Prediction]:  # fmt: skip
     device, ended = next(model.parameters()).device, set(stops)
-    room = memory.decoding(options, memory.Shapes.of(model), device)
+    room = memory.decoding(options, memory.Shapes.of(model, fused.adapter_size(model)), device)
     with meter.out_of_memory(f"lower eval.memory_budget_gib (now {options.memory_budget_gib:g})"):
         reader = Reader(model, room.arena_tokens, room.hold)
         for a in stream.answers(reader, trees, stops, limit, room.pass_tokens, scripts, check):

@@ -108,6 +108,11 @@ def adapter_of(layer: Any) -> tuple[Adapter, list[tuple[list[Tensor], list[Tenso
     return Adapter(tuple(shapes), tuple(adapted), scale), groups
 
 
+def adapter_size(model: Any) -> int:
+    """How many weights all LoRA adapters have together."""
+    return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+
+
 def flatten(model: Any) -> tuple[torch.nn.Parameter, list[Adapter]]:
     """Move all LoRA weights of a PEFT model into one fp32 parameter; the model's own become views of it.
 

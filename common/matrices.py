@@ -37,6 +37,15 @@ class Matrix:
         numbers = self.whole if self.whole.is_floating_point() else self._dequantised(self.whole)
         return numbers.to(self.dtype).view(self.shape)
 
+    @property
+    def four_bit(self) -> bool:
+        return all(getattr(w, "quant_state", None) is not None for w in self.weights)
+
+    def products(self, x: Tensor) -> Tensor:
+        """x [T, columns] → [T, rows of all], by bitsandbytes' own choice for so many tokens; of 4-bit weights."""
+        out = [bnb.matmul_4bit(x, w.data, w.quant_state) for w in self.weights]
+        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
     def apart(self) -> list[Tensor]:
         """The same, linear by linear."""
         return list(self().split(self.rows))

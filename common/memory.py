@@ -18,7 +18,7 @@ import torch
 GIB = 2**30
 CPU_PACK_TOKENS, GPU_PACK_TOKENS, LEAST_PACK_TOKENS = 1024, 8192, 512
 MOST_PASS_TOKENS, LEAST_PASS_TOKENS, PASSES = 8192, 256, 10  # an answer with its neighbours lives about 10 passes
-LEAST_ARENA_TOKENS, CPU_ARENA_TOKENS = 4096, 16384
+LEAST_ARENA_TOKENS, CPU_ARENA_TOKENS = 1536, 16384
 DRAWN = 0.25  # of a pass's tokens, those that draw a next one: seldom as many
 HELD_BYTES = 2**30  # dequantised matrices are held, budget or not, where all take no more than this
 
@@ -88,10 +88,12 @@ class Shapes:
         return 2 * self.layers * self.key * self.item
 
     def evaluation(self, pass_tokens: int, arena_tokens: int) -> int:
-        """Bytes that decoding takes beside base and adapter: the arena, one layer's matrices and work, logits."""
-        work = self.item * (4 * self.intermediate + 6 * self.hidden) * pass_tokens
+        """Bytes that decoding takes beside base and adapter: the arena, gate and up, one layer's work, logits."""
+        matrix = 2 * self.item * self.hidden * self.intermediate
+        work = self.item * (5 * self.intermediate + 6 * self.hidden) * pass_tokens
         logits = (self.item + 8) * self.vocabulary * math.ceil(pass_tokens * DRAWN)
-        return self.kept_in_arena * arena_tokens + self.layer_matrices + max(work, logits)
+        adapter = 3 * self.item * self.lora // 2  # a copy in the compute dtype, Bs that share an A's input as one
+        return self.kept_in_arena * arena_tokens + matrix + max(work, logits) + adapter
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,9 @@ def decoding(options: Eval, shapes: Shapes, device: torch.device) -> Decoding:
     """
     if device.type == "cpu":
         return Decoding(options.pass_tokens or CPU_PACK_TOKENS, CPU_ARENA_TOKENS, shapes.small)
-    torch.cuda.empty_cache()  # what is reserved and unused is free
-    unused, _ = torch.cuda.mem_get_info(device)
-    room = min(options.memory_budget_gib * GIB - torch.cuda.memory_allocated(device), 0.95 * unused)
-    return fit(options, shapes, int(room))
+    torch.cuda.empty_cache()
+    left = free(device) - torch.cuda.memory_reserved(device)  # what graphs keep is reserved, and not to be had
+    return fit(options, shapes, min(int(options.memory_budget_gib * GIB) - torch.cuda.memory_allocated(device), left))
 
 
 def fit(options: Eval, shapes: Shapes, room: int) -> Decoding:

@@ -3,6 +3,7 @@
 Every rank runs the same lines on the same plan and holds the same adapter; what they exchange are sums and answers.
 """
 
+import atexit
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,9 @@ def join() -> PartialState:
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
         raise UserError("accelerate launch started one process, not several; add --multi_gpu (it means CPUs as well)")
     state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes > 1:
+        # at the interpreter's end gloo's threads may be torn down in an order that aborts the process
+        atexit.register(state.destroy_process_group)
     if not state.is_main_process:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     return state

@@ -26,6 +26,8 @@ from common.fused import (
 import torch
 from torch import Tensor
 
+FEW = 64  # tokens: for as many bitsandbytes has kernels that multiply by 4-bit numbers as they are
+
 _OWN = ("ids", "drawn", "position", "slot", "keep", "forced")
 _OF_REACH = ("own", "own_start", "own_used", "trees", "prefix_start", "prefix_used")
 
@@ -111,11 +113,16 @@ class Layer:
         return self._project(swiglu(gate, up), 3).add_(x)
 
     def _project(self, x: Tensor, g: int) -> Tensor:
-        weight, lora = self.held[g] if self.held else self.matrices[g](), self.lora[g]
-        if lora is None:
-            return x @ weight.T
-        a, b = lora
-        return (scaled(x @ a.T, self.scale) @ b.T).addmm_(x, weight.T)
+        matrix, lora = self.matrices[g], self.lora[g]
+        update = None
+        if lora is not None:
+            a, b = lora
+            update = scaled(x @ a.T, self.scale) @ b.T
+        if self.held is None and matrix.four_bit and x.is_cuda and len(x) <= FEW:
+            out = matrix.products(x)
+            return out if update is None else update.add_(out)
+        weight = self.held[g] if self.held else matrix()
+        return x @ weight.T if update is None else update.addmm_(x, weight.T)
 
 
 class Reader:

@@ -26,6 +26,7 @@ import torch
 
 DRAFT = 15  # tokens: a pass of 16 takes hardly longer than one of a single token
 PROMPTS = (64, 128, 192, 256, 384)  # tokens that a graph is recorded for, beside the most that there may be
+DRAFTS = (1, 5, DRAFT + 1)  # the last token and its draft, likewise
 LONGEST_MATCH, NEAR = 4, 24  # tokens
 
 
@@ -50,13 +51,16 @@ class Single:
         hold = device.type == "cpu" and memory.Shapes.of(model).small  # of a GPU's memory as little as it takes
         self.reader = Reader(model, most_tokens + DRAFT + 1, hold)
         self.stops, self.limit, self.most_prompt = set(stops), limit, most_tokens - limit
-        self.recorded: list[_Recorded] = []  # the first for drafts, the others for prompts, rising
+        self.prompts: list[_Recorded] = []  # rising; none where there are no graphs
+        self.drafts: list[_Recorded] = []
         if attention.has_flash(self.reader.device, self.reader.base.dtype):
-            prompts = [n for n in PROMPTS if n < self.most_prompt] + [self.most_prompt]
-            for length, asks in [*((n, 1) for n in reversed(prompts)), (DRAFT + 1, DRAFT + 1)]:
-                # the largest first: the others find room in its memory
-                pool = self.recorded[0].graph.pool() if self.recorded else None
-                self.recorded.insert(0, _Recorded(self.reader, length, asks, pool))
+            pool = None
+            # the largest first: the others find room in its memory
+            for length in reversed([*(n for n in PROMPTS if n < self.most_prompt), self.most_prompt]):
+                self.prompts.insert(0, _Recorded(self.reader, length, 1, pool))
+                pool = self.prompts[0].graph.pool()
+            for length in reversed(DRAFTS):
+                self.drafts.insert(0, _Recorded(self.reader, length, length, pool))
 
     def answer(
         self, prompt_ids: Ids, script: Ids | None = None, to_the_limit: bool = False,
@@ -91,16 +95,15 @@ class Single:
                 return answer
             before = len(prompt_ids) + len(answer.token_ids) - 1
             # a graph takes as long for a short draft; elsewhere a longer one is tried where the last was right
-            hope = 2 * i + 1 if draft and not self.recorded else hope
+            hope = 2 * i + 1 if draft and not self.drafts else hope
             most = min(DRAFT, hope, self.limit - len(answer.token_ids) - 1)
             new = [answer.token_ids[-1], *draft_from(prompt_ids, answer.token_ids, most)]
 
     def _read(self, new: Ids, before: int, asks: int, forced: Ids) -> Drawn:
         """What is drawn after each of the last `asks` tokens of `new`, on the host; more rows may follow."""
-        if self.recorded:
-            drafts, *prompts = self.recorded
-            fitting = drafts if before else next(r for r in prompts if r.length >= len(new))
-            return fitting(new, before, forced)
+        for recorded in self.drafts if before else self.prompts:
+            if recorded.length >= len(new):
+                return recorded(new, before, forced)
         lists = _lists(new, before, forced, len(new), asks, 0)
         return self.reader.read(Pass.on(self.reader.device, lists, len(new))).to("cpu")
 

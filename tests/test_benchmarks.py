@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from benchmarks import peers, train_throughput
+from benchmarks import decode, decode_peers, peers, train_throughput
 from common.config import load
 from tests.conftest import ROOT
 
@@ -74,6 +74,49 @@ def test_a_budget_at_which_ours_fails_is_a_row_and_not_the_end(tmp_path, monkeyp
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     (row,) = train_throughput.one("ours", {"budgets": [8.0]}, args, tmp_path)
     assert (row["budget"], row["failed"]) == (8.0, "too little memory")
+
+
+@pytest.mark.parametrize("kinds", [["natural"], ["a", "b"]])
+def test_decoding_stacks_answer_the_same_questions_alike(tiny_config, dev_file, tmp_path, kinds, capsys):
+    """Ours and `generate`, in this process: answers equal where the model decides, and scripts are followed by both."""
+    args = decode.parser(gpu=False).parse_args(["tiny.yaml", "--questions", "9", "--alone", "4", "--batches", "1", "3"])
+    config = load(str(tiny_config), ["lora=null", "base.quant=nf4", "window.context=416"])
+    job, examples = decode.job_of(config, args, kinds, tmp_path)
+    assert len(job["questions"]) == len(examples) == 9
+    assert all(q["gold"][-1] == job["eos"] for q in job["questions"])
+    ours, theirs = decode_peers.ours(job), decode_peers.hf(job)
+    for found, batches in ((ours, [None, 1]), (theirs, [1, 3])):
+        assert {(r["kind"], r["batch"]) for r in found["rows"]} == {(k, b) for k in kinds for b in batches}
+        assert all(r["questions_per_s"] > 0 for r in found["rows"])
+        assert all(("p95_ms" in r) == (r["batch"] == 1) for r in found["rows"])
+    both = decode.equal(examples, {"ours": ours, "hf": theirs}, config)
+    if kinds == ["natural"]:
+        assert (both["n"], both["same"], both["em"]) == (4, 4, both["em_generate"])
+    else:
+        assert both is None
+        (passes,) = [r["passes"] for r in ours["rows"] if (r["kind"], r["batch"]) == ("b", 1)]
+        assert passes == 8, "no draft of such a script is right"
+
+
+def test_the_decoding_table_has_ratios_and_says_why_a_stack_failed(tiny_config, monkeypatch, capsys):
+    def row(kind, batch, speed, **more):
+        return {"kind": kind, "batch": batch, "questions": 9, "seconds": 1, "questions_per_s": speed,
+                "allocated_gib": 1.0, **more}  # fmt: skip
+
+    found = {
+        "ours": {"rows": [row("natural", None, 80.0), row("natural", 1, 20.0, p50_ms=40, p95_ms=50)]},
+        "hf": {"rows": [row("natural", 1, 2.0, p50_ms=400, p95_ms=600), row("natural", 16, 10.0)]},
+        "vllm": {"failed": "ImportError: no vllm"},
+    }
+    monkeypatch.setattr(decode, "peer", lambda script, stack, job, folder: found[stack])
+    decode.main([str(tiny_config), "lora=null", "--systems", "ours", "hf", "vllm"])
+    out = capsys.readouterr().out
+    rows = {(r["system"], r.get("batch")): r for r in json.loads(out.splitlines()[-1])["rows"]}
+    assert rows["hf", 1]["ours_is_questions_per_s"] == 40
+    assert rows["hf", 16]["ours_is_questions_per_s"] == 8
+    assert rows["hf", 1]["ours_is_p95_ms"] == 12
+    assert "40.0 ×" in out
+    assert "no vllm" in out
 
 
 def test_flops_are_those_of_the_layers_matrices(tiny_base):

@@ -66,3 +66,6 @@ def test_nothing_is_stored_twice(kind):
         assert len({s.state2.absmax.untyped_storage().data_ptr() for s in states}) == 1
     x = torch.randn(3, 256)
     torch.testing.assert_close(torch.cat([m(x) for m in linears], dim=1), x @ matrix().T, atol=1e-4, rtol=1e-4)
+    assert matrix.four_bit == (kind != "plain")
+    if matrix.four_bit:
+        torch.testing.assert_close(matrix.products(x), x @ matrix().T, atol=1e-4, rtol=1e-4)
