@@ -52,6 +52,10 @@ def main(argv: list[str]) -> None:
     found = []
     for number in range(config.bench.processes):
         file = run / f"process-{number}.json"
+        if config.bench.processes == 1:  # this one is as fresh as any
+            measure(config, adapter, dev, file)
+            found.append(json.loads(file.read_text()))
+            break
         command = [sys.executable, str(Path(__file__).resolve()), *argv, "--measure", str(file)]
         code = subprocess.run(command).returncode
         if code in (2, 130, 143):  # it has said why

@@ -134,7 +134,7 @@ class EarlyStop:
 
 @dataclass(frozen=True)
 class Eval:
-    engine: Literal["auto", "plain"] = "auto"  # plain: transformers' and PEFT's own modules, as ever where the model is no Llama
+    engine: Literal["auto", "plain"] = "auto"  # plain: transformers' and PEFT's modules; no Llama goes any other way
     memory_budget_gib: float = 12.0  # what may be allocated at the peak, the base included; less where less is free
     pass_tokens: int | None = None  # tokens of one forward pass; null: by device and memory
 

@@ -102,7 +102,7 @@ def _by_stream(
     device, ended = next(model.parameters()).device, set(stops)
     room = memory.decoding(options, memory.Shapes.of(model, fused.adapter_size(model)), device)
     with meter.out_of_memory(f"lower eval.memory_budget_gib (now {options.memory_budget_gib:g})"):
-        reader = Reader(model, room.arena_tokens, room.hold)
+        reader = Reader(model, room.arena_tokens)
         for a in stream.answers(reader, trees, stops, limit, room.pass_tokens, scripts, check):
             hit_limit = a.token_ids[-1] not in ended
             text = to_text(tokenizer, a.token_ids)

@@ -54,11 +54,6 @@ class Shapes:
         return self.item * self.hidden * (2 * self.query + 2 * self.key + 3 * self.intermediate)
 
     @property
-    def small(self) -> bool:
-        """Whether all layers' matrices, dequantised, take so little that they are held."""
-        return self.layers * self.layer_matrices <= HELD_BYTES
-
-    @property
     def kept_per_token(self) -> int:
         """Bytes that a layer keeps beside its input: q, k, v, attention's output, the middle, gate and up."""
         return self.item * (2 * self.query + 2 * self.key + self.hidden + 2 * self.intermediate)
@@ -115,7 +110,6 @@ def free(device: torch.device) -> int:
 class Decoding:
     pass_tokens: int
     arena_tokens: int
-    hold: bool  # all matrices, dequantised
 
 
 def decoding(options: Eval, shapes: Shapes, device: torch.device) -> Decoding:
@@ -124,7 +118,7 @@ def decoding(options: Eval, shapes: Shapes, device: torch.device) -> Decoding:
     Raises `UserError` where not even the least does.
     """
     if device.type == "cpu":
-        return Decoding(options.pass_tokens or CPU_PACK_TOKENS, CPU_ARENA_TOKENS, shapes.small)
+        return Decoding(options.pass_tokens or CPU_PACK_TOKENS, CPU_ARENA_TOKENS)
     torch.cuda.empty_cache()
     left = free(device) - torch.cuda.memory_reserved(device)  # what graphs keep is reserved, and not to be had
     return fit(options, shapes, min(int(options.memory_budget_gib * GIB) - torch.cuda.memory_allocated(device), left))
@@ -133,11 +127,8 @@ def decoding(options: Eval, shapes: Shapes, device: torch.device) -> Decoding:
 def fit(options: Eval, shapes: Shapes, room: int) -> Decoding:
     """The same for `room` bytes."""
 
-    hold = shapes.small and room > 4 * HELD_BYTES
-    held = shapes.layers * shapes.layer_matrices if hold else 0
-
     def arena_for(pass_tokens: int) -> int:
-        return (room - held - shapes.evaluation(pass_tokens, 0)) // shapes.kept_in_arena
+        return (room - shapes.evaluation(pass_tokens, 0)) // shapes.kept_in_arena
 
     most = PASSES * MOST_PASS_TOKENS
     tokens = options.pass_tokens or MOST_PASS_TOKENS
@@ -150,7 +141,7 @@ def fit(options: Eval, shapes: Shapes, room: int) -> Decoding:
             f"decoding takes {least / GIB:.1f} GiB beside the base, and there are {max(room, 0) / GIB:.1f}: raise "
             f"eval.memory_budget_gib (now {options.memory_budget_gib:g}), or free the GPU"
         )
-    return Decoding(tokens, arena, hold)
+    return Decoding(tokens, arena)
 
 
 def choose(
@@ -167,7 +158,7 @@ def choose(
     wanted = train.pack_tokens or min(
         largest, 256 * math.ceil(1.1 * step_tokens / math.ceil(step_tokens / largest) / 256)
     )
-    hold = shapes.layers if shapes.small else 0
+    hold = shapes.layers if shapes.layers * shapes.layer_matrices <= HELD_BYTES else 0
     keep = 0 if train.gradient_checkpointing else shapes.layers
 
     def table(tokens: int, keep: int, hold: int) -> dict[str, int]:

@@ -82,9 +82,8 @@ class Layer:
     Linears that share their input share both LoRA products too, their Bs being blocks of one matrix.
     """
 
-    def __init__(self, module: Any, dtype: torch.dtype, hold: bool):
+    def __init__(self, module: Any, dtype: torch.dtype):
         self.matrices = matrices_of(module, dtype)
-        self.held = [matrix() for matrix in self.matrices] if hold else None
         self.norms = (module.input_layernorm.weight, module.post_attention_layernorm.weight)
         self.eps = module.input_layernorm.variance_epsilon
         self.head_dim = module.self_attn.head_dim
@@ -118,27 +117,26 @@ class Layer:
         if lora is not None:
             a, b = lora
             update = scaled(x @ a.T, self.scale) @ b.T
-        if self.held is None and matrix.four_bit and x.is_cuda and len(x) <= FEW:
+        if matrix.four_bit and x.is_cuda and len(x) <= FEW:
             out = matrix.products(x)
             return out if update is None else update.add_(out)
-        weight = self.held[g] if self.held else matrix()
+        weight = matrix()
         return x @ weight.T if update is None else update.addmm_(x, weight.T)
 
 
 class Reader:
     """The passes of one model, PEFT's or a plain one, over an arena of `arena_tokens`.
 
-    `hold`: dequantise all matrices once and for all, not in every pass; for models so small that it takes little.
     What changes the adapter's weights later is not seen. Raises `ValueError` for a model that is no plain Llama
     (`fused.unreadable`).
     """
 
-    def __init__(self, model: Any, arena_tokens: int, hold: bool = False):
+    def __init__(self, model: Any, arena_tokens: int):
         if reason := unreadable(model):
             raise ValueError(reason)
         self.base = causal_of(model)
         dtype, self.device = self.base.dtype, next(model.parameters()).device
-        self.layers = [Layer(module, dtype, hold) for module in layers_of(model)]
+        self.layers = [Layer(module, dtype) for module in layers_of(model)]
         shape = (len(self.layers), arena_tokens, self.base.config.num_key_value_heads, self.layers[0].head_dim)
         self.keys, self.values = (torch.empty(shape, dtype=dtype, device=self.device) for _ in range(2))
         self.arena_tokens = arena_tokens

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from common import attention, decode, memory
+from common import attention, decode
 from common.config import Eval, Window
 from common.fused import unreadable
 from common.packing import pack
@@ -47,9 +47,7 @@ class Single:
 
     def __init__(self, model: Any, stops: Sequence[int], limit: int, most_tokens: int):
         # a draft may reach beyond the last token, and padding goes to a slot of its own
-        device = next(model.parameters()).device
-        hold = device.type == "cpu" and memory.Shapes.of(model).small  # of a GPU's memory as little as it takes
-        self.reader = Reader(model, most_tokens + DRAFT + 1, hold)
+        self.reader = Reader(model, most_tokens + DRAFT + 1)
         self.stops, self.limit, self.most_prompt = set(stops), limit, most_tokens - limit
         self.prompts: list[_Recorded] = []  # rising; none where there are no graphs
         self.drafts: list[_Recorded] = []

@@ -154,8 +154,8 @@ def test_a_measuring_process_that_dies_is_named(tiny_config, monkeypatch):
         return subprocess.CompletedProcess(command, -9)
 
     monkeypatch.setattr(bench_latency.subprocess, "run", died)
-    with pytest.raises(UserError, match="measuring process 1 of 1 ended with -9"):
-        bench_latency.main([str(tiny_config), "lora=null"])
+    with pytest.raises(UserError, match="measuring process 1 of 2 ended with -9"):
+        bench_latency.main([str(tiny_config), "lora=null", "bench.processes=2"])
 
 
 def test_the_process_in_the_middle_is_reported(tiny_config, monkeypatch, capsys):
