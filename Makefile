@@ -21,6 +21,9 @@ DEMO_TRAIN ?= train.lr=2e-3 train.questions_per_step=16 train.eval_every=15 earl
 DEMO_EVAL  ?=
 DEMO_BENCH ?= bench.queries=8 bench.warmup_queries=1 bench.processes=1
 export TOKENIZERS_PARALLELISM = true
+# of ask: as typed, for make would take "$5" for a variable
+override export CONTEXT := $(value CONTEXT)
+override export QUESTION := $(value QUESTION)
 LOCK   := requirements.lock
 # unpacked from a bundle: nothing asks for a network
 ifneq ($(wildcard .cache/bundle.json),)
@@ -40,7 +43,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "MODEL: $(patsubst configs/%.yaml,%,$(wildcard configs/*.yaml)), or a .yaml file"
 
-demo: $(READY) $(SMOLLM2) ## everything on this machine: score, train, score, time, report a 135M model (3 min on 2 cores)
+demo: $(READY) $(SMOLLM2) ## everything on this machine: score, train, score, time, report a 135M model (3 to 4 min on 2 cores)
 	$(PY) eval_loop.py smollm2-raw $(DEMO) $(DEMO_EVAL)
 	$(PY) train_loop.py smollm2-qlora $(DEMO) $(DEMO_EVAL) $(DEMO_TRAIN) --fresh
 	$(PY) eval_loop.py smollm2-qlora $(DEMO) $(DEMO_EVAL)

@@ -37,11 +37,12 @@ def main(argv: list[str]) -> None:
     tokenizer, cutter = load_tokenizers(config)
     model = load_system(config, adapter, device)
     with meter.out_of_memory("a single query does not fit: lower window.context, or base.quant=nf4"):
-        engine = single.engine(model, decode.stop_ids(tokenizer), config.window, config.eval)
+        stops = decode.stop_ids(tokenizer)
+        engine = single.engine(model, stops, config.window, config.eval)
         example = Example("asked", "", context, question, ())
         single.ask(engine, tokenizer, example, config.window, cutter)  # the first compiles, and loads kernels
         began = meter.now(device)
-        text, found = single.ask(engine, tokenizer, example, config.window, cutter)
+        text, found, cut = single.ask(engine, tokenizer, example, config.window, cutter)
         seconds = meter.now(device) - began
 
     best, at = found[0], context.find(text) if text else -1
@@ -49,10 +50,13 @@ def main(argv: list[str]) -> None:
         "system": config.system, "random_weights": config.base.random_weights, "answer": text,
         "span": [at, at + len(text)] if at >= 0 else None, "confidence": math.exp(best.logprob),
         "tokens": len(best.token_ids), "passes": sum(a.passes for a in found), "windows": len(found),
-        "ended_by_itself": best.token_ids[-1] in set(decode.stop_ids(tokenizer)), "milliseconds": 1000 * seconds,
+        "ended_by_itself": best.token_ids[-1] in stops, "context_cut": cut and config.window.overflow == "truncate",
+        "milliseconds": 1000 * seconds,
     }  # fmt: skip
     where = f"characters {at} to {at + len(text)} of the context" if at >= 0 else "not a span of the context"
     print(text or "(nothing)")
+    if result["context_cut"]:
+        print(f"only the context's first {config.window.context} tokens were read; window.overflow=chunk reads all")
     print(f"{where}; confidence {result['confidence']:.0%}; {result['milliseconds']:.0f} ms, {config.title} on "
           f"{meter.describe(device)['name']}")  # fmt: skip
     print(json.dumps(result, ensure_ascii=False))
@@ -60,20 +64,23 @@ def main(argv: list[str]) -> None:
 
 def texts(context: str, question: str) -> tuple[str, str]:
     """(context, question), what is missing taken from stdin."""
-    if context and question:
-        return context, question
-    if sys.stdin.isatty():
-        print("context, then the question on the last line; end with Ctrl-D:", file=sys.stderr)
-    given = sys.stdin.read().strip()
-    if context:
-        question = given
-    elif question:
-        context = given
-    else:
-        context, _, question = (part.strip() for part in given.rpartition("\n"))
+    if not context or not question:
+        if sys.stdin.isatty():
+            print("context, then the question on the last line; end with Ctrl-D:", file=sys.stderr)
+        given = sys.stdin.read().strip()
+        if context:
+            question = given
+        elif question:
+            context = given
+        else:
+            context, _, question = (part.strip() for part in given.rpartition("\n"))
     if not context or not question:
         missing = "question" if context else "context"
         raise UserError(f"no {missing}: give --context and --question, or both on stdin, the question as the last line")
+    try:
+        (context + question).encode()
+    except UnicodeEncodeError as error:
+        raise UserError("context and question must be UTF-8 text") from error
     return context, question
 
 

@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     result: dict[str, Any] = {"run": str(run), "random_weights": config.base.random_weights, "n": len(found[0]["ids"])}
     for mode in MODES:
         by_p95 = sorted(found, key=lambda p: percentile([q["total"] for q in p["modes"][mode]], 95))
-        middle = by_p95[(len(by_p95) - 1) // 2]["modes"][mode]
+        middle = by_p95[len(by_p95) // 2]["modes"][mode]
         result[mode] = summary(middle) | {
             "processes_p95_ms": [round(1000 * percentile([q["total"] for q in p["modes"][mode]], 95), 3) for p in found]
         }
@@ -118,14 +118,15 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
                     script = script[-config.window.answer :]
                 ticks: list[float] = []
                 began = meter.now(device)
-                _, found = single.ask(
+                _, found, _ = single.ask(
                     engine, tokenizer, example, config.window, cutter, script, mode == "fixed",
                     lambda n: ticks.append(meter.now(device)),
                 )  # fmt: skip
                 total = meter.now(device) - began
                 sums = {key: sum(getattr(a, key) for a in found) for key in ("passes", "drafted", "accepted")}
                 tokens = sum(len(a.token_ids) for a in found)
-                return {"total": total, "first": ticks[0] - began, "last": ticks[-1] - began, "tokens": tokens, **sums}
+                last = ticks[-1] - began if len(found) == 1 else None  # more windows have prompts of their own
+                return {"total": total, "first": ticks[0] - began, "last": last, "tokens": tokens, **sums}
 
             begin("warm up")
             for i in tqdm(range(config.bench.warmup_queries), desc="warm up", unit="query"):
@@ -158,7 +159,7 @@ def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
             out[f"p{q}_interval_ms"] = [round(v, 3) for v in interval] if interval else None
         return out
 
-    later = [(s["last"] - s["first"]) / (s["tokens"] - 1) for s in samples if s["tokens"] > 1]
+    later = [(s["last"] - s["first"]) / (s["tokens"] - 1) for s in samples if s["tokens"] > 1 and s["last"]]
     drafted = sum(s["drafted"] for s in samples)
     return {
         "latency": spread([s["total"] for s in samples]), "ttft": spread([s["first"] for s in samples]),
@@ -183,7 +184,7 @@ def phases(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             n = len(found[0]["modes"].get(name, ())) or None
             out[name]["energy_j_per_query"] = round(statistics.median(joules) / n, 3) if joules and n else None
             clocks = [s["clock_mhz"] for s in seen if s["clock_mhz"]]
-            out[name]["clock_mhz"] = sorted(clocks, key=lambda c: c[1])[(len(clocks) - 1) // 2] if clocks else None
+            out[name]["clock_mhz"] = sorted(clocks, key=lambda c: c[1])[len(clocks) // 2] if clocks else None
             out[name]["throttled"] = sorted({reason for s in seen for reason in s["throttled"]})
     return out
 

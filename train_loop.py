@@ -121,8 +121,8 @@ def main(argv: list[str]) -> None:
     total = max(1, round(train.epochs * per_epoch))
     total = min(total, train.max_steps or total)
     stops = decode.stop_ids(tokenizer)
-    # an evaluation keeps to the budget of the training that it interrupts
-    budget = min(config.eval.memory_budget_gib, train.memory_budget_gib or math.inf)
+    # an evaluation keeps to the budget of the training that it interrupts, in what it allocates
+    budget = train.memory_budget_gib or config.eval.memory_budget_gib
     evaluating = dataclasses.replace(config.eval, memory_budget_gib=budget)
 
     # ---- model -----------------------------------------------------------------------------------------------------

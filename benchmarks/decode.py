@@ -11,7 +11,6 @@ sizes. Models with random weights follow scripts, the same for all: (a) each que
 import argparse
 import json
 import random
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import cache, decode, meter, preflight, record, squad  # noqa: E402 - the repo is found first
+from benchmarks.child import last_line  # noqa: E402 - the repo is found first
+from common import cache, decode, meter, preflight, record, squad  # noqa: E402
 from common.config import Config, load  # noqa: E402
 from common.errors import UserError, one_line_errors  # noqa: E402
 from common.model import load_tokenizers  # noqa: E402
@@ -47,12 +47,12 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="decode-") as folder:
         job, examples = job_of(config, args, kinds, Path(folder))
         if config.base.random_weights and set(args.systems) - {"ours"}:
-            written = peer("peers", "base", job, folder)
+            written = last_line("peers", "base", job, Path(folder))
             if "failed" in written:
                 raise UserError(f"{config.base.path}: {written['failed']}")
         found = {}
         for system in args.systems:
-            found[system] = peer("decode_peers", system, job, folder)
+            found[system] = last_line("decode_peers", system, job, Path(folder))
             if args.out:  # as they come
                 args.out.write_text(json.dumps(found) + "\n")
 
@@ -118,7 +118,9 @@ def job_of(config: Config, args: argparse.Namespace, kinds: list[str], folder: P
         for t in trees
         for b in t.branches
     ]
-    alone = random.Random(0).sample(questions, min(args.alone, len(questions)))
+    alone, batched = (
+        random.Random(0).sample(questions, min(n, len(questions))) for n in (args.alone, args.peers_batched)
+    )
     adapter = record.trained_adapter(config)
     base = config.to_dict()["base"]
     counts = {b: (args.peers_alone or len(alone)) if b == 1 else args.peers_batched for b in args.batches}
@@ -128,20 +130,8 @@ def job_of(config: Config, args: argparse.Namespace, kinds: list[str], folder: P
         "lora": config.to_dict()["lora"], "eval": config.to_dict()["eval"], "window": config.window.tokens,
         "limit": config.window.answer, "stops": decode.stop_ids(tokenizer), "eos": tokenizer.eos_token_id,
         "kinds": kinds, "batches": args.batches, "counts": {str(b): n for b, n in counts.items()},
-        "questions": questions, "alone": alone,
+        "questions": questions, "alone": alone, "batched": batched,
     }, examples  # fmt: skip
-
-
-def peer(script: str, stack: str, job: dict[str, Any], folder: str) -> dict[str, Any]:
-    """The last line of a script beside this one, in a process of its own."""
-    file, path = Path(folder) / "job.json", str(ROOT / "benchmarks" / f"{script}.py")
-    file.write_text(json.dumps(job))
-    done = subprocess.run([sys.executable, path, stack, str(file)], capture_output=True, text=True, cwd=ROOT)
-    try:
-        return json.loads(done.stdout.strip().splitlines()[-1])
-    except (IndexError, ValueError):
-        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        return {"failed": f"ended with {done.returncode}: {said[:200]}"}
 
 
 def equal(examples: Any, found: dict[str, Any], config: Config) -> dict[str, Any] | None:
@@ -170,10 +160,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         def ratio(key: str, r: dict[str, Any] = r) -> str:
             return f"{r[key]:.1f} ×" if r[key] else ""
 
+        memory = f"{r['allocated_gib']:.2f} GiB" if r["allocated_gib"] else "–"
         lines.append((
             SYSTEMS[r["system"]], WHAT[r["kind"]], str(r["batch"] or "stream"), f"{r['questions_per_s']:.4g}",
             ratio("ours_is_questions_per_s"), *(f"{r[p]:.1f}" if p in r else "" for p in ("p50_ms", "p95_ms")),
-            ratio("ours_is_p95_ms"), f"{r['allocated_gib']:.2f} GiB", str(r["questions"]),
+            ratio("ours_is_p95_ms"), memory, str(r["questions"]),
         ))  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -58,7 +58,9 @@ def timed(torch: Any, work: Any) -> tuple[Any, float, float]:
     return result, time.perf_counter() - began, torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
 
 
-def row(kind: str, batch: int | None, seconds: list[float], n: int, allocated: float, **more: Any) -> dict[str, Any]:
+def row(
+    kind: str, batch: int | None, seconds: list[float], n: int, allocated: float | None, **more: Any
+) -> dict[str, Any]:
     """`batch`: None for a stream of all. Latencies only where one question is asked at a time."""
     import numpy as np
 
@@ -74,7 +76,7 @@ def row(kind: str, batch: int | None, seconds: list[float], n: int, allocated: f
 
 def ours(job: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
-    from common import decode, memory, meter, single
+    from common import decode, fused, memory, meter, single
     from common.config import Base, Eval, Lora
     from common.model import add_lora, load_adapter, load_base, load_tokenizer
     from common.prompt import Branch, Tree
@@ -100,6 +102,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         return decode.predict(model, tokenizer, some, job["stops"], limit_of(kind, job), options, None, scripts=scripts)
 
     start = {"load_s": time.perf_counter() - began}
+    sizes = vars(memory.decoding(options, memory.Shapes.of(model, fused.adapter_size(model)), device))
     _, start["warm_up_s"], _ = timed(torch, lambda: dev(job["kinds"][0], paragraphs[:20]))
     rows, answers = [], {}
     for kind in job["kinds"]:
@@ -128,7 +131,6 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         passes = sum(a.passes for a in alone) / len(alone)
         rows.append(row(kind, 1, took, len(took), allocated, drafts_accepted=share, passes=passes))
         del engine
-    sizes = vars(memory.decoding(options, memory.Shapes.of(model), device))
     return {"rows": rows, "answers": answers, "start": start, "sizes": sizes, "versions": versions()}
 
 
@@ -202,7 +204,7 @@ def generate(torch: Any, model: Any, job: dict[str, Any], began: float) -> dict[
         _, start["warm_up_s"], _ = timed(torch, lambda: answer(job["alone"][:1], job["kinds"][0]))
         for kind in job["kinds"]:
             for batch in job["batches"]:
-                of = job["alone"] if batch == 1 else job["questions"]
+                of = job["alone"] if batch == 1 else job["batched"]
                 some = sorted(of[: job["counts"][str(batch)]], key=lambda q: len(q["prefix"] + q["prompt"]))
                 seconds, allocated, n = [], 0.0, 0
                 try:
@@ -222,7 +224,10 @@ def generate(torch: Any, model: Any, job: dict[str, Any], began: float) -> dict[
 
 
 def vllm(job: dict[str, Any]) -> dict[str, Any]:
-    """vLLM's offline engine with the adapter beside the base. It follows no script, so (a) is left out."""
+    """vLLM's offline engine, with a trained adapter beside the base; an untrained one is not handed to it.
+
+    It follows no script, so (a) is left out. Its memory is another process's, and reserved ahead: not reported.
+    """
     began = time.perf_counter()
     import torch
     from vllm import LLM, SamplingParams
@@ -247,10 +252,14 @@ def vllm(job: dict[str, Any]) -> dict[str, Any]:
         if kind == "a":
             continue
         ask(job["alone"][:1])
-        _, seconds, allocated = timed(torch, lambda ask=ask: ask(job["questions"]))
-        rows.append(row(kind, None, [seconds], len(job["questions"]), allocated))
-        took = [timed(torch, lambda q=q, ask=ask: ask([q]))[1] for q in job["alone"]]
-        rows.append(row(kind, 1, took, len(took), allocated))
+        took = []
+        for q in job["alone"]:
+            engine.reset_prefix_cache()
+            took.append(timed(torch, lambda q=q, ask=ask: ask([q]))[1])
+        rows.append(row(kind, 1, took, len(took), None))
+        engine.reset_prefix_cache()
+        _, seconds, _ = timed(torch, lambda ask=ask: ask(job["questions"]))
+        rows.append(row(kind, None, [seconds], len(job["questions"]), None))
     return {"rows": rows, "answers": {}, "start": start, "versions": versions()}
 
 

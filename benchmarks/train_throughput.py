@@ -25,7 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import cache, plan, preflight, squad  # noqa: E402 - the repo is found first
+from benchmarks.child import last_line  # noqa: E402 - the repo is found first
+from common import cache, plan, preflight, squad  # noqa: E402
 from common.config import Config, load  # noqa: E402
 from common.errors import UserError, one_line_errors  # noqa: E402
 from common.model import load_tokenizers  # noqa: E402
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         work = Path(folder)
         job = job_of(config, args, work)
-        ceiling = peer("matmul", job, work)
+        ceiling = last_line("peers", "matmul", job, work)
         if "failed" in ceiling:
             raise UserError(f"matrix products: {ceiling['failed']}")
         job["budgets"] = (args.budgets or [config.train.memory_budget_gib or NO_BUDGET]) if gpu else [NO_BUDGET]
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> None:
         if args.whole_process and len(batches) > 1:
             raise UserError("--whole-process: name one of --batches, for a search would count")
         if config.base.random_weights and set(args.systems) - {"ours"}:
-            written = peer("base", job | {"base": config.to_dict()["base"]}, work)
+            written = last_line("peers", "base", job | {"base": config.to_dict()["base"]}, work)
             if "failed" in written:
                 raise UserError(f"{config.base.path}: {written['failed']}")
         asked = {"config": config.hash(), "budgets": job["budgets"], "batches": batches, "steps": args.steps}
@@ -190,7 +191,7 @@ def one(system: str, job: dict[str, Any], args: argparse.Namespace, work: Path) 
     if system == "ours":
         return [ours(budget, args, work) for budget in job["budgets"]]
     began = time.perf_counter()
-    answer = peer(system, job, work)
+    answer = last_line("peers", system, job, work)
     wall = time.perf_counter() - began
     if "failed" in answer:
         print(f"{SYSTEMS[system]}: {answer['failed']}", file=sys.stderr)
@@ -241,18 +242,6 @@ def ours(budget: float, args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "pack_tokens": result["pack_tokens"], "kept_layers": result["kept_layers"],
         "counted_bytes": result["counted_bytes"], "recomputed": result["recomputed"],
     }  # fmt: skip
-
-
-def peer(stack: str, job: dict[str, Any], work: Path) -> dict[str, Any]:
-    """The last line of benchmarks/peers.py in a process of its own."""
-    (work / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), stack, str(work / "job.json")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    try:
-        return json.loads(done.stdout.strip().splitlines()[-1])
-    except (IndexError, ValueError):
-        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        return {"failed": f"ended with {done.returncode}: {said[:200]}"}
 
 
 def flops_per_token(base: str, recomputed: float) -> float:

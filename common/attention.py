@@ -94,7 +94,7 @@ class Reach:
     host: tuple[list[int], ...]  # the six above
     first: int  # new tokens of prefixes: where the branches' begin
 
-    @property
+    @functools.cached_property
     def longest(self) -> tuple[int, int, int, int]:
         """Of own queries, own keys, a tree's branches' queries, prefixes."""
         own, _, own_used, trees, _, prefix_used = self.host
@@ -173,11 +173,16 @@ def over_arena(q: Tensor, keys: Tensor, values: Tensor, reach: Reach) -> Tensor:
     return out
 
 
+def _weighted(out: Tensor, over: Tensor, lse: Tensor, lse_over: Tensor) -> tuple[Tensor, Tensor]:
+    both = torch.logaddexp(lse, lse_over)
+    joined = out * (lse - both).exp()[..., None] + over * (lse_over - both).exp()[..., None]
+    return joined.to(out.dtype), both
+
+
 @compiled
 def _joined(out: Tensor, over: Tensor, lse: Tensor, lse_over: Tensor) -> Tensor:
     """Outputs [T, H, D] over two sets of keys made one, by their log-sum-exps [T, H]."""
-    both = torch.logaddexp(lse, lse_over)
-    return (out * (lse - both).exp()[..., None] + over * (lse_over - both).exp()[..., None]).to(out.dtype)
+    return _weighted(out, over, lse, lse_over)[0]
 
 
 @compiled
@@ -185,9 +190,8 @@ def _join(
     out: Tensor, over: Tensor, lse: Tensor, lse_over: Tensor, shares: Tensor, shared: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`out` [T, H, D] and `lse` [T, H] over some keys, made those over these and the other keys where `shares`."""
-    both = torch.logaddexp(lse, lse_over)
-    joined = out * (lse - both).exp()[..., None] + over * (lse_over - both).exp()[..., None]
-    out = torch.where(shares[..., None], joined.to(out.dtype), torch.where(shared[..., None], out, 0))
+    joined, both = _weighted(out, over, lse, lse_over)
+    out = torch.where(shares[..., None], joined, torch.where(shared[..., None], out, 0))
     return out, torch.where(shares, both, lse)
 
 

@@ -17,7 +17,7 @@ import torch
 
 GIB = 2**30
 CPU_PACK_TOKENS, GPU_PACK_TOKENS, LEAST_PACK_TOKENS = 1024, 8192, 512
-MOST_PASS_TOKENS, LEAST_PASS_TOKENS, PASSES = 8192, 256, 10  # an answer with its neighbours lives about 10 passes
+MOST_PASS_TOKENS, LEAST_PASS_TOKENS, PASSES = 8192, 512, 10  # an answer with its neighbours lives about 10 passes
 LEAST_ARENA_TOKENS, CPU_ARENA_TOKENS = 1536, 16384
 DRAWN = 0.25  # of a pass's tokens, those that draw a next one: seldom as many
 HELD_BYTES = 2**30  # dequantised matrices are held, budget or not, where all take no more than this
@@ -138,8 +138,8 @@ def fit(options: Eval, shapes: Shapes, room: int) -> Decoding:
     if arena < LEAST_ARENA_TOKENS:
         least = shapes.evaluation(options.pass_tokens or LEAST_PASS_TOKENS, LEAST_ARENA_TOKENS)
         raise UserError(
-            f"decoding takes {least / GIB:.1f} GiB beside the base, and there are {max(room, 0) / GIB:.1f}: raise "
-            f"eval.memory_budget_gib (now {options.memory_budget_gib:g}), or free the GPU"
+            f"decoding takes {least / GIB:.1f} GiB beside the base, and {options.memory_budget_gib:g} GiB leave "
+            f"{max(room, 0) / GIB:.1f}: raise eval.memory_budget_gib, or free the GPU"
         )
     return Decoding(tokens, arena)
 
@@ -178,10 +178,22 @@ def choose(
                     f"packs of {wanted} tokens take about {least:.1f} GiB with everything recomputed"
                 )
             wanted -= 256
+        # what is there throughout, and an evaluation between two steps
+        static = sum(table(wanted, 0, hold)[name] for name in ("base", "held matrices", "adapter", "optimizer"))
+        if static + evaluation > budget:
+            raise UserError(
+                f"train.memory_budget_gib={train.memory_budget_gib:g}, of which there are {budget / GIB:.1f}: an "
+                f"evaluation between two steps takes {(static + evaluation) / GIB:.1f} GiB"
+            )
         # a GiB of activations saves more than one of matrices
         keep = max(n for n in range(shapes.layers + 1) if total(wanted, n, hold) <= budget or n == 0)
-        budget = min(budget, (free or 2**63) - evaluation)
-        hold = max(n for n in range(hold, shapes.layers + 1) if total(wanted, keep, n) <= budget or n == hold)
+        beside_graphs = min(budget, (free or 2**63) - evaluation)
+        fits = [
+            n for n in range(hold + 1, shapes.layers + 1)
+            if total(wanted, keep, n) <= beside_graphs
+            and static + (n - hold) * shapes.layer_matrices + evaluation <= budget
+        ]  # fmt: skip
+        hold = max(fits, default=hold)
     counted = table(wanted, keep, hold)
     sentence = f"fused layers, {keep} of {shapes.layers} keep their activations"
     sentence += (

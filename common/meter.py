@@ -81,7 +81,8 @@ def nvml_sampler(device: torch.device, file: Path) -> Iterator[Callable[[str], N
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     command = [sys.executable, "-m", "common.nvml", uuid, str(os.getpid()), str(file.resolve())]
     root = Path(__file__).resolve().parent.parent
-    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, cwd=root) as sampler:
+    # in a session of its own, where no Ctrl-C reaches it
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, cwd=root, start_new_session=True) as sampler:
         assert sampler.stdin
 
         def begin(phase: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pynvml
 
+STDIN = 0
 INTERVAL_S, WRITE_S = 0.02, 1.0
 REASONS = {  # why clocks are below what they could be; idle and a clock that someone set are no trouble
     "power cap": 0x4, "hardware slowdown": 0x8, "sync boost": 0x10, "software thermal slowdown": 0x20,
@@ -59,7 +60,7 @@ def main(uuid: str, pid: int, file: str) -> None:
     pynvml.nvmlInit()
     handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
     done: dict[str, Any] = {}
-    name, phase, written = "start", Phase(handle, pid), 0.0
+    name, phase, written, rest = "start", Phase(handle, pid), 0.0, ""
 
     def write() -> None:
         with open(file + ".partial", "w") as out:
@@ -71,13 +72,15 @@ def main(uuid: str, pid: int, file: str) -> None:
         if time.monotonic() - written > WRITE_S:
             write()
             written = time.monotonic()
-        if select.select([sys.stdin], [], [], INTERVAL_S)[0]:
+        if select.select([STDIN], [], [], INTERVAL_S)[0]:
             write()
-            line = sys.stdin.readline()
-            if not line:
+            came = os.read(STDIN, 4096)
+            if not came:
                 break
-            done[name] = phase.summary()
-            name, phase = line.strip(), Phase(handle, pid)
+            *lines, rest = (rest + came.decode()).split("\n")
+            for line in lines:
+                done[name] = phase.summary()
+                name, phase = line, Phase(handle, pid)
     pynvml.nvmlShutdown()
 
 

@@ -26,7 +26,7 @@ from common.fused import (
 import torch
 from torch import Tensor
 
-FEW = 64  # tokens: for as many bitsandbytes has kernels that multiply by 4-bit numbers as they are
+FEW = 16  # tokens: for as many bitsandbytes may multiply by 4-bit numbers as they are; which, it decides by the card
 
 _OWN = ("ids", "drawn", "position", "slot", "keep", "forced")
 _OF_REACH = ("own", "own_start", "own_used", "trees", "prefix_start", "prefix_used")
@@ -72,8 +72,9 @@ class Drawn:
     logprob: Tensor  # [K] fp32, natural log
     tie: Tensor  # [K] bool: another token had the same logit, so the choice was the order's
 
-    def to(self, device: str) -> "Drawn":
-        return Drawn(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+    def to_host(self, wait: bool = True) -> "Drawn":
+        """`wait=False`: the copy may still be under way; an event recorded now says when it is done."""
+        return Drawn(*(getattr(self, f.name).to("cpu", non_blocking=not wait) for f in fields(self)))
 
 
 class Layer:

@@ -16,6 +16,7 @@ from typing import Any
 
 from common import attention, decode
 from common.config import Eval, Window
+from common.errors import UserError
 from common.fused import unreadable
 from common.packing import pack
 from common.prompt import Branch, Ids, Tree, build_trees
@@ -67,10 +68,11 @@ class Single:
         """The greedy answer: up to and with a stop token, or `limit` tokens.
 
         `script`: what is drawn in place of the most probable tokens. `to_the_limit`: a stop token does not end it.
-        `tick` is called whenever tokens are known, with their number. Raises `ValueError` for a prompt too long.
+        `tick` is called whenever tokens are known, with their number. Raises `UserError` for a prompt too long.
         """
         if not 0 < len(prompt_ids) <= self.most_prompt:
-            raise ValueError(f"a prompt of {len(prompt_ids)} tokens; 1 to {self.most_prompt} can be asked")
+            n, most = len(prompt_ids), self.most_prompt
+            raise UserError(f"a prompt of {n} tokens; 1 to {most} can be asked: lower window.context")
         answer, new, before, hope = Answer(), prompt_ids, 0, DRAFT
         stops = set[int]() if to_the_limit else self.stops
         while True:
@@ -103,7 +105,7 @@ class Single:
             if recorded.length >= len(new):
                 return recorded(new, before, forced)
         lists = _lists(new, before, forced, len(new), asks, 0)
-        return self.reader.read(Pass.on(self.reader.device, lists, len(new))).to("cpu")
+        return self.reader.read(Pass.on(self.reader.device, lists, len(new))).to_host()
 
 
 class Plain:
@@ -142,13 +144,14 @@ def engine(model: Any, stops: Sequence[int], window: Window, options: Eval) -> S
 def ask(
     engine: Single | Plain, tokenizer: Any, example: Example, window: Window, window_tokenizer: Any | None = None,
     script: Ids | None = None, to_the_limit: bool = False, tick: Callable[[int], None] = lambda n: None,
-) -> tuple[str, list[Answer]]:  # fmt: skip
-    """From text to text: the answer, and what it took, the most probable first where the context is read in windows."""
-    trees = build_trees([example], tokenizer, window, train=False, window_tokenizer=window_tokenizer).trees
-    prompts = [tree.prefix_ids + tree.branches[0].prompt_ids for tree in trees]
+) -> tuple[str, list[Answer], bool]:  # fmt: skip
+    """From text to text: the answer, what it took (the most probable first, where the context is read in windows), and
+    whether the context was longer than the window."""
+    built = build_trees([example], tokenizer, window, train=False, window_tokenizer=window_tokenizer)
+    prompts = [tree.prefix_ids + tree.branches[0].prompt_ids for tree in built.trees]
     found = [engine.answer(prompt, script, to_the_limit, tick) for prompt in prompts]
     found.sort(key=lambda answer: (answer.logprob, answer.token_ids), reverse=True)
-    return decode.to_text(tokenizer, found[0].token_ids), found
+    return decode.to_text(tokenizer, found[0].token_ids), found, bool(built.counts["truncated"])
 
 
 class _Recorded:
@@ -171,9 +174,7 @@ class _Recorded:
         lists = _lists(new, before, forced, self.length, self.asks, self.unused)
         self.flat.copy_(Pass.flat(lists).pin_memory(), non_blocking=True)
         self.graph.replay()
-        drawn = self.drawn.to("cpu")
-        torch.cuda.synchronize()
-        return drawn
+        return self.drawn.to_host()
 
 
 def _lists(new: Ids, before: int, forced: Ids, length: int, asks: int, unused: int) -> dict[str, list[int]]:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from common.errors import UserError
 from common.prompt import Branch, Ids, Tree
 from common.reader import Drawn, Pass, Reader
 
@@ -106,7 +107,7 @@ def answers(
         now = None
         if laid_out is not None:
             drawn = reader.read(laid_out, before[0].token if before else None)
-            on_host, event = drawn.to("cpu"), None
+            on_host, event = drawn.to_host(wait=False), None
             if reader.device.type == "cuda":
                 event = torch.cuda.Event()
                 event.record()
@@ -136,7 +137,10 @@ def _that_fit(tree: Tree, arena_tokens: int, limit: int) -> Iterator[Tree]:
         for part in tree.split(max_questions=len(tree.branches) // 2):
             yield from _that_fit(part, arena_tokens, limit)
     else:
-        raise ValueError(f"question {tree.branches[0].id} needs {_size(tree, limit)} tokens of the arena")
+        raise UserError(
+            f"question {tree.branches[0].id} takes {_size(tree, limit)} tokens, and memory is for {arena_tokens}; "
+            "raise eval.memory_budget_gib or lower window.context"
+        )
 
 
 def _admit(tree: Tree, arena: Arena, limit: int, scripts: Mapping[str, Ids]) -> Reading | None:

@@ -108,7 +108,7 @@ def test_the_decoding_table_has_ratios_and_says_why_a_stack_failed(tiny_config, 
         "hf": {"rows": [row("natural", 1, 2.0, p50_ms=400, p95_ms=600), row("natural", 16, 10.0)]},
         "vllm": {"failed": "ImportError: no vllm"},
     }
-    monkeypatch.setattr(decode, "peer", lambda script, stack, job, folder: found[stack])
+    monkeypatch.setattr(decode, "last_line", lambda script, stack, job, folder: found[stack])
     decode.main([str(tiny_config), "lora=null", "--systems", "ours", "hf", "vllm"])
     out = capsys.readouterr().out
     rows = {(r["system"], r.get("batch")): r for r in json.loads(out.splitlines()[-1])["rows"]}

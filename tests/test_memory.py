@@ -4,7 +4,7 @@ import json
 
 from common.config import Base, Eval, Lora, Train
 from common.errors import UserError
-from common.memory import GIB, LEAST_ARENA_TOKENS, Shapes, choose, decoding, fit
+from common.memory import GIB, LEAST_ARENA_TOKENS, LEAST_PASS_TOKENS, Shapes, choose, decoding, fit
 from common.model import add_lora, load_base, parameter_counts
 from tests.conftest import ROOT
 
@@ -136,7 +136,24 @@ def test_decoding_fits_what_there_is_and_uses_it(room):
 
 
 def test_too_little_for_decoding_is_said():
-    with pytest.raises(UserError, match=r"decoding takes 1\.\d GiB beside the base, and there are 0\.9: raise eval"):
+    with pytest.raises(UserError, match=r"decoding takes 1\.\d GiB beside the base, and 12 GiB leave 0\.9: raise eval"):
         fit(Eval(), LLAMA, int(0.9 * GIB))
     assert fit(Eval(), LLAMA, 2 * GIB).arena_tokens >= LEAST_ARENA_TOKENS
     assert decoding(Eval(memory_budget_gib=0.1), LLAMA, CPU).arena_tokens > 0, "a CPU has no such budget"
+
+
+@pytest.mark.parametrize("budget", [6.5, 8, 14, 24, 25.5, 30, 40, 60])
+def test_an_evaluation_fits_between_two_steps(budget):
+    """Beside what stays: base, held matrices, adapter, optimizer; or nothing is chosen."""
+    evaluation = LLAMA.evaluation(LEAST_PASS_TOKENS, LEAST_ARENA_TOKENS)
+    choice = choose(Train(memory_budget_gib=budget), LLAMA, GPU, STEP, SHARE, 70 * GIB, evaluation)
+    static = sum(choice.counted[name] for name in ("base", "held matrices", "adapter", "optimizer"))
+    assert static + evaluation <= budget * GIB
+    sizes = fit(Eval(memory_budget_gib=budget), LLAMA, int(budget * GIB) - static)
+    assert sizes.arena_tokens >= LEAST_ARENA_TOKENS
+
+
+def test_a_budget_without_room_for_an_evaluation_is_refused_before_the_first_step():
+    evaluation = LLAMA.evaluation(LEAST_PASS_TOKENS, LEAST_ARENA_TOKENS)
+    with pytest.raises(UserError, match=r"memory_budget_gib=4\.9, .* an evaluation between two steps takes 5\.\d GiB"):
+        choose(Train(memory_budget_gib=4.9), LLAMA, GPU, STEP, SHARE, 70 * GIB, evaluation)

@@ -82,18 +82,24 @@ def gpu(monkeypatch):
 
 
 def watch(monkeypatch, path, events: list[str | None]) -> dict:
-    """What the sampler leaves after these events: None, nothing came; a text, that line came; "": stdin ended."""
+    """What the sampler leaves after these events: None, nothing came; a text, that was written; "": stdin ended."""
     coming = iter(events)
-    stdin = SimpleNamespace(readline=lambda: state["line"])
-    state = {}
+    ours, theirs = os.pipe()
 
     def select(*_):
-        state["line"] = next(coming)
-        return ([stdin] if state["line"] is not None else [], [], [])
+        text = next(coming)
+        if text:
+            os.write(theirs, text.encode())
+        elif text == "":
+            os.close(theirs)
+        return ([ours] if text is not None else [], [], [])
 
     monkeypatch.setattr(nvml.select, "select", select)
-    monkeypatch.setattr(nvml.sys, "stdin", stdin)
-    nvml.main("GPU-x", 42, str(path))
+    monkeypatch.setattr(nvml, "STDIN", ours)
+    try:
+        nvml.main("GPU-x", 42, str(path))
+    finally:
+        os.close(ours)
     return json.loads(path.read_text())
 
 
@@ -107,6 +113,12 @@ def test_the_sampler_tells_phases_apart(gpu, monkeypatch, tmp_path):
     assert start["energy_j"] == 4.5
     assert (natural["process_bytes"], natural["device_bytes"], natural["throttled"]) == (None, 200, [])
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_phases_that_begin_at_once_are_all_noticed(gpu, monkeypatch, tmp_path):
+    found = watch(monkeypatch, tmp_path / "gauges.json", ["warm up\nnatu", "ral\n", None, None, "fixed\n", None, ""])
+    assert list(found) == ["start", "warm up", "natural", "fixed"]
+    assert found["natural"]["clock_mhz"], "it is the one that lasts"
 
 
 def test_what_a_driver_does_not_say_is_left_open(gpu, monkeypatch, tmp_path):

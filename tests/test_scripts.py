@@ -149,6 +149,28 @@ def test_what_is_not_given_comes_from_stdin(monkeypatch, context, question, stdi
             ask.texts(context, question)
 
 
+def test_text_that_is_no_text_and_a_context_that_is_cut_are_said(tiny_config, capsys):
+    with pytest.raises(UserError, match="must be UTF-8"):
+        ask.texts("caf\udce9", "q")
+    for overflow, cut in (("truncate", True), ("chunk", False)):
+        ask.main([str(tiny_config), "lora=null", f"window.overflow={overflow}", "--question", "Which?", "--context",
+                  "amber bridge " * 600])  # fmt: skip
+        said = capsys.readouterr().out
+        assert json.loads(said.splitlines()[-1])["context_cut"] == cut
+        assert ("first 416 tokens" in said) == cut
+
+
+def test_make_hands_text_on_as_it_was_typed(tmp_path):
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\nprintf "%s|%s" "$CONTEXT" "$QUESTION"\n')
+    fake.chmod(0o755)
+    ready, text = tmp_path / ".ready", "It cost $5 million and $(HOME) 'quoted'."
+    ready.touch()
+    typed = [f"CONTEXT={text}", "QUESTION=$1?", "MODEL=x.yaml", f"VENV={tmp_path}"]
+    assert run("make", "-s", "ask", *typed, "-o", str(ready)).stdout == f"{text}|$1?"
+
+
 def test_a_measuring_process_that_dies_is_named(tiny_config, monkeypatch):
     def died(command, **kwargs):
         return subprocess.CompletedProcess(command, -9)
@@ -170,7 +192,10 @@ def test_the_process_in_the_middle_is_reported(tiny_config, monkeypatch, capsys)
         queries = [{**sample, "total": 0.04 * slow * (1 + i / 100)} for i in range(100)]
         memory = {"allocated_bytes": None, "reserved_bytes": None, "rss_bytes": int(slow)}
         found = {"ids": [str(i) for i in range(100)], "modes": dict.fromkeys(bench_latency.MODES, queries),
-                 "gauges": {"natural": memory}, "engine": "drafts", "peak": memory, "nvml": {}}  # fmt: skip
+                 "gauges": {"natural": memory}, "engine": "drafts", "peak": memory,
+                 "nvml": {"natural": {"process_bytes": None, "device_bytes": int(slow) * 2**30, "processes": 2,
+                                      "energy_j": 100 * slow, "clock_mhz": [1, 1000 * slow, 2000],
+                                      "throttled": ["power cap"] if slow == 3 else []}}}  # fmt: skip
         Path(command[-1]).write_text(json.dumps(found))
         return subprocess.CompletedProcess(command, 0)
 
@@ -186,6 +211,12 @@ def test_the_process_in_the_middle_is_reported(tiny_config, monkeypatch, capsys)
     assert result["natural"]["drafts_accepted"] == 0.2
     assert result["peak"]["rss_bytes"] == 3
     assert "200.0% apart" in said
+    assert result["phases"]["natural"] == {
+        "allocated_bytes": None, "reserved_bytes": None, "rss_bytes": 3, "process_bytes": None,
+        "device_bytes": 3 * 2**30, "processes": 2, "energy_j_per_query": 2.0, "clock_mhz": [1, 2000, 2000],
+        "throttled": ["power cap"],
+    }  # fmt: skip
+    assert result["nvml_peak"] == {"process_bytes": None, "device_bytes": 3 * 2**30}
 
 
 # ---- errors, from outside ------------------------------------------------------------------------------------------

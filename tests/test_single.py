@@ -3,6 +3,7 @@
 from common import single
 from common.config import Eval, Window
 from common.decode import stop_ids
+from common.errors import UserError
 from common.reader import Pass
 from common.single import DRAFT, Single, draft_from
 from tests.test_decode import LIMIT, demo_trees, generated, system
@@ -89,7 +90,7 @@ def test_a_prompt_that_is_too_long_is_refused(tiny_base):
     engine = Single(model, [], 4, 40)
     assert len(engine.answer([5] * 36).token_ids) == 4
     for length in (0, 37):
-        with pytest.raises(ValueError, match=f"a prompt of {length} tokens; 1 to 36 can be asked"):
+        with pytest.raises(UserError, match=f"a prompt of {length} tokens; 1 to 36 can be asked"):
             engine.answer([5] * length)
 
 

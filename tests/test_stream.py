@@ -3,6 +3,7 @@
 import random
 
 from common import stream
+from common.errors import UserError
 from common.packing import pack
 from common.prompt import Branch, Tree
 from common.reader import Pass, Reader
@@ -109,7 +110,7 @@ def test_ties_are_counted(tiny_base):
 def test_a_question_that_no_arena_holds_is_named(tiny_base):
     model, _ = system(tiny_base)
     tree = Tree([5] * 20, (Branch("long", [6] * 30, []),))
-    with pytest.raises(ValueError, match="question long needs 55 tokens"):
+    with pytest.raises(UserError, match="question long takes 55 tokens, and memory is for 54"):
         answers_of(Reader(model, 54), [tree])
     assert answers_of(Reader(model, 55), [tree])["long"].token_ids
 

@@ -1,0 +1,22 @@
+"""A stack in a process of its own, so that none finds memory, clocks or patches that another has left."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def last_line(script: str, stack: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The JSON object that `benchmarks/SCRIPT.py STACK JOB.json` ends with, or {"failed": why}."""
+    file = folder / "job.json"
+    file.write_text(json.dumps(job))
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), stack, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    try:
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        return {"failed": f"ended with {done.returncode}: {said[:200]}"}
