@@ -187,13 +187,8 @@ def choose(
             )
         # a GiB of activations saves more than one of matrices
         keep = max(n for n in range(shapes.layers + 1) if total(wanted, n, hold) <= budget or n == 0)
-        beside_graphs = min(budget, (free or 2**63) - evaluation)
-        fits = [
-            n for n in range(hold + 1, shapes.layers + 1)
-            if total(wanted, keep, n) <= beside_graphs
-            and static + (n - hold) * shapes.layer_matrices + evaluation <= budget
-        ]  # fmt: skip
-        hold = max(fits, default=hold)
+        budget = min(budget, (free or 2**63) - evaluation)
+        hold = max(n for n in range(hold, shapes.layers + 1) if total(wanted, keep, n) <= budget or n == hold)
     counted = table(wanted, keep, hold)
     sentence = f"fused layers, {keep} of {shapes.layers} keep their activations"
     sentence += (

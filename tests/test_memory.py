@@ -142,11 +142,12 @@ def test_too_little_for_decoding_is_said():
     assert decoding(Eval(memory_budget_gib=0.1), LLAMA, CPU).arena_tokens > 0, "a CPU has no such budget"
 
 
+@pytest.mark.parametrize("step", [STEP, 200.0])
 @pytest.mark.parametrize("budget", [6.5, 8, 14, 24, 25.5, 30, 40, 60])
-def test_an_evaluation_fits_between_two_steps(budget):
+def test_an_evaluation_fits_between_two_steps(budget, step):
     """Beside what stays: base, held matrices, adapter, optimizer; or nothing is chosen."""
     evaluation = LLAMA.evaluation(LEAST_PASS_TOKENS, LEAST_ARENA_TOKENS)
-    choice = choose(Train(memory_budget_gib=budget), LLAMA, GPU, STEP, SHARE, 70 * GIB, evaluation)
+    choice = choose(Train(memory_budget_gib=budget), LLAMA, GPU, step, SHARE, 70 * GIB, evaluation)
     static = sum(choice.counted[name] for name in ("base", "held matrices", "adapter", "optimizer"))
     assert static + evaluation <= budget * GIB
     sizes = fit(Eval(memory_budget_gib=budget), LLAMA, int(budget * GIB) - static)
