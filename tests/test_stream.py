@@ -6,7 +6,7 @@ from common import stream
 from common.errors import UserError
 from common.packing import pack
 from common.prompt import Branch, Tree
-from common.reader import Pass, Reader
+from common.reader import Drawn, Pass, Reader
 from common.stream import Arena
 from tests.test_decode import demo_trees, system
 
@@ -65,6 +65,68 @@ def test_answers_do_not_depend_on_passes_and_arena(tiny_base, passes, pass_token
     longest = max(len(t.prefix_ids) + len(b) for t in trees for b in t.branches)
     assert max(len(new.ids) for new in passes) <= max(pass_tokens, longest)
     assert all(slot < arena_tokens for new in passes for slot in new.slot.tolist())
+
+
+def said_after(path: list[int]) -> int:
+    """A model of a kind: the next token is a function of all that a token sees, in order."""
+    return sum((i + 1) * (token + 3) for i, token in enumerate(path)) % 23
+
+
+class Paths:
+    """Stands for a reader: its arena holds tokens in place of keys, so that what each pass sees can be looked up."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, arena_tokens: int):
+        self.arena_tokens, self.arena = arena_tokens, [-1] * arena_tokens
+
+    def read(self, new: Pass, before: torch.Tensor | None = None) -> Drawn:
+        ids = [
+            before[row].item() if row >= 0 else id_
+            for row, id_ in zip(new.drawn.tolist(), new.ids.tolist(), strict=True)
+        ]
+        slots, positions = new.slot.tolist(), new.position.tolist()
+        for slot, id_ in zip(slots, ids, strict=True):
+            self.arena[slot] = id_
+        own, start, used, trees, prefix, prefix_used = new.reach.host
+        token = []
+        for row in new.keep.tolist():
+            at = next(i for i in range(len(used)) if own[i] <= row < own[i + 1])
+            tree = next(i for i in range(len(prefix_used)) if row - new.reach.first < trees[i + 1])
+            seen = self.arena[prefix[tree] : prefix[tree] + prefix_used[tree]] + self.arena[start[at] :][: used[at]]
+            assert slots[row] == start[at] + used[at] - 1
+            assert positions[row] == len(seen) - 1
+            token.append(said_after(seen))
+        drawn = torch.tensor(token)
+        return Drawn(drawn, torch.zeros(len(token)), torch.zeros(len(token), dtype=torch.bool))
+
+
+tokens = st.integers(0, 22)
+some_trees = st.lists(
+    st.tuples(
+        st.lists(tokens, min_size=1, max_size=9),
+        st.lists(st.lists(tokens, min_size=1, max_size=5), min_size=1, max_size=5),
+    ),
+    min_size=1,
+    max_size=9,
+)
+
+
+@given(some_trees, st.integers(1, 60), st.integers(25, 90), st.integers(1, 9), st.sets(tokens, max_size=8))
+def test_any_schedule_answers_as_each_question_alone_would(shapes, pass_tokens, arena_tokens, limit, stops):
+    trees = [
+        Tree(prefix, tuple(Branch(f"{t}.{b}", prompt, []) for b, prompt in enumerate(prompts)))
+        for t, (prefix, prompts) in enumerate(shapes)
+    ]
+    found = answers_of(Paths(arena_tokens), trees, pass_tokens=pass_tokens, limit=limit, stops=sorted(stops))
+    assert sorted(found) == sorted(branch.id for tree in trees for branch in tree.branches)
+    for tree in trees:
+        for branch in tree.branches:
+            path = tree.prefix_ids + branch.prompt_ids
+            expected: list[int] = []
+            while len(expected) < limit and not set(expected) & stops:
+                expected.append(said_after(path + expected))
+            assert found[branch.id].token_ids == expected
 
 
 def test_what_is_read_and_what_is_decoded_share_passes(tiny_base, passes):
