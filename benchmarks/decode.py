@@ -82,7 +82,8 @@ def main(argv: list[str]) -> None:
     }  # fmt: skip
     if result["equal"]:
         e = result["equal"]
-        print(f"of {e['n']} answers {e['same']} have the token ids that `generate` gives at batch 1; EM {e['em']:.2f} "
+        print(f"of {e['n']} answers {e['same']} (alone: {e['same_alone']}) have the token ids that `generate` gives at "
+              f"batch 1; EM {e['em']:.2f} "
               f"against {e['em_generate']:.2f} (McNemar p = {e['p']:.2g}); {e['ties']} tokens were ties")  # fmt: skip
     print(json.dumps(result))
 
@@ -143,8 +144,10 @@ def equal(examples: Any, found: dict[str, Any], config: Config) -> dict[str, Any
     tokenizer, _ = load_tokenizers(config)
     texts = [{e.id: decode.to_text(tokenizer, side[e.id][0]) for e in both} for side in (ours, theirs)]
     scores = [score(both, side) for side in texts]
+    alone = found["ours"]["answers_alone"]
     return {
         "n": len(both), "same": sum(ours[e.id][0] == theirs[e.id][0] for e in both),
+        "same_alone": sum(alone[e.id] == theirs[e.id][0] for e in both),
         "ties": sum(ours[e.id][2] or 0 for e in both), "em": scores[0].em, "em_generate": scores[1].em,
         "p": mcnemar(scores[0].correct, scores[1].correct)[2],
     }  # fmt: skip

@@ -104,7 +104,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     start = {"load_s": time.perf_counter() - began}
     sizes = vars(memory.decoding(options, memory.Shapes.of(model, fused.adapter_size(model)), device))
     _, start["warm_up_s"], _ = timed(torch, lambda: dev(job["kinds"][0], paragraphs[:20]))
-    rows, answers = [], {}
+    rows, answers, answers_alone = [], {}, {}
     for kind in job["kinds"]:
         found, seconds, allocated = timed(torch, lambda kind=kind: dev(kind, paragraphs))
         rows.append(row(kind, None, [seconds], len(found), allocated))
@@ -130,8 +130,13 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         share = sum(a.accepted for a in alone) / drafted if drafted else None
         passes = sum(a.passes for a in alone) / len(alone)
         rows.append(row(kind, 1, took, len(took), allocated, drafts_accepted=share, passes=passes))
+        if kind == "natural":
+            answers_alone = {q["id"]: a.token_ids for q, a in zip(job["alone"], alone, strict=True)}
         del engine
-    return {"rows": rows, "answers": answers, "start": start, "sizes": sizes, "versions": versions()}
+    return {
+        "rows": rows, "answers": answers, "answers_alone": answers_alone, "start": start, "sizes": sizes,
+        "versions": versions(),
+    }  # fmt: skip
 
 
 def hf(job: dict[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def test_decoding_stacks_answer_the_same_questions_alike(tiny_config, dev_file, 
         assert all(("p95_ms" in r) == (r["batch"] == 1) for r in found["rows"])
     both = decode.equal(examples, {"ours": ours, "hf": theirs}, config)
     if kinds == ["natural"]:
-        assert (both["n"], both["same"], both["em"]) == (4, 4, both["em_generate"])
+        assert (both["n"], both["same"], both["same_alone"], both["em"]) == (4, 4, 4, both["em_generate"])
     else:
         assert both is None
         (passes,) = [r["passes"] for r in ours["rows"] if (r["kind"], r["batch"]) == ("b", 1)]
