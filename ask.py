@@ -30,9 +30,7 @@ def main(argv: list[str]) -> None:
     config = load(args.model, args.overrides)
     context, question = texts(args.context.strip(), args.question.strip())
     preflight.check(config.base, config.system)
-    adapter = record.trained_adapter(config)
-    if adapter and (adapter / checkpoint.SUMS).exists():
-        checkpoint.verify(adapter)
+    adapter = checkpoint.verified(record.trained_adapter(config))
     device = meter.pick_device()
     tokenizer, cutter = load_tokenizers(config)
     model = load_system(config, adapter, device)

@@ -39,9 +39,7 @@ def main(argv: list[str]) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("single queries are timed by one process; start it without a launcher")
     preflight.check(config.base, config.system)
-    adapter = record.trained_adapter(config)
-    if adapter and (adapter / checkpoint.SUMS).exists():
-        checkpoint.verify(adapter)
+    adapter = checkpoint.verified(record.trained_adapter(config))
     dev = squad.load(config.data, "dev")
     if args.measure:
         measure(config, adapter, dev, args.measure)
@@ -74,8 +72,11 @@ def main(argv: list[str]) -> None:
             "processes_p95_ms": [round(1000 * percentile([q["total"] for q in p["modes"][mode]], 95), 3) for p in found]
         }
     result |= {key: result["natural"][key] for key in ("latency", "ttft", "tpot", "mean_tokens")}
-    result["peak"] = {key: max(p["peak"][key] or 0 for p in found) or None for key in found[0]["peak"]}
     result["phases"] = phases(found)
+    result["peak"] = {
+        key: max(phase[key] or 0 for phase in result["phases"].values()) or None
+        for key in ("allocated_bytes", "reserved_bytes", "rss_bytes")
+    }
     gauges = [phase for phase in result["phases"].values() if phase.get("device_bytes")]
     result["nvml_peak"] = {
         key: max(g[key] or 0 for g in gauges) or None for key in ("process_bytes", "device_bytes")
@@ -113,9 +114,7 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
                 """One query from text to text; seconds."""
                 script = None
                 if mode == "natural" and config.base.random_weights and engine.name != "plain":  # it would never end
-                    text = " " + example.answers[0].text
-                    script = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-                    script = script[-config.window.answer :]
+                    script = decode.gold_ids(tokenizer, example.answers[0].text, config.window.answer)
                 ticks: list[float] = []
                 began = meter.now(device)
                 _, found, _ = single.ask(
@@ -139,10 +138,8 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
                 samples[mode] = [ask(example, mode) for example in tqdm(queries, desc=mode, unit="query")]
                 end_phase(mode)
     nvml = file.with_suffix(".nvml.json")
-    peaks = list(gauges.values())
     record.write_text(file, json.dumps({
         "ids": [e.id for e in queries], "modes": samples, "gauges": gauges, "engine": engine.name,
-        "peak": {key: max(p[key] or 0 for p in peaks) or None for key in peaks[0]},
         "nvml": json.loads(nvml.read_text()) if nvml.exists() else {},
     }) + "\n")  # fmt: skip
 

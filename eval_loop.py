@@ -28,9 +28,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_intermixed_args(argv)
     config = load(args.model, args.overrides)
     preflight.check(config.base, config.system)
-    adapter = record.trained_adapter(config)
-    if adapter and (adapter / checkpoint.SUMS).exists():
-        checkpoint.verify(adapter)
+    adapter = checkpoint.verified(record.trained_adapter(config))
     process = ranks.join()
     device = meter.pick_device()
 

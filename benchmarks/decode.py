@@ -36,9 +36,10 @@ COLUMNS = ("system", "answers", "batch", "questions/s", "ours is", "p50 ms", "p9
 
 def main(argv: list[str]) -> None:
     gpu = torch.cuda.is_available()
-    args = parser(gpu).parse_intermixed_args(argv)
+    arguments = parser(gpu)
+    args = arguments.parse_intermixed_args(argv)
     if "=" in args.model:
-        args.model, args.overrides = ("qlora7b" if gpu else "smollm2-raw"), [args.model, *args.overrides]
+        args.model, args.overrides = arguments.get_default("model"), [args.model, *args.overrides]
     config = load(args.model, args.overrides)
     kinds = args.scripts or (["a", "b", "c"] if config.base.random_weights else ["natural"])
     if config.base.random_weights and "natural" in kinds:
@@ -83,8 +84,8 @@ def main(argv: list[str]) -> None:
     if result["equal"]:
         e = result["equal"]
         print(f"of {e['n']} answers {e['same']} (alone: {e['same_alone']}) have the token ids that `generate` gives at "
-              f"batch 1; EM {e['em']:.2f} "
-              f"against {e['em_generate']:.2f} (McNemar p = {e['p']:.2g}); {e['ties']} tokens were ties")  # fmt: skip
+              f"batch 1; EM {e['em']:.2f} against {e['em_generate']:.2f} (McNemar p = {e['p']:.2g}); {e['ties']} of "
+              "the stream's tokens were ties")  # fmt: skip
     print(json.dumps(result))
 
 
@@ -110,11 +111,8 @@ def job_of(config: Config, args: argparse.Namespace, kinds: list[str], folder: P
     tokenizer, cutter = load_tokenizers(config)
     examples = squad.load(config.data, "dev").examples[: args.questions or None]
     trees = cache.build_trees(examples, tokenizer, config.window, train=False, window_tokenizer=cutter).trees
-    gold = {}
-    for e in examples:
-        ids = tokenizer(" " + e.answers[0].text, add_special_tokens=False).input_ids
-        gold[e.id] = [*ids[: config.window.answer - 1], tokenizer.eos_token_id]
-    questions = [
+    gold = {e.id: decode.gold_ids(tokenizer, e.answers[0].text, config.window.answer) for e in examples}
+    questions: list[dict[str, Any]] = [
         {"id": b.id, "prefix": t.prefix_ids, "prompt": b.prompt_ids, "gold": gold[b.id]}
         for t in trees
         for b in t.branches
@@ -128,7 +126,8 @@ def job_of(config: Config, args: argparse.Namespace, kinds: list[str], folder: P
     return {
         "base": base, "model": str(folder / "base") if config.base.random_weights else config.base.path,
         "adapter": str(adapter.resolve()) if adapter else None,
-        "lora": config.to_dict()["lora"], "eval": config.to_dict()["eval"], "window": config.window.tokens,
+        "lora": config.to_dict()["lora"], "eval": config.to_dict()["eval"],
+        "window": max(len(q["prefix"] + q["prompt"]) for q in questions) + config.window.answer,
         "limit": config.window.answer, "stops": decode.stop_ids(tokenizer), "eos": tokenizer.eos_token_id,
         "kinds": kinds, "batches": args.batches, "counts": {str(b): n for b, n in counts.items()},
         "questions": questions, "alone": alone, "batched": batched,
@@ -142,13 +141,13 @@ def equal(examples: Any, found: dict[str, Any], config: Config) -> dict[str, Any
     if not both:
         return None
     tokenizer, _ = load_tokenizers(config)
-    texts = [{e.id: decode.to_text(tokenizer, side[e.id][0]) for e in both} for side in (ours, theirs)]
+    texts = [{e.id: decode.to_text(tokenizer, side[e.id]) for e in both} for side in (ours, theirs)]
     scores = [score(both, side) for side in texts]
     alone = found["ours"]["answers_alone"]
     return {
-        "n": len(both), "same": sum(ours[e.id][0] == theirs[e.id][0] for e in both),
-        "same_alone": sum(alone[e.id] == theirs[e.id][0] for e in both),
-        "ties": sum(ours[e.id][2] or 0 for e in both), "em": scores[0].em, "em_generate": scores[1].em,
+        "n": len(both), "same": sum(ours[e.id] == theirs[e.id] for e in both),
+        "same_alone": sum(alone[e.id] == theirs[e.id] for e in both),
+        "ties": found["ours"]["ties"], "em": scores[0].em, "em_generate": scores[1].em,
         "p": mcnemar(scores[0].correct, scores[1].correct)[2],
     }  # fmt: skip
 

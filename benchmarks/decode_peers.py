@@ -15,6 +15,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -62,8 +64,6 @@ def row(
     kind: str, batch: int | None, seconds: list[float], n: int, allocated: float | None, **more: Any
 ) -> dict[str, Any]:
     """`batch`: None for a stream of all. Latencies only where one question is asked at a time."""
-    import numpy as np
-
     latency = {f"p{q}_ms": 1000 * float(np.percentile(seconds, q)) for q in (50, 95)} if batch == 1 else {}
     return {
         "kind": kind, "batch": batch, "questions": n, "seconds": sum(seconds), "questions_per_s": n / sum(seconds),
@@ -104,12 +104,13 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     start = {"load_s": time.perf_counter() - began}
     sizes = vars(memory.decoding(options, memory.Shapes.of(model, fused.adapter_size(model)), device))
     _, start["warm_up_s"], _ = timed(torch, lambda: dev(job["kinds"][0], paragraphs[:20]))
-    rows, answers, answers_alone = [], {}, {}
+    rows, answers, answers_alone, ties = [], {}, {}, 0
     for kind in job["kinds"]:
         found, seconds, allocated = timed(torch, lambda kind=kind: dev(kind, paragraphs))
         rows.append(row(kind, None, [seconds], len(found), allocated))
         if kind == "natural":
-            answers = {id_: [a.token_ids, a.text, a.ties] for id_, a in found.items()}
+            answers = {id_: a.token_ids for id_, a in found.items()}
+            ties = sum(a.ties or 0 for a in found.values())
     if device.type == "cuda":
         torch.cuda.empty_cache()
     for kind in job["kinds"]:
@@ -134,7 +135,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
             answers_alone = {q["id"]: a.token_ids for q, a in zip(job["alone"], alone, strict=True)}
         del engine
     return {
-        "rows": rows, "answers": answers, "answers_alone": answers_alone, "start": start, "sizes": sizes,
+        "rows": rows, "answers": answers, "answers_alone": answers_alone, "ties": ties, "start": start, "sizes": sizes,
         "versions": versions(),
     }  # fmt: skip
 
@@ -219,7 +220,7 @@ def generate(torch: Any, model: Any, job: dict[str, Any], began: float) -> dict[
                         seconds.append(took)
                         n, allocated = n + len(part), max(allocated, peak)
                         if kind == "natural" and batch == 1:
-                            answers[part[0]["id"]] = [found[0]]
+                            answers[part[0]["id"]] = found[0]
                 except torch.OutOfMemoryError:
                     torch.cuda.empty_cache()
                     continue

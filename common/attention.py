@@ -102,19 +102,33 @@ class Reach:
         return queries, max(own_used), over, max(prefix_used, default=0)
 
     @functools.cached_property
-    def by_tree(self) -> list[tuple[slice, list[slice], Tensor]]:
-        """For each tree (its branches' new tokens, the stretches of prefix and branches, mask [new, keys] bool)."""
+    def parts(self) -> list[tuple[slice, list[slice], Tensor | None]]:
+        """The new tokens of each prefix, then of each tree's branches; the stretches that they see; who sees whom.
+
+        That is a mask [new, keys] bool, None where it is plainly causal.
+        """
         own, start, used, trees, prefix, prefix_used = self.host
-        at, out = own.index(self.first), []
+        out: list[tuple[slice, list[slice], Tensor | None]] = []
+        device, at = self.own.device, 0
+
+        def seen(i: int) -> Tensor:
+            """Of stretch i, by its own new tokens."""
+            new = own[i + 1] - own[i]
+            return torch.ones(new, used[i], dtype=torch.bool).tril(used[i] - new)
+
+        while at < len(used) and own[at + 1] <= self.first:
+            whole = used[at] == own[at + 1] - own[at]
+            stretch = slice(start[at], start[at] + used[at])
+            out.append((slice(own[at], own[at + 1]), [stretch], None if whole else seen(at).to(device)))
+            at += 1
         for n, (a, b) in enumerate(pairwise(trees)):
             stretches, marks = [slice(prefix[n], prefix[n] + prefix_used[n])], []
-            while own[at] < self.first + b:
+            while at < len(used) and own[at] < self.first + b:
                 stretches.append(slice(start[at], start[at] + used[at]))
-                new = own[at + 1] - own[at]
-                marks.append(torch.ones(new, used[at], dtype=torch.bool).tril(used[at] - new))
+                marks.append(seen(at))
                 at += 1
             mask = torch.cat([torch.ones(b - a, prefix_used[n], dtype=torch.bool), torch.block_diag(*marks)], dim=1)
-            out.append((slice(self.first + a, self.first + b), stretches, mask.to(self.own.device)))
+            out.append((slice(self.first + a, self.first + b), stretches, mask.to(device)))
         return out
 
 
@@ -212,16 +226,10 @@ def _over_arena_by_tree(q: Tensor, keys: Tensor, values: Tensor, reach: Reach) -
         k, v = (torch.cat([x[:, :, s] for s in stretches], dim=2) for x in (keys, values))
         return F.scaled_dot_product_attention(q[:, :, new], k, v, mask, is_causal=mask is None, enable_gqa=True)
 
-    own, start, used, *_ = reach.host
     with sdpa_kernel(SDPBackend.MATH) if q.is_cuda else nullcontext():
-        out = []
-        for i, (a, b) in enumerate(pairwise(own)):
-            if b <= reach.first:
-                before = used[i] - (b - a)
-                mask = torch.ones(b - a, used[i], dtype=torch.bool, device=q.device).tril(before) if before else None
-                out.append(attend(slice(a, b), [slice(start[i], start[i] + used[i])], mask))
-        out += [attend(*part) for part in reach.by_tree]
-    return torch.cat([*out, q[:, :, own[-1] :] * 0], dim=2)[0].transpose(0, 1)  # padding attends to nothing
+        out = [attend(*part) for part in reach.parts]
+    # padding attends to nothing
+    return torch.cat([*out, q[:, :, reach.host[0][-1] :] * 0], dim=2)[0].transpose(0, 1)
 
 
 def _by_tree(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:

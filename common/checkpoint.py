@@ -55,6 +55,13 @@ def recover(folder: Path) -> None:
             old.rename(folder)
 
 
+def verified(adapter: Path | None) -> Path | None:
+    """The adapter folder, checked where it has checksums: one that another tool wrote has none."""
+    if adapter and (adapter / SUMS).exists():
+        verify(adapter)
+    return adapter
+
+
 def verify(folder: Path) -> None:
     """Raises `UserError` where a file is missing or not what was written."""
     recover(folder)

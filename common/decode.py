@@ -148,6 +148,12 @@ def _answers(model: Any, tokenizer: Any, pack: Pack, stops: Tensor, max_new_toke
     ]
 
 
+def gold_ids(tokenizer: Any, text: str, limit: int) -> Ids:
+    """A gold answer as a script: its ids and EOS, `limit` at most."""
+    ids = tokenizer(" " + text, add_special_tokens=False).input_ids
+    return [*ids[: limit - 1], tokenizer.eos_token_id]
+
+
 def to_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
     """The answer's first line, without special tokens and surrounding space."""
     return tokenizer.decode(token_ids, skip_special_tokens=True).partition("\n")[0].strip()

@@ -1,9 +1,8 @@
-"""A decoder layer's seven frozen matrices as one tensor: in 4 bits one call dequantises them all.
+"""Frozen matrices that read the same input, as one: a layer's q, k and v, or its gate and up.
 
-Those that read the same input lie below each other, so one product computes q, k and v, and one gate and up. The
-linears' own weights become views of the one tensor, so nothing is stored twice and PEFT's modules go on as ever. NF4
-and FP4 are bitsandbytes' own: blocks of 64 numbers in a row with one absmax each, which a matrix whose size is a
-multiple of that lets lie in any order.
+So one call dequantises them and one product computes them all. The linears' own weights become views of the one tensor:
+nothing is stored twice, and PEFT's modules go on as ever. NF4 and FP4 are bitsandbytes' own: blocks of 64 numbers in a
+row with one absmax each, so matrices of whole blocks may lie below each other.
 """
 
 import math
@@ -24,8 +23,9 @@ class Matrix:
         self.shape = (sum(self.rows), linears[0].in_features)
         self.dtype = dtype
         self.whole: Tensor | None = None  # the weights as they are stored; None where they cannot be joined
-        states = [getattr(w, "quant_state", None) for w in self.weights]
-        if all(state and math.prod(state.shape) % state.blocksize == 0 for state in states):
+        states: list[Any] = [getattr(w, "quant_state", None) for w in self.weights]
+        self.four_bit = all(states)
+        if self.four_bit and all(math.prod(state.shape) % state.blocksize == 0 for state in states):
             self._join_constants(states)
             self.whole = _join(self.weights)
         elif not any(states) and len({w.dtype for w in self.weights}) == 1:
@@ -36,10 +36,6 @@ class Matrix:
             return torch.cat([_alone(w, self.dtype) for w in self.weights])
         numbers = self.whole if self.whole.is_floating_point() else self._dequantised(self.whole)
         return numbers.to(self.dtype).view(self.shape)
-
-    @property
-    def four_bit(self) -> bool:
-        return all(getattr(w, "quant_state", None) is not None for w in self.weights)
 
     def products(self, x: Tensor) -> Tensor:
         """x [T, columns] → [T, rows of all], by bitsandbytes' own choice for so many tokens; of 4-bit weights."""

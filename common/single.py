@@ -212,6 +212,8 @@ def draft_from(prompt_ids: Ids, token_ids: Ids, most: int) -> Ids:
         counts, asked = Counter(prompt_ids), set(prompt_ids[-NEAR:])
 
         def about(place: int) -> float:
+            if place > len(prompt_ids) - NEAR:
+                return 0.0  # the question itself
             near = set(prompt_ids[max(0, place - NEAR) : place + NEAR])
             return sum(1 / counts[token] for token in near & asked)
 

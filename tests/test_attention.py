@@ -117,28 +117,30 @@ def test_new_tokens_see_their_own_stretch_and_their_prefix(trees):
     torch.testing.assert_close(attention.over_arena(q, keys, values, reach), expected)
 
 
-def test_two_sets_of_keys_join_to_the_whole():
+def halves() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Attention over some keys, over the others, their log-sum-exps; and over all."""
     q, k, v = (torch.randn(2, 5, 8, dtype=torch.float64) for _ in range(3))  # [H, T, D]
     scores = q @ k.transpose(1, 2)
-    parts = [(scores[..., s].softmax(-1) @ v[:, s], scores[..., s].logsumexp(-1)) for s in (slice(2), slice(2, 5))]
-    (out, lse), (over, lse_over) = ((o.transpose(0, 1), x.T) for o, x in parts)
-    whole = (scores.softmax(-1) @ v).transpose(0, 1)
-    torch.testing.assert_close(attention._joined(out, over, lse, lse_over), whole)
+    parts = (slice(2), slice(2, 5))
+    out = [(scores[..., s].softmax(-1) @ v[:, s]).transpose(0, 1) for s in parts]
+    lse = [scores[..., s].logsumexp(-1).T for s in parts]
+    return [*out, *lse], (scores.softmax(-1) @ v).transpose(0, 1), scores.logsumexp(-1).T
+
+
+def test_two_sets_of_keys_join_to_the_whole():
+    parts, whole, _ = halves()
+    torch.testing.assert_close(attention._joined(*parts), whole)
 
 
 def test_two_parts_join_to_the_whole():
     """`_join` with the log-sum-exps of each part is attention over both."""
-    q, k, v = (torch.randn(2, 5, 8, dtype=torch.float64) for _ in range(3))  # [H, T, D]
-    scores = q @ k.transpose(1, 2)
-    parts = [(scores[..., s].softmax(-1) @ v[:, s], scores[..., s].logsumexp(-1)) for s in (slice(2), slice(2, 5))]
-    (out, lse), (over, lse_over) = ((o.transpose(0, 1), x.T) for o, x in parts)
+    parts, whole, whole_lse = halves()
     some = torch.tensor([True, True, False, True, False])[:, None]
     shared = torch.tensor([False, False, True, False, False])[:, None]
-    joined, both = attention._join(out, over, lse, lse_over, some, shared)
-    whole = (scores.softmax(-1) @ v).transpose(0, 1)
+    joined, both = attention._join(*parts, some, shared)
     torch.testing.assert_close(joined[some[:, 0]], whole[some[:, 0]])
-    torch.testing.assert_close(both[some[:, 0]], scores.logsumexp(-1).T[some[:, 0]])
-    torch.testing.assert_close(joined[2], out[2])
+    torch.testing.assert_close(both[some[:, 0]], whole_lse[some[:, 0]])
+    torch.testing.assert_close(joined[2], parts[0][2])
     assert (joined[4] == 0).all(), "padding"
 
 
