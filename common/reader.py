@@ -18,15 +18,13 @@ from common.fused import (
     matrices_of,
     norm,
     rotate,
-    scaled,
     swiglu,
     unreadable,
 )
+from common.matrices import FEW
 
 import torch
 from torch import Tensor
-
-FEW = 16  # tokens: for as many bitsandbytes may multiply by 4-bit numbers as they are; which, it decides by the card
 
 _OWN = ("ids", "drawn", "position", "slot", "keep", "forced")
 _OF_REACH = ("own", "own_start", "own_used", "trees", "prefix_start", "prefix_used")
@@ -80,7 +78,7 @@ class Drawn:
 class Layer:
     """One decoder layer, forward; its adapter's weights are copied in the compute dtype.
 
-    Linears that share their input share both LoRA products too, their Bs being blocks of one matrix.
+    Linears that share their input share both LoRA products too, their Bs, scaled, being blocks of one matrix.
     """
 
     def __init__(self, module: Any, dtype: torch.dtype):
@@ -89,15 +87,14 @@ class Layer:
         self.eps = module.input_layernorm.variance_epsilon
         self.head_dim = module.self_attn.head_dim
         adapter, groups = adapter_of(module)
-        self.scale = adapter.scale
-        self.lora: list[tuple[Tensor, Tensor] | None] = []
+        self.lora: list[Any] = []  # by group: A [R, K], B [N, R] of all its linears; or None, None
         for (a, b), adapted, rows in zip(groups, adapter.adapted, (m.rows for m in self.matrices), strict=True):
             if not a:
-                self.lora.append(None)
+                self.lora.append((None, None))
                 continue
             bs = iter(b)
             blocks = [next(bs) if yes else a[0].new_empty(n, 0) for yes, n in zip(adapted, rows, strict=True)]
-            self.lora.append((torch.cat(a).to(dtype), torch.block_diag(*blocks).to(dtype)))
+            self.lora.append((torch.cat(a).to(dtype), (torch.block_diag(*blocks) * adapter.scale).to(dtype)))
 
     def __call__(self, x: Tensor, rope: Rope, keys: Tensor, values: Tensor, slot: Tensor, reach: Reach) -> Tensor:
         """[T, hidden] → [T, hidden]; keys and values [A, G, D] take in the new tokens' at `slot` [T]."""
@@ -110,19 +107,14 @@ class Layer:
         out = attention.over_arena(q, keys, values, reach)
         x, n, _ = add_norm(x, self._project(out.flatten(1), 1), self.norms[1], self.eps)
         gate, up = self._project(n, 2).chunk(2, dim=1)
-        return self._project(swiglu(gate, up), 3).add_(x)
+        return self._project(swiglu(gate, up), 3, x)
 
-    def _project(self, x: Tensor, g: int) -> Tensor:
-        matrix, lora = self.matrices[g], self.lora[g]
-        update = None
-        if lora is not None:
-            a, b = lora
-            update = scaled(x @ a.T, self.scale) @ b.T
+    def _project(self, x: Tensor, g: int, add: Tensor | None = None) -> Tensor:
+        matrix, (a, b) = self.matrices[g], self.lora[g]
         if matrix.four_bit and x.is_cuda and len(x) <= FEW:
-            out = matrix.products(x)
-            return out if update is None else update.add_(out)
-        weight = matrix()
-        return x @ weight.T if update is None else update.addmm_(x, weight.T)
+            return matrix.products(x, a, b, add)
+        out = x @ matrix().T if a is None else (x @ a.T @ b.T).addmm_(x, matrix().T)
+        return out if add is None else out.add_(add)
 
 
 class Reader:

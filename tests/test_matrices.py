@@ -60,7 +60,7 @@ def test_nothing_is_stored_twice(kind):
     whole = matrix.whole.untyped_storage()
     assert all(m.weight.data.untyped_storage().data_ptr() == whole.data_ptr() for m in linears)
     if "double" in kind:
-        assert matrix.absmax.dtype == torch.uint8, "the second quantisation stays"
+        assert matrix.codes.absmax.dtype == torch.uint8, "the second quantisation stays"
         states = [m.weight.quant_state for m in linears]
         assert len({s.absmax.untyped_storage().data_ptr() for s in states}) == 1
         assert len({s.state2.absmax.untyped_storage().data_ptr() for s in states}) == 1
@@ -68,4 +68,7 @@ def test_nothing_is_stored_twice(kind):
     torch.testing.assert_close(torch.cat([m(x) for m in linears], dim=1), x @ matrix().T, atol=1e-4, rtol=1e-4)
     assert matrix.four_bit == (kind != "plain")
     if matrix.four_bit:
+        a, b, add = torch.randn(5, 256), torch.randn(448, 5), torch.randn(3, 448)
         torch.testing.assert_close(matrix.products(x), x @ matrix().T, atol=1e-4, rtol=1e-4)
+        expected = x @ (matrix() + b @ a).T + add
+        torch.testing.assert_close(matrix.products(x, a, b, add), expected, atol=1e-2, rtol=1e-4)

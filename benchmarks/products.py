@@ -1,0 +1,136 @@
+"""What one layer's 4-bit products take, by how many tokens share them and by the way they are computed.
+
+    python benchmarks/products.py [--shape configs/shapes/llama-2-7b] [--tokens 1 4 ...]
+
+The ways: ours (`common.four_bit`: for few tokens its products, else its dequantisation and a product); bitsandbytes'
+choice (`matmul_4bit`), its fused kernel whatever the number of tokens, its dequantisation and a product; dequantisation
+written in torch and compiled; and a product of 16-bit weights, which is no way but what the rest is measured against.
+Prints a table of microseconds a layer and one JSON line. Every way is one CUDA graph over several layers' weights:
+launches cost nothing, and the cache helps little.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import meter
+from common.errors import UserError, one_line_errors
+from common.matrices import FEW, NESTED, Matrix
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+LAYERS, REPEATS = 4, 9
+DTYPE = torch.bfloat16
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--shape", default="configs/shapes/llama-2-7b", help="a folder with a config.json")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 5, 7, 8, 16, 32, 64, 128, 256])
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA device, and this measures a GPU's kernels")
+    c, device = AutoConfig.from_pretrained(args.shape), meter.pick_device()
+    kv = c.hidden_size * c.num_key_value_heads // c.num_attention_heads
+    shapes = {  # columns, rows of every matrix that reads them
+        "q, k, v": (c.hidden_size, [c.hidden_size, kv, kv]),
+        "o": (c.hidden_size, [c.hidden_size]),
+        "gate, up": (c.hidden_size, [c.intermediate_size] * 2),
+        "down": (c.intermediate_size, [c.hidden_size]),
+    }
+    result: dict[str, Any] = {}
+    names = ("ours", "bitsandbytes", "its fused kernel", "dequantised", "compiled", "16 bits")
+    print(f"{meter.describe(device)['name']}: microseconds a layer")
+    print(f"{'':18}{'tokens':>8}" + "".join(f"{name:>18}" for name in names))
+    totals: dict[int, dict[str, float]] = {n: dict.fromkeys(names, 0.0) for n in args.tokens}
+    for group, (columns, rows) in shapes.items():
+        layers = [Weights(columns, rows, device) for _ in range(LAYERS)]
+        for tokens in args.tokens:
+            x = torch.randn(tokens, columns, device=device, dtype=DTYPE)
+            ways = {
+                names[0]: lambda w, x=x: w.ours.products(x) if len(x) <= FEW else x @ w.ours().T,
+                names[1]: lambda w, x=x: w.theirs.products(x),
+                names[2]: lambda w, x=x: w.fused(x),
+                names[3]: lambda w, x=x: x @ w.theirs().T,
+                names[4]: lambda w, x=x: x @ w.compiled().T,
+                names[5]: lambda w, x=x: x @ w.plain.T,
+            }
+            took = {name: microseconds(way, layers) for name, way in ways.items()}
+            result[f"{group} {tokens}"] = took
+            print(f"{group:18}{tokens:8}" + "".join(f"{value:18.1f}" for value in took.values()), flush=True)
+            for name, value in took.items():
+                totals[tokens][name] += value
+    for tokens, took in totals.items():
+        print(f"{'a layer':18}{tokens:8}" + "".join(f"{value:18.1f}" for value in took.values()))
+    print(json.dumps({"groups": result, "layer": totals}))
+
+
+class Weights:
+    """One layer's matrices that share their input, every way."""
+
+    def __init__(self, columns: int, rows: list[int], device: torch.device):
+        linears = []
+        for n in rows:
+            linear = bnb.nn.Linear4bit(columns, n, bias=False, compute_dtype=DTYPE, quant_type="nf4")
+            linears.append(linear.to(device, DTYPE))
+        self.ours, self.theirs = Matrix(linears, DTYPE), Matrix(linears, DTYPE)
+        if not self.ours.kernels:
+            raise UserError("this GPU cannot run common.four_bit: compute capability 8.0 is needed")
+        self.theirs.kernels = None
+        self.plain = self.ours()
+
+    def fused(self, x: Tensor) -> Tensor:
+        from bitsandbytes.backends.cuda import ops  # cannot be imported without a GPU
+
+        with mock.patch.object(ops, "_gemm_4bit_use_custom_fn", return_value=True):
+            return self.theirs.products(x)
+
+    def compiled(self) -> Tensor:
+        codes: Any = self.ours.codes
+        absmax = codes.levels2[codes.absmax.int()].view(-1, NESTED) * codes.absmax2[:, None] + codes.offset[:, None]
+        return dequantised(codes.numbers, absmax.view(-1), codes.levels, codes.blocksize).view(self.ours.shape)
+
+
+@torch.compile
+def dequantised(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
+    """Two numbers a byte, the first in the upper half."""
+    packed = codes.view(-1).int()
+    numbers = code[torch.stack([packed >> 4, packed & 15], dim=1)]
+    return (numbers.view(-1, blocksize) * absmax[:, None]).to(DTYPE)
+
+
+def microseconds(way: Any, layers: list[Weights]) -> float:
+    """Of one layer; the median of several runs of a graph over all."""
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for w in layers:
+                way(w)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for w in layers:
+                way(w)
+    took = []
+    for _ in range(REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        took.append(1000 * start.elapsed_time(end) / len(layers))
+    return statistics.median(took)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])
