@@ -36,11 +36,13 @@ def main(argv: list[str]) -> None:
     model = load_system(config, adapter, device)
     with meter.out_of_memory("a single query does not fit: lower window.context, or base.quant=nf4"):
         stops = decode.stop_ids(tokenizer)
-        engine = single.engine(model, stops, config.window, config.eval)
+        engine = single.engine(model, stops, config.window, config.eval, config.prompt)
         example = Example("asked", "", context, question, ())
-        single.ask(engine, tokenizer, example, config.window, cutter)  # the first compiles, and loads kernels
+        single.ask(
+            engine, tokenizer, example, config.window, cutter, options=config.prompt
+        )  # the first compiles, and loads kernels
         began = meter.now(device)
-        text, found, cut = single.ask(engine, tokenizer, example, config.window, cutter)
+        text, found, cut = single.ask(engine, tokenizer, example, config.window, cutter, options=config.prompt)
         seconds = meter.now(device) - began
 
     best, at = found[0], context.find(text) if text else -1

@@ -107,7 +107,7 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
         with meter.out_of_memory(
             "a single query does not fit beside the base: lower window.context, or base.quant=nf4"
         ):
-            engine = single.engine(model, stops, config.window, config.eval)
+            engine = single.engine(model, stops, config.window, config.eval, config.prompt)
             end_phase("load")
 
             def ask(example: squad.Example, mode: str) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
                 began = meter.now(device)
                 _, found, _ = single.ask(
                     engine, tokenizer, example, config.window, cutter, script, mode == "fixed",
-                    lambda n: ticks.append(meter.now(device)),
+                    lambda n: ticks.append(meter.now(device)), config.prompt,
                 )  # fmt: skip
                 total = meter.now(device) - began
                 sums = {key: sum(getattr(a, key) for a in found) for key in ("passes", "drafted", "accepted")}

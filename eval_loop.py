@@ -36,7 +36,9 @@ def main(argv: list[str]) -> None:
     dev = squad.load(config.data, "dev")
     tokenizer, cutter = load_tokenizers(config)
     model = load_system(config, adapter, device)
-    built = cache.build_trees(dev.examples, tokenizer, config.window, train=False, window_tokenizer=cutter)
+    built = cache.build_trees(
+        dev.examples, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
+    )
 
     # ---- decode, score ---------------------------------------------------------------------------------------------
     stops = decode.stop_ids(tokenizer)

@@ -112,8 +112,12 @@ def main(argv: list[str]) -> None:
         train_examples, stop_examples = squad.hold_out(train_examples, stop.heldout_share)
     stop_examples = squad.stratified(stop_examples, stop.questions or len(stop_examples))
     tokenizer, cutter = load_tokenizers(config)
-    built = cache.build_trees(train_examples, tokenizer, config.window, train=True, window_tokenizer=cutter)
-    stop_trees = cache.build_trees(stop_examples, tokenizer, config.window, train=False, window_tokenizer=cutter).trees
+    built = cache.build_trees(
+        train_examples, tokenizer, config.window, train=True, options=config.prompt, window_tokenizer=cutter
+    )
+    stop_trees = cache.build_trees(
+        stop_examples, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
+    ).trees
     trees = plan.bounded(built.trees, train.questions_per_step)
     if not trees:
         raise UserError(f"{train_set.source}: no question is left to train on ({built.counts})")

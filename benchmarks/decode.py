@@ -44,6 +44,8 @@ def main(argv: list[str]) -> None:
     kinds = args.scripts or (["a", "b", "c"] if config.base.random_weights else ["natural"])
     if config.base.random_weights and "natural" in kinds:
         raise UserError("random weights never end an answer: --scripts a, b or c")
+    if config.prompt.two_way:
+        raise UserError("no other stack reads two-way prefixes: prompt.two_way=false")
     preflight.check(config.base, config.system)
     with tempfile.TemporaryDirectory(prefix="decode-") as folder:
         job, examples = job_of(config, args, kinds, Path(folder))
@@ -110,7 +112,9 @@ def job_of(config: Config, args: argparse.Namespace, kinds: list[str], folder: P
     """What every stack is told, and the questions' examples."""
     tokenizer, cutter = load_tokenizers(config)
     examples = squad.load(config.data, "dev").examples[: args.questions or None]
-    trees = cache.build_trees(examples, tokenizer, config.window, train=False, window_tokenizer=cutter).trees
+    trees = cache.build_trees(
+        examples, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
+    ).trees
     gold = {e.id: decode.gold_ids(tokenizer, e.answers[0].text, config.window.answer) for e in examples}
     questions: list[dict[str, Any]] = [
         {"id": b.id, "prefix": t.prefix_ids, "prompt": b.prompt_ids, "gold": gold[b.id]}

@@ -162,7 +162,9 @@ def job_of(config: Config, args: argparse.Namespace, work: Path) -> dict[str, An
     assert config.lora
     tokenizer, cutter = load_tokenizers(config)
     examples = squad.load(config.data, "train").examples
-    built = cache.build_trees(examples, tokenizer, config.window, train=True, window_tokenizer=cutter)
+    built = cache.build_trees(
+        examples, tokenizer, config.window, train=True, options=config.prompt, window_tokenizer=cutter
+    )
     per_step = config.train.questions_per_step
     trees = plan.bounded(built.trees, per_step)
     steps = plan.epoch(trees, config.seed, 0, per_step)[: args.warmup + args.steps]

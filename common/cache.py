@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common import prompt
-from common.config import Window
+from common.config import Prompt, Window
 from common.prompt import Branch, Tree, Trees
 from common.squad import Example
 
@@ -25,21 +25,28 @@ FOLDER = Path(__file__).resolve().parent.parent / ".cache" / "trees"
 
 
 def build_trees(
-    examples: Sequence[Example], tokenizer: Any, window: Window, *, train: bool, window_tokenizer: Any = None
-) -> Trees:
+    examples: Sequence[Example], tokenizer: Any, window: Window, *, train: bool, options: Prompt = Prompt(),  # noqa: B008
+    window_tokenizer: Any = None,
+) -> Trees:  # fmt: skip
     """`prompt.build_trees`, kept in `FOLDER` where there are many questions. An unreadable file is made anew."""
+
+    def build() -> Trees:
+        return prompt.build_trees(
+            examples, tokenizer, window, train=train, options=options, window_tokenizer=window_tokenizer
+        )
+
     if len(examples) < prompt.MANY:
-        return prompt.build_trees(examples, tokenizer, window, train=train, window_tokenizer=window_tokenizer)
-    decides = hashlib.sha256(repr((prompt.fingerprint(), window, train, tokenizer.eos_token_id)).encode())
+        return build()
+    decides = hashlib.sha256(repr((prompt.fingerprint(options), window, train, tokenizer.eos_token_id)).encode())
     code = [Path(module).read_text() for module in (__file__, prompt.__file__)] + [tokenizers.__version__]
     vocabularies = (t.backend_tokenizer.to_str() for t in (tokenizer, window_tokenizer or tokenizer))
     for part in (*code, *vocabularies, *map(repr, examples)):
         decides.update(part.encode())
     path = FOLDER / f"{decides.hexdigest()[:32]}.npz"
     try:
-        return _read(path)
+        return _read(path, options.two_way)
     except Exception:  # absent, or damaged in one of many ways
-        built = prompt.build_trees(examples, tokenizer, window, train=train, window_tokenizer=window_tokenizer)
+        built = build()
     try:
         _write(path, built)
     except OSError:  # no room, or no folder of ours: then without
@@ -68,7 +75,7 @@ def _partial(path: Path) -> Path:
     return path.with_suffix(f".{os.getpid()}")
 
 
-def _read(path: Path) -> Trees:
+def _read(path: Path, two_way: bool) -> Trees:
     with np.load(path) as file:
         ids, lengths, sizes = (file[name].tolist() for name in ("ids", "lengths", "branches"))
         counts, questions = json.loads(file["rest"].tobytes())
@@ -76,5 +83,7 @@ def _read(path: Path) -> Trees:
     parts = (ids[a:b] for a, b in itertools.pairwise(ends))
     prefixes = [next(parts) for _ in sizes]
     branches = (Branch(question, next(parts), next(parts)) for question in questions)
-    trees = [Tree(prefix, tuple(itertools.islice(branches, n))) for prefix, n in zip(prefixes, sizes, strict=True)]
+    trees = [
+        Tree(prefix, tuple(itertools.islice(branches, n)), two_way) for prefix, n in zip(prefixes, sizes, strict=True)
+    ]
     return Trees(trees, counts)

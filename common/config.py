@@ -91,6 +91,19 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    order: Literal["context", "question", "both"] = "context"  # what comes first; both: the question before and after
+    two_way: bool = False  # a paragraph's tokens see each other in both directions, not the later the earlier alone
+
+    def __post_init__(self) -> None:
+        _need(not self.two_way or self.order == "context", "two_way", "is for what questions share: order=context")
+
+    def spare(self, window: Window) -> int:
+        """Tokens of `window.context` that this order needs for else: 4 since texts elsewhere may have more tokens."""
+        return {"context": 0, "question": 4, "both": 4 + window.question}[self.order]
+
+
+@dataclass(frozen=True)
 class Train:
     lr: float = 2e-4  # peak learning rate
     epochs: float = 1.0  # passes over the train set
@@ -164,6 +177,7 @@ class Config:
     adapter: str | None = None  # folder of a trained adapter; null: the newest run of this system
     data: Data = field(default_factory=Data)
     window: Window = field(default_factory=Window)
+    prompt: Prompt = field(default_factory=Prompt)
     train: Train = field(default_factory=Train)
     early_stop: EarlyStop = field(default_factory=EarlyStop)
     eval: Eval = field(default_factory=Eval)
@@ -174,6 +188,8 @@ class Config:
     def __post_init__(self) -> None:
         _need(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.system) is not None, "system", "use letters, digits, - _")
         _need(self.seed >= 0, "seed", "must be ≥ 0")
+        left = self.window.context - self.prompt.spare(self.window)
+        _need(left >= 16, "prompt", f"in this order {left} tokens are left for the context; raise window.context")
         _need(self.adapter is None or self.lora is not None, "adapter", "needs a lora section beside it")
 
     def to_dict(self) -> dict[str, Any]:

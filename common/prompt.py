@@ -10,10 +10,10 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from common.config import Window
+from common.config import Prompt, Window
 from common.errors import UserError
 from common.squad import Example
 
@@ -23,6 +23,11 @@ VERSION = "1"
 _CONTEXT = "Context: {}"
 _QUESTION = "\n\nQuestion: {}\n\nAnswer:"
 _TARGET = " {}"  # then EOS
+_ORDERS = {  # of each, the text of context and question
+    "context": _CONTEXT + _QUESTION,
+    "question": "Question: {1}\n\nContext: {0}\n\nAnswer:",
+    "both": "Question: {1}\n\nContext: {0}\n\nQuestion: {1}\n\nAnswer:",
+}
 _SHARED = _CONTEXT + _QUESTION.partition(" {}")[0]  # what all questions of a paragraph begin with
 
 MANY = 5000  # texts: so many take a while
@@ -30,14 +35,17 @@ MANY = 5000  # texts: so many take a while
 Ids = list[int]
 
 
-def fingerprint() -> str:
-    """Changes with any byte of the prompt."""
-    return hashlib.sha256("\0".join((VERSION, _CONTEXT, _QUESTION, _TARGET)).encode()).hexdigest()[:12]
+def fingerprint(options: Prompt = Prompt()) -> str:  # noqa: B008 - frozen
+    """Changes with any byte of the prompt, and with who sees whom in it."""
+    parts = [VERSION, _CONTEXT, _QUESTION, _TARGET]
+    parts += [_ORDERS[options.order]] if options.order != "context" else []
+    parts += ["two-way"] if options.two_way else []
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
-def text(context: str, question: str) -> str:
+def text(context: str, question: str, order: str = "context") -> str:
     """The prompt of one question, the same bytes for every system."""
-    return _CONTEXT.format(context) + _QUESTION.format(question)
+    return _ORDERS[order].format(context, question)
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Tree:
 
     prefix_ids: Ids
     branches: tuple[Branch, ...]
+    two_way: bool = False  # the prefix's tokens see each other in both directions
 
     def __len__(self) -> int:
         return len(self.prefix_ids) + sum(map(len, self.branches))
@@ -68,10 +77,10 @@ class Tree:
         for branch in self.branches:
             size = len(self.prefix_ids) + sum(map(len, group)) + len(branch)
             if group and (size > max_tokens or len(group) == max_questions):
-                yield Tree(self.prefix_ids, tuple(group))
+                yield replace(self, branches=tuple(group))
                 group = []
             group.append(branch)
-        yield Tree(self.prefix_ids, tuple(group))
+        yield replace(self, branches=tuple(group))
 
 
 @dataclass(frozen=True)
@@ -96,10 +105,13 @@ def build_trees(
     window: Window,
     *,
     train: bool,
+    options: Prompt = Prompt(),  # noqa: B008 - frozen
     window_tokenizer: Any = None,
     progress: bool = True,
 ) -> Trees:
     """Cut every text to its window, tokenise, and gather the questions of a paragraph below their common prefix.
+
+    Where the question comes first nothing is shared: each has a tree of its own.
 
     `train` adds the first gold answer and EOS; there a question goes to the first window that holds its answer, or is
     dropped. Counts: `questions`, `truncated` (context cut, or read in windows), `dropped_outside` and `dropped_long`
@@ -108,8 +120,9 @@ def build_trees(
     counts = Counter(questions=0, truncated=0)
     if train:
         counts.update(dropped_outside=0, dropped_long=0)
-    rows = list(_rows(list(examples), window_tokenizer or tokenizer, window, train, counts))
+    rows = list(_rows(list(examples), window_tokenizer or tokenizer, window, options, train, counts))
     groups: dict[object, list[Branch]] = {}
+    ends: dict[object, int] = {}  # of what all questions of a group begin with, in tokens
     for row, encoding in zip(
         rows, _encode(tokenizer, [row.prompt + row.target for row in rows], progress), strict=True
     ):
@@ -123,17 +136,26 @@ def build_trees(
             counts["dropped_long"] += 1
             continue
         # a question whose ids differ from the others' in what all begin with gets a tree of its own
-        shared = _tokens_within(encoding, len(_SHARED.format(row.context)))
-        groups.setdefault((row.context, *ids[: shared or n]), []).append(Branch(row.id, ids[:n], answer_ids))
-    return Trees([_tree(group) for group in groups.values()], dict(counts))
+        first = options.order == "context"
+        shared = _tokens_within(encoding, len(_SHARED.format(row.context))) if first else None
+        if shared is None and options.two_way:
+            raise UserError(f"question {row.id}: this tokenizer merges paragraph and question: prompt.two_way=false")
+        key = (row.context, *ids[: shared or n])
+        groups.setdefault(key, []).append(Branch(row.id, ids[:n], answer_ids))
+        ends[key] = shared or n
+    trees = (_tree(group, ends[key] if options.two_way else None) for key, group in groups.items())
+    return Trees(list(trees), dict(counts))
 
 
-def _tree(branches: list[Branch]) -> Tree:
-    """Lift the longest common id prefix out of the branches; the last prompt token stays in its branch."""
+def _tree(branches: list[Branch], end: int | None) -> Tree:
+    """Lift a prefix out of the branches: of `end` tokens, where it is two-way; else the longest that all have.
+
+    So what a two-way prefix is depends on the paragraph alone. The last prompt token stays in its branch.
+    """
     low, high = min(b.prompt_ids for b in branches), max(b.prompt_ids for b in branches)
     same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
-    n = min(same, min(len(b.prompt_ids) for b in branches) - 1)
-    return Tree(low[:n], tuple(Branch(b.id, b.prompt_ids[n:], b.answer_ids) for b in branches))
+    n = end or min(same, min(len(b.prompt_ids) for b in branches) - 1)
+    return Tree(low[:n], tuple(Branch(b.id, b.prompt_ids[n:], b.answer_ids) for b in branches), end is not None)
 
 
 # ---- the window ----------------------------------------------------------------------------------------------------
@@ -141,7 +163,11 @@ def _tree(branches: list[Branch]) -> Tree:
 Span = tuple[int, int]  # characters
 
 
-def _rows(examples: list[Example], tokenizer: Any, window: Window, train: bool, counts: Counter[str]) -> Iterator[_Row]:
+def _rows(
+    examples: list[Example], tokenizer: Any, window: Window, options: Prompt, train: bool, counts: Counter[str]
+) -> Iterator[_Row]:
+    limit = window.context - options.spare(window)
+    window = replace(window, context=limit, stride=min(window.stride, limit))
     contexts = list(dict.fromkeys(e.context.strip() for e in examples))
     windows = dict(zip(contexts, _context_windows(contexts, tokenizer, window), strict=True))
     questions = list(dict.fromkeys(e.question.strip() for e in examples))
@@ -163,7 +189,7 @@ def _rows(examples: list[Example], tokenizer: Any, window: Window, train: bool, 
             target = _TARGET.format(answer.text.strip())
         for a, b in spans:
             part = context[a:b].strip()
-            yield _Row(example.id, part, text(part, question), target)
+            yield _Row(example.id, part, text(part, question, options.order), target)
 
 
 def _context_windows(contexts: list[str], tokenizer: Any, window: Window) -> list[list[Span]]:

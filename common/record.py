@@ -99,7 +99,7 @@ def write(
         "must_match": {
             "data": data.sha256,
             "questions": len(data.examples),
-            "prompt": prompt.fingerprint(),
+            "prompt": prompt.fingerprint(config.prompt),
             "scorer": score.VERSION,
             "window": config.to_dict()["window"],
         },

@@ -24,6 +24,7 @@ from common.prompt import Branch, Tree
 from common.single import Single
 from tests.conftest import ROOT
 from tests.test_attention import reach_of
+from tests.test_attention import trees_of as attention_trees
 from tests.test_decode import LIMIT, demo_trees, generated
 from tests.test_fused import adapter_weights, fused_gradient, off
 from tests.test_model import four_bit_bytes, train_a_little
@@ -317,9 +318,36 @@ def test_kernels_of_4_bits_compute_what_bitsandbytes_does(dtype, double, rows, c
                 assert off(matrix.products(x, a, b, add), expected) < 0.004
 
 
-@pytest.mark.parametrize("growing", [False, True])
+@pytest.mark.parametrize("two_way", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_flash_attention_over_an_arena_is_that_of_products(monkeypatch, dtype, growing):
+def test_flash_attention_over_trees_is_that_of_products(monkeypatch, dtype, two_way):
+    """Forward and backward, of a padded pack: no token of the padding gets in, whatever memory held."""
+    rng = random.Random(0)
+    shapes = [(rng.randrange(1, 300), [rng.randrange(1, 60) for _ in range(rng.randrange(1, 8))]) for _ in range(12)]
+    batch = pack(attention_trees(shapes, two_way))
+    padded = Room.of([batch], most_tokens=4096).pad(batch).to(GPU)
+    n, total = padded.n_tokens, len(padded.input_ids)
+    torch.manual_seed(0)
+    q, k, v, d_out = (torch.randn(total, heads, 128, dtype=dtype, device=GPU) for heads in (8, 4, 4, 8))
+    for x in (q, k, v):
+        x[n:] = torch.nan
+    d_out[n:] = 0
+    out, lse = attention.forward(q, k, v, padded.spans)
+    gradients = attention.backward(d_out, q, k, v, out, lse, padded.spans)
+    with monkeypatch.context() as patch:
+        without_flash(patch)
+        wide = [x[:n].float() for x in (q, k, v)]
+        expected, _ = attention.forward(*wide, batch.to(GPU).spans)
+        truth = attention.backward(d_out[:n].float(), *wide, expected, None, batch.to(GPU).spans)
+    for ours, theirs in zip((out, *gradients), (expected, *truth), strict=True):
+        assert off(ours[:n].float(), theirs) < 0.01
+        assert not ours[n:].any()
+
+
+@pytest.mark.parametrize("growing", [False, True])
+@pytest.mark.parametrize("two_way", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_flash_attention_over_an_arena_is_that_of_products(monkeypatch, dtype, two_way, growing):
     """Stretches of all sizes, with garbage in the gaps; queries are the last of their stretch, one or many.
 
     `growing`: one query alone of each tree, as in the last passes, for which the kernels have a layout of their own.
@@ -333,8 +361,8 @@ def test_flash_attention_over_an_arena_is_that_of_products(monkeypatch, dtype, g
             for _ in range(1 if growing else rng.randrange(1, 9))
         ]
         trees.append((prefix, prefix if new else 0, branches))
-    trees += [] if growing else [(200, 16, [])]  # as drafts are read
-    host, slots, seen = reach_of(trees)
+    trees += [] if growing or two_way else [(200, 16, [])]  # as drafts are read
+    host, slots, seen = reach_of(trees, two_way)
     tensors = {f.name: x.to(GPU) for f in fields(host) if isinstance(x := getattr(host, f.name), torch.Tensor)}
     reach = replace(host, **tensors)
     torch.manual_seed(0)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from common import prompt
-from common.config import Window
+from common.config import Prompt, Window
 from common.errors import UserError
 from common.prompt import build_trees
 from common.squad import Answer, Example, read
@@ -42,8 +42,47 @@ def test_the_prompt_is_these_bytes():
     assert prompt.text("A canal.", "What is it?") == "Context: A canal.\n\nQuestion: What is it?\n\nAnswer:"
 
 
+@pytest.mark.parametrize(
+    ("order", "text"),
+    [
+        ("context", "Context: A canal.\n\nQuestion: What is it?\n\nAnswer:"),
+        ("question", "Question: What is it?\n\nContext: A canal.\n\nAnswer:"),
+        ("both", "Question: What is it?\n\nContext: A canal.\n\nQuestion: What is it?\n\nAnswer:"),
+    ],
+)
+def test_orders_of_the_prompt_are_these_bytes(tokenizer, order, text):
+    questions = [example("A canal.", "canal", question, question) for question in ("What is it?", "Is it what?")]
+    trees = build_trees(questions, tokenizer, Window(), train=True, options=Prompt(order)).trees
+    assert prompts(trees)["What is it?"] == tokenizer(text)["input_ids"]
+    assert len(trees) == (1 if order == "context" else 2), "what comes behind a question is not shared"
+
+
+@pytest.mark.parametrize("order", ["question", "both"])
+def test_other_orders_stay_in_the_window_too(tokenizer, order):
+    window, words = Window(context=120, question=40, stride=60), "Which canals of Utrecht were dug, and when? " * 20
+    e = Example("q", "T", words, words, (Answer("Which", 0),))
+    ids = prompts(build_trees([e], tokenizer, window, train=False, options=Prompt(order)).trees)["q"]
+    assert window.context + window.question - 16 < len(ids) <= window.context + window.question
+
+
+def test_a_two_way_prefix_is_the_paragraphs_alone(tokenizer):
+    def prefix_of(*questions: str) -> list[int]:
+        examples = [example("A canal.", "canal", question, question) for question in questions]
+        (tree,) = build_trees(examples, tokenizer, Window(), train=True, options=Prompt(two_way=True)).trees
+        assert tree.two_way
+        return tree.prefix_ids
+
+    prefix = prefix_of("What is it?")
+    assert tokenizer.decode(prefix, skip_special_tokens=True).endswith("Context: A canal.\n\nQuestion:")
+    assert prefix == prefix_of("What is it?", "What is there?") == prefix_of("When?", "Why?")
+
+
 def test_the_fingerprint_changes_with_the_prompt_and_only_with_it(monkeypatch):
     assert prompt.fingerprint() == "debd7cbbbb31"  # a new prompt is a new version: say so in docs/log.md
+    others = [prompt.fingerprint(Prompt(order, two_way)) for order, two_way in
+              (("context", False), ("context", True), ("question", False), ("both", False))]  # fmt: skip
+    assert others[0] == prompt.fingerprint()
+    assert len(set(others)) == 4
     monkeypatch.setattr(prompt, "_QUESTION", "\n\nQ: {}\n\nAnswer:")
     assert prompt.fingerprint() != "debd7cbbbb31"
 
