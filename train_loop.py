@@ -8,6 +8,7 @@ anew in a new run folder. SIGTERM and SIGINT save at the end of the step and exi
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -35,6 +36,7 @@ from common import (
     squad,
     stopping,
 )
+from common.average import Average
 from common.config import load
 from common.errors import UserError, one_line_errors
 from common.model import add_lora, compute_dtype, load_base, load_tokenizers, load_weights, parameter_counts
@@ -193,7 +195,9 @@ def main(argv: list[str]) -> None:
         else:
             ways += ", no CUDA graphs (an evaluation would not fit beside them)"
     optimizer = accelerator.prepare(bnb.optim.PagedAdamW8bit(weights, lr=train.lr, weight_decay=train.weight_decay))
-    training = {"optimizer": optimizer} | ({"scaler": accelerator.scaler} if accelerator.scaler else {})
+    average = Average(weights, train.average) if train.average else None
+    parts = {"optimizer": optimizer, "scaler": accelerator.scaler, "average": average}
+    training = {name: part for name, part in parts.items() if part is not None}
 
     # ---- go on, or start -------------------------------------------------------------------------------------------
     state: dict[str, Any] = {
@@ -239,48 +243,55 @@ def main(argv: list[str]) -> None:
         if first:
             checkpoint.save(run / "last", model, state, training)
 
+    def evaluate(request: stopping.Request) -> dict[str, Any] | None:
+        """Score the weights as they are, and keep them if they are the best; None where someone asked to stop."""
+        evaluation_began, step = meter.now(device), state["step"]
+        mine = plan.share(stop_trees, n_ranks)[rank]
+        try:
+            answers = decode.predict(
+                model, tokenizer, mine, stops, config.window.answer, evaluating, "evaluate" if first else None,
+                request.check,
+            )  # fmt: skip
+        except stopping.Stopped:
+            answers = None
+        everyone = gather_object([answers])
+        state["evaluation_seconds"] += meter.now(device) - evaluation_began
+        if None in everyone:
+            return None
+        texts = {id_: a.text for id_, a in decode.merge(a for r in everyone for a in r.values()).items()}
+        scored = score(stop_examples, texts)
+        em, f1 = (None, None) if untrue else (scored.em, scored.f1)
+        better = em is None or state["best_em"] is None or em >= state["best_em"] + stop.min_delta
+        state["waited"] = 0 if better else state["waited"] + 1
+        state["evaluated"] = step
+        if better:
+            state.update(best_em=em, best_f1=f1, best_step=step)
+        if better and first:
+            checkpoint.save(run / "best", model, state)
+            record.write_text(run / "predictions.json", json.dumps(texts, ensure_ascii=False, indent=0) + "\n")
+        if first and not untrue:
+            tqdm.write(
+                f"step {step}: EM {em:.2f} F1 {f1:.2f} on {scored.n} ({stop.split}){', best so far' if better else ''}",
+                file=sys.stderr,
+            )
+        return {"step": step, "em": em, "f1": f1, "n": scored.n}
+
     model.train()
     bar = tqdm(total=total, initial=state["step"], desc="train", unit="step", disable=not first)
     began, seconds_before, asked = meter.now(device), state["seconds"], False
     start_seconds = began - started  # until the first step of this process begins
     upcoming: tuple[list[Tree], list[packing.Pack]] | None = None
-    with stopping.listen() as request, (run / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+    with bar, stopping.listen() as request, (run / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
         while not asked:
             step = state["step"]
             if step > state["evaluated"] and (step % train.eval_every == 0 or step == total):
-                evaluation_began = meter.now(device)
-                mine = plan.share(stop_trees, n_ranks)[rank]
-                try:
-                    answers = decode.predict(
-                        model, tokenizer, mine, stops, config.window.answer, evaluating,
-                        "evaluate" if first else None, request.check,
-                    )  # fmt: skip
-                except stopping.Stopped:
-                    answers = None
-                everyone = gather_object([answers])
-                state["evaluation_seconds"] += meter.now(device) - evaluation_began
-                if None in everyone:
+                with average.in_place() if average else contextlib.nullcontext():
+                    row = evaluate(request)
+                if row is None:
                     asked = True
                     continue
-                texts = {id_: a.text for id_, a in decode.merge(a for r in everyone for a in r.values()).items()}
-                scored = score(stop_examples, texts)
-                em, f1 = (None, None) if untrue else (scored.em, scored.f1)
-                better = em is None or state["best_em"] is None or em >= state["best_em"] + stop.min_delta
-                state["waited"] = 0 if better else state["waited"] + 1
-                state["evaluated"] = step
-                if better:
-                    state |= {"best_em": em, "best_f1": f1, "best_step": step}
-                if better and first:
-                    checkpoint.save(run / "best", model, state)
-                    record.write_text(run / "predictions.json", json.dumps(texts, ensure_ascii=False, indent=0) + "\n")
                 save_last()
-                log(metrics, {"step": step, "em": em, "f1": f1, "n": scored.n})
-                if first and not untrue:
-                    tqdm.write(
-                        f"step {step}: EM {em:.2f} F1 {f1:.2f} on {scored.n} ({stop.split})"
-                        f"{', best so far' if better else ''}",
-                        file=sys.stderr,
-                    )
+                log(metrics, row)
             if step == total or state["waited"] >= stop.patience:
                 break
 
@@ -309,6 +320,8 @@ def main(argv: list[str]) -> None:
                 group["lr"] = rate(step, total, train.warmup, train.lr)
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
+            if average:
+                average.update()
             if optimizer.step_was_skipped and accelerator.scaler.get_scale() < 1:
                 raise UserError(f"step {step + 1}: gradients overflow fp16 at any scale; try base.dtype=bf16 or fp32")
 
@@ -325,7 +338,6 @@ def main(argv: list[str]) -> None:
         if asked:
             save_last()
             accelerator.wait_for_everyone()  # a launcher ends the others as soon as one is gone
-    bar.close()
     accelerator.end_training()
     if asked:
         print(f"stopped after step {state['step']}; the same command goes on from {run}")

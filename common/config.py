@@ -113,6 +113,9 @@ class Train:
     fused: bool = True  # compute Llama layers by common/fused.py; false: by transformers' and PEFT's modules
     warmup: float = 0.03  # share of the steps in which the rate rises, [0, 1]
     weight_decay: float = 0.0
+    average: float = (
+        0.0  # decay of a running mean of the weights, which is evaluated and kept, [0, 1); 0: the last ones
+    )
     max_grad_norm: float = 1.0  # clip the gradient's norm to this
     gradient_checkpointing: bool = True  # without a budget: recompute activations (less memory, more time) or not
     eval_every: int = 250  # steps between two evaluations (and saves)
@@ -125,6 +128,7 @@ class Train:
             _need(getattr(self, key) >= 1, key, "must be ≥ 1")
         _need(0 <= self.warmup <= 1, "warmup", "must be in [0, 1]")
         _need(self.weight_decay >= 0, "weight_decay", "must be ≥ 0")
+        _need(0 <= self.average < 1, "average", "must be in [0, 1)")
         _need(self.max_steps is None or self.max_steps >= 1, "max_steps", "must be ≥ 1")
         _need(self.memory_budget_gib is None or self.memory_budget_gib > 0, "memory_budget_gib", "must be > 0")
         _need(self.pack_tokens is None or self.pack_tokens >= 64, "pack_tokens", "must be ≥ 64")

@@ -58,7 +58,9 @@ class Shapes:
         """Bytes that a layer keeps beside its input: q, k, v, attention's output, the middle, gate and up."""
         return self.item * (2 * self.query + 2 * self.key + self.hidden + 2 * self.intermediate)
 
-    def table(self, tokens: int, answers: int, keep_layers: int, hold_layers: int) -> dict[str, int]:
+    def table(
+        self, tokens: int, answers: int, keep_layers: int, hold_layers: int, average: bool = False
+    ) -> dict[str, int]:
         """Peak allocated bytes by what they are for; `tokens` and `answers` (tokens, with EOS): of the largest pack."""
         work = self.item * (4 * self.intermediate + 4 * self.hidden) * tokens
         work += 0 if hold_layers == self.layers else self.layer_matrices
@@ -68,7 +70,8 @@ class Shapes:
         return {
             "base": self.base_bytes,
             "held matrices": hold_layers * self.layer_matrices,
-            "adapter": self.lora * (4 + 4 + 2 * self.item),  # fp32 and gradient; the dtype's copy and its gradient
+            # fp32 and gradient, the dtype's copy and its gradient; a running mean, and one more while it is evaluated
+            "adapter": self.lora * (4 + 4 + 2 * self.item + (8 if average else 0)),
             "optimizer": 2 * self.lora,  # two moments of 8 bits
             "layer inputs": inputs,
             "kept activations": kept,
@@ -162,7 +165,7 @@ def choose(
     keep = 0 if train.gradient_checkpointing else shapes.layers
 
     def table(tokens: int, keep: int, hold: int) -> dict[str, int]:
-        return shapes.table(tokens, math.ceil(1.15 * answer_share * tokens), keep, hold)
+        return shapes.table(tokens, math.ceil(1.15 * answer_share * tokens), keep, hold, train.average > 0)
 
     def total(tokens: int, keep: int, hold: int) -> int:
         return sum(table(tokens, keep, hold).values())

@@ -79,7 +79,7 @@ def test_evaluation_scores_the_kept_adapter_as_training_did(tiny_config, tmp_pat
     assert json.loads((only_run(tmp_path, "*-eval-*") / "predictions.json").read_text()) == kept
 
 
-@pytest.mark.parametrize("how", ["lora.dropout=0.5", "train.fused=false", "train.fused=true"])
+@pytest.mark.parametrize("how", ["lora.dropout=0.5", "train.fused=false", "train.fused=true", "train.average=0.7"])
 def test_an_interrupted_run_goes_on_to_the_same_end(tiny_config, tmp_path, monkeypatch, how):
     arguments = [str(tiny_config), how, "train.epochs=2"]
     train_loop.main([*arguments, f"runs={tmp_path / 'whole'}"])
@@ -95,9 +95,23 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tiny_config, tmp_path, monke
     (whole,) = (tmp_path / "whole").iterdir()
     assert (cut / "record.json").exists()
     assert without_clock(metrics(cut)) == without_clock(metrics(whole))
-    ours, theirs = (load_file(run / "last" / "adapter_model.safetensors") for run in (cut, whole))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    for kept in ("last", "best"):
+        ours, theirs = (load_file(run / kept / "adapter_model.safetensors") for run in (cut, whole))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("fused", ["train.fused=false", "train.fused=true"])
+def test_the_running_mean_is_kept_while_training_goes_on_with_the_last(tiny_config, tmp_path, fused):
+    few = [str(tiny_config), fused, "train.max_steps=2", "train.eval_every=2"]
+    train_loop.main([*few, f"runs={tmp_path / 'plain'}"])
+    train_loop.main([*few, "train.average=0.9", f"runs={tmp_path / 'mean'}"])
+    (plain,), (mean,) = ((tmp_path / name).iterdir() for name in ("plain", "mean"))
+    last, same, kept = (load_file(folder / "adapter_model.safetensors") for folder in
+                        (plain / "last", mean / "last", mean / "best"))  # fmt: skip
+    assert all(torch.equal(last[key], same[key]) for key in last)
+    b = [key for key in last if "lora_B" in key]  # from zero
+    assert all(0 < kept[key].norm() < last[key].norm() for key in b)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
