@@ -10,10 +10,11 @@ import argparse
 import html
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import record
+from common import mistakes, record, squad
 from common.errors import UserError, one_line_errors
 from common.stats import mcnemar
 
@@ -32,7 +33,7 @@ div {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .4rem .8rem; border-bottom: 1px solid color-mix(in srgb, currentColor 25%, transparent);
   text-align: right; white-space: nowrap }}
-th:first-child, td:first-child, td:nth-last-child(-n+2), th:nth-last-child(-n+2) {{ text-align: left }}
+th:first-child, td:first-child, .runs :nth-last-child(-n+2):is(th, td) {{ text-align: left }}
 </style>
 <h1>SQuAD v1.1: exact match, F1, latency, memory</h1>
 {sections}
@@ -92,12 +93,69 @@ def sentence(v: dict[str, Any]) -> str:
 
 
 def correct(evaluation: dict[str, Any]) -> dict[str, bool]:
+    return {id_: r["em"] for id_, r in questions(evaluation).items()}
+
+
+def questions(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Its rows by question."""
     path = Path(evaluation["folder"]) / "questions.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return {r["id"]: r["em"] for r in rows}
-    except (OSError, ValueError, KeyError) as error:
+        return {r["id"]: r for r in rows if r["em"] is not None and r["hit_limit"] is not None}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); evaluate that system again") from error
+
+
+def mistaken(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`mistakes.table` of each; none where the questions' contexts are no longer where they were read."""
+    if not evaluations or not Path(evaluations[0]["may_differ"]["data_source"]).is_file():
+        return []
+    some, fix_offsets = evaluations[0]["may_differ"]["data_source"], evaluations[0]["config"]["data"]["fix_offsets"]
+    try:
+        data = squad.read(some, "dev", fix_offsets)
+    except UserError:  # another file has that name now
+        return []
+    rows = [questions(evaluation) for evaluation in evaluations]
+    examples = [e for e in data.examples if e.id in rows[0]]
+    return [mistakes.table(examples, r) for r in rows] if len(examples) == len(rows[0]) else []
+
+
+def mistake_rows(evaluations: list[dict[str, Any]], tables: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A column an evaluation: shares of all questions, then EM class by class."""
+
+    def shares(name: str, counts: list[int]) -> tuple[str, ...]:
+        return name, *(f"{count} ({count / n:.1%})" for count in counts)
+
+    n = sum(tables[0]["kinds"].values())
+    rows: list[tuple[str, ...]] = [("answers", *(f"{e['system']}, seed {e['seed']}" for e in evaluations))]
+    for kind in tables[0]["kinds"]:
+        rows.append(shares(kind, [t["kinds"][kind] for t in tables]))
+        if kind == "boundary off":
+            rows += [shares(f"… by {name}", [t["off"][name] for t in tables]) for name in tables[0]["off"]]
+    for what, classes in tables[0]["by"].items():
+        for name, (_, size) in classes.items():
+            found = [t["by"][what][name][0] for t in tables]
+            if size:
+                title = {
+                    "question": f'EM, "{name}"',
+                    "answer": f"EM, answers of {name}",
+                    "context": f"EM, contexts of {name}",
+                }[what]
+                rows.append((f"{title} (n {size})", *(f"{100 * right / size:.1f}" for right in found)))
+    return rows
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines; the first row is the head."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in rows]
+    return [lines[0], "| " + " | ".join("---" for _ in rows[0]) + " |", *lines[1:]]
+
+
+def html_table(rows: Sequence[Sequence[str]], kind: str) -> str:
+    lines = []
+    for tag, cells in zip(["th"] + ["td"] * (len(rows) - 1), rows, strict=True):
+        lines.append("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>")
+    return f'<div><table class="{kind}">\n' + "\n".join(lines) + "\n</table></div>\n"
 
 
 def main(argv: list[str]) -> None:
@@ -137,21 +195,29 @@ def main(argv: list[str]) -> None:
         title = f"{some['may_differ']['data_source']}, {must['questions']} questions"
         cut = f"{window['context']}+{window['question']}+{window['answer']} tokens"
         same = f"data {must['data'][:12]}, prompt {must['prompt']}, scorer {must['scorer']}, window {cut}"
-        table = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ("---",) * len(COLUMNS), *rows)]
-        markdown += [f"## {title}", "", same, "", *table, "", *(f"- {sentence(v)}" for v in verdicts), ""]
-        cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>\n" for cells in rows)
-        head = "".join(f"<th>{c}</th>" for c in COLUMNS)
+        wrong = mistaken(scored)
+        markdown += [f"## {title}", "", same, "", *markdown_table([COLUMNS, *rows]), ""]
+        markdown += [*(f"- {sentence(v)}" for v in verdicts), ""]
         items = "".join(f"<li>{html.escape(sentence(v))}</li>\n" for v in verdicts)
-        sections.append(
-            f"<h2>{html.escape(title)}</h2>\n<p>{html.escape(same)}</p>\n<div><table>\n<tr>{head}</tr>\n{cells}</table></div>\n<ul>\n{items}</ul>"
-        )
+        section = f"<h2>{html.escape(title)}</h2>\n<p>{html.escape(same)}</p>\n{html_table([COLUMNS, *rows], 'runs')}"
+        section += f"<ul>\n{items}</ul>"
+        if wrong:
+            lines = mistake_rows(scored, wrong)
+            markdown += ["### Right and wrong answers", "", *markdown_table(lines), ""]
+            section += f"\n<h3>Right and wrong answers</h3>\n{html_table(lines, 'mistakes')}"
+        sections.append(section)
         widths = [max(len(r[i]) for r in (COLUMNS, *rows)) for i in range(len(COLUMNS) - 2)]
         plain += [title, same]
         for line in (COLUMNS, *rows):
             plain.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip())
         plain += [*(sentence(v) for v in verdicts), ""]
         output.append(
-            {"must_match": must, "rows": [dict(zip(COLUMNS, r, strict=True)) for r in rows], "tests": verdicts}
+            {
+                "must_match": must,
+                "rows": [dict(zip(COLUMNS, r, strict=True)) for r in rows],
+                "tests": verdicts,
+                "mistakes": wrong,
+            }
         )
 
     # ---- write -----------------------------------------------------------------------------------------------------

@@ -123,6 +123,11 @@ def main(argv: list[str]) -> None:
     trees = plan.bounded(built.trees, train.questions_per_step)
     if not trees:
         raise UserError(f"{train_set.source}: no question is left to train on ({built.counts})")
+
+    def reads(members: list[Tree]) -> list[Tree]:
+        """What a pack holds of these: themselves, or a row for each question."""
+        return members if train.share_prefixes else [row for tree in members for row in tree.split(max_questions=1)]
+
     per_epoch = plan.steps_per_epoch(trees, train.questions_per_step)
     total = max(1, round(train.epochs * per_epoch))
     total = min(total, train.max_steps or total)
@@ -152,7 +157,7 @@ def main(argv: list[str]) -> None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         logits_of: Callable = functools.partial(packing.pack_logits, model)
     else:
-        n_tokens = sum(map(len, trees))
+        n_tokens = sum(map(len, reads(trees)))
         answer_share = sum(len(branch.answer_ids) for tree in trees for branch in tree.branches) / n_tokens
         free = memory.free(device) if device.type == "cuda" else None
         shapes = memory.Shapes.of(model, trained)
@@ -179,7 +184,7 @@ def main(argv: list[str]) -> None:
     def prepare(step: int) -> tuple[list[Tree], list[packing.Pack]]:
         """All trees of a step, and this rank's share of them in packs on the host. Pure, so it may be done ahead."""
         members = epoch(step // per_epoch)[step % per_epoch]
-        parts = plan.fill(plan.share(members, n_ranks)[rank], pack_tokens)
+        parts = plan.fill(plan.share(reads(members), n_ranks)[rank], pack_tokens)
         return members, [pack for part in parts for pack in (room.packs(part) if room else [packing.pack(part)])]
 
     room: packing.Room | None = None

@@ -70,6 +70,10 @@ def test_every_script_ends_with_one_json_object_and_the_report_says_it_all(finis
         assert f"{evaluation['f1']:.2f}" in text
         assert "McNemar" in text
     assert "http" not in page
+    for run, found in zip((results["eval"], results["raw"]), group["mistakes"], strict=True):
+        assert sum(found["kinds"].values()) == run["n"]
+        assert 100 * found["kinds"]["right"] / run["n"] == pytest.approx(run["em"])
+    assert all("Right and wrong answers" in text for text in (page, markdown))
 
 
 def test_a_record_says_what_decided_the_number(finished, tmp_path):

@@ -102,6 +102,17 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tiny_config, tmp_path, monke
 
 
 @pytest.mark.parametrize("fused", ["train.fused=false", "train.fused=true"])
+def test_shared_prefixes_train_as_rows_do_with_fewer_tokens(tiny_config, tmp_path, fused):
+    for name in ("true", "false"):
+        train_loop.main([str(tiny_config), fused, f"train.share_prefixes={name}", f"runs={tmp_path / name}"])
+    shared, rows = (metrics(next((tmp_path / name).iterdir())) for name in ("true", "false"))
+    steps = [(a, b) for a, b in zip(shared, rows, strict=True) if "loss" in a]
+    assert all(a["questions"] == b["questions"] for a, b in steps)
+    assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-3) for a, b in steps)
+    assert sum(b["tokens"] for _, b in steps) > 2 * sum(a["tokens"] for a, _ in steps)
+
+
+@pytest.mark.parametrize("fused", ["train.fused=false", "train.fused=true"])
 def test_the_running_mean_is_kept_while_training_goes_on_with_the_last(tiny_config, tmp_path, fused):
     few = [str(tiny_config), fused, "train.max_steps=2", "train.eval_every=2"]
     train_loop.main([*few, f"runs={tmp_path / 'plain'}"])
