@@ -15,7 +15,7 @@ from common.config import load
 from common.errors import one_line_errors
 from common.model import load_system, load_tokenizers
 from common.score import score
-from common.stats import wilson
+from common.stats import clustered, wilson
 
 from accelerate.utils import gather_object
 
@@ -55,14 +55,23 @@ def main(argv: list[str]) -> None:
         return
     texts = {e.id: answers[e.id].text for e in dev.examples}
     rows = [vars(answers[e.id]) for e in dev.examples]
-    accuracy: dict[str, Any] = {"em": None, "em_interval": None, "f1": None}
+    accuracy: dict[str, Any] = dict.fromkeys(("em", "em_interval", "em_article_interval", "f1", "f1_article_interval"))
     shown = "random weights: no accuracy"
     if not config.base.random_weights:
         scored = score(dev.examples, texts)
         rows = [{**row, "em": scored.correct[row["id"]], "f1": round(scored.overlap[row["id"]], 6)} for row in rows]
-        low, high = (100 * share for share in wilson(sum(scored.correct.values()), scored.n))
-        accuracy = {"em": scored.em, "em_interval": [low, high], "f1": scored.f1}
-        shown = f"EM {scored.em:.2f} [{low:.2f}, {high:.2f}]  F1 {scored.f1:.2f}"
+        article = {e.id: e.title for e in dev.examples}
+        intervals = {
+            "em_interval": wilson(sum(scored.correct.values()), scored.n),
+            "em_article_interval": clustered(scored.correct, article),
+            "f1_article_interval": clustered(scored.overlap, article),
+        }
+        accuracy |= {"em": scored.em, "f1": scored.f1}
+        accuracy |= {name: [100 * share for share in interval] for name, interval in intervals.items() if interval}
+        em, em_by_article, f1 = (
+            f" [{accuracy[name][0]:.2f}, {accuracy[name][1]:.2f}]" if accuracy[name] else "" for name in intervals
+        )
+        shown = f"EM {scored.em:.2f}{em}, articles drawn{em_by_article or ': but one'}  F1 {scored.f1:.2f}{f1}"
 
     # ---- record ----------------------------------------------------------------------------------------------------
     run, n = record.new_run(config, "eval"), len(dev.examples)

@@ -171,9 +171,10 @@ def main(argv: list[str]) -> None:
         weights, logits_of, recomputed = [fast.flat], fast.logits, fast.recomputed
 
     def work(pack: packing.Pack, share: torch.Tensor | float) -> torch.Tensor:
-        """Forward and backward of a pack on the device; its loss, each answer token weighing `share`."""
+        """Forward and backward of a pack on the device; its loss, each answer token (or question) weighing `share`."""
         logits = logits_of(pack, pack.target_index).float()
-        loss = F.cross_entropy(logits, pack.target_ids, reduction="sum", ignore_index=packing.IGNORED) * share
+        by_token = F.cross_entropy(logits, pack.target_ids, reduction="none", ignore_index=packing.IGNORED)
+        loss = (by_token if train.loss == "token" else by_token * pack.target_share).sum() * share
         accelerator.backward(loss)
         return loss.detach()
 
@@ -305,12 +306,13 @@ def main(argv: list[str]) -> None:
             answer_tokens = sum(len(branch.answer_ids) for branch in branches)
             torch.manual_seed(random.Random(f"{config.seed} {step} {rank}").getrandbits(63))  # for dropout
 
-            # mean over the answer tokens of the whole step, however it is cut into packs and shared out
+            # mean over the answer tokens (or questions) of the whole step, however it is cut into packs and shared out
+            weight = 1 / (answer_tokens if train.loss == "token" else len(branches))
             total_loss = torch.zeros((), device=device)
             tokens = float(sum(pack.n_tokens for pack in packs))
             with meter.out_of_memory(f"{knob}. What {run} holds is whole"):
                 for pack in packs:
-                    total_loss += compute(pack, 1 / answer_tokens)
+                    total_loss += compute(pack, weight)
                 upcoming = prepare(step + 1) if step + 1 < total else None  # while a GPU computes
                 loss, tokens, signals = ranks.sum_gradients(weights, total_loss.item(), tokens, request.code > 0)
             grad_norm = float(accelerator.clip_grad_norm_(weights, train.max_grad_norm))

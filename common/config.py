@@ -110,6 +110,7 @@ class Train:
     questions_per_step: int = 64  # the batch size: questions of one optimizer step
     pack_tokens: int | None = None  # tokens of one micro-batch; null: by device, fused and memory_budget_gib
     memory_budget_gib: float | None = None  # fused: peak GPU memory; null: gradient_checkpointing decides
+    loss: Literal["token", "question"] = "token"  # mean over a step's answer tokens, or over its questions' own means
     share_prefixes: bool = True  # false: every question reads its paragraph anew, in the same steps; to compare with
     fused: bool = True  # compute Llama layers by common/fused.py; false: by transformers' and PEFT's modules
     warmup: float = 0.03  # share of the steps in which the rate rises, [0, 1]

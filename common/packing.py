@@ -59,6 +59,7 @@ class Pack:
     prompt_ends: Tensor  # [B] index of each branch's last prompt token: its logits are the answer's first
     target_index: Tensor  # [A] indices whose logits predict an answer token or EOS
     target_ids: Tensor  # [A] what they must predict
+    target_share: Tensor  # [A] fp32: of the answer that it belongs to, which has them sum to one
     ids: list[str]  # [B] question ids
 
     @property
@@ -89,6 +90,7 @@ def pack(trees: Sequence[Tree]) -> Pack:
     ends: list[int] = []
     target_index: list[int] = []
     target_ids: list[int] = []
+    target_share: list[float] = []
     spans: list[tuple[int, int, int, int]] = []  # tree, branch, position of the first token, length
     for t, tree in enumerate(trees):
         ids += tree.prefix_ids
@@ -102,6 +104,7 @@ def pack(trees: Sequence[Tree]) -> Pack:
             ends.append(len(ids) - 1)
             target_index += range(len(ids) - 1, len(ids) - 1 + len(branch.answer_ids))
             target_ids += branch.answer_ids
+            target_share += [1 / len(branch.answer_ids) for _ in branch.answer_ids]
             ids += branch.answer_ids[:-1]
     columns = torch.tensor(spans)
     lengths = columns[:, 3]
@@ -117,7 +120,7 @@ def pack(trees: Sequence[Tree]) -> Pack:
     return Pack(
         torch.tensor(ids), Layout(tree_of, branch_of, position, sees),
         Spans.of(lengths.tolist(), [len(tree.branches) for tree in trees], two_way),
-        torch.tensor(ends), index, targets, questions,
+        torch.tensor(ends), index, targets, torch.tensor(target_share), questions,
     )  # fmt: skip
 
 
@@ -190,6 +193,7 @@ class Room:
             pack.prompt_ends[:0],
             F.pad(pack.target_index, (0, answers)),
             F.pad(pack.target_ids, (0, answers), value=IGNORED),
+            F.pad(pack.target_share, (0, answers)),
             pack.ids,
         )  # fmt: skip
 

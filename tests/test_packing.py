@@ -160,6 +160,9 @@ def test_loss_is_on_the_answer_and_eos_and_nothing_else(tiny_base):
     batch = pack(trees)
     answers = [branch.answer_ids for tree in trees for branch in tree.branches]
     assert batch.target_ids.tolist() == [token for answer in answers for token in answer]
+    assert [share.sum().item() for share in batch.target_share.split([len(a) for a in answers])] == (
+        pytest.approx([1] * len(answers))
+    )
     assert all(answer[-1] == tokenizer.eos_token_id for answer in answers)
     assert tokenizer.pad_token_id not in batch.target_ids
     assert tokenizer.pad_token_id not in batch.input_ids

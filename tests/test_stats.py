@@ -1,6 +1,6 @@
 """Intervals and tests agree with published worked examples and with their definitions."""
 
-from common.stats import mcnemar, percentile, percentile_interval, wilson
+from common.stats import clustered, mcnemar, percentile, percentile_interval, wilson
 
 import numpy as np
 import pytest
@@ -11,6 +11,36 @@ def test_wilson_equals_a_published_example():
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
     assert wilson(29, 29)[1] == 1.0
+
+
+def of_articles(rng, articles: int):
+    """Questions by article, each article as hard as it is, about 0.7 right on average."""
+    values, article = {}, {}
+    for a, share in enumerate(rng.beta(14, 6, articles)):
+        for i, right in enumerate(rng.random(rng.integers(20, 120)) < share):
+            values[f"{a}.{i}"], article[f"{a}.{i}"] = bool(right), str(a)
+    return values, article
+
+
+def test_a_clustered_interval_covers_where_one_of_single_questions_does_not():
+    rng, found = np.random.default_rng(5), []
+    for _ in range(200):
+        values, article = of_articles(rng, 48)
+        intervals = clustered(values, article, draws=1000), wilson(sum(values.values()), len(values))
+        found.append([low <= 0.7 <= high for low, high in intervals])
+    by_article, by_question = np.mean(found, axis=0)
+    assert 0.91 <= by_article <= 0.98
+    assert by_question < 0.7
+
+
+def test_a_clustered_interval_is_always_the_same_and_holds_the_mean():
+    values, article = of_articles(np.random.default_rng(0), 30)
+    low, high = clustered(values, article)
+    assert low < np.mean(list(values.values())) < high
+    assert clustered(dict(reversed(values.items())), article) == (low, high)
+    assert clustered(values, dict.fromkeys(article, "one")) is None
+    alone = clustered(values, {id_: id_ for id_ in values})  # each question an article of its own
+    assert alone == pytest.approx(wilson(sum(values.values()), len(values)), abs=0.004)
 
 
 def pair(both: int, only_a: int, only_b: int, neither: int):

@@ -6,14 +6,19 @@ import math
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 
 import eval_loop
 import train_loop
-from common import checkpoint, decode
+from common import checkpoint, decode, plan, squad
+from common.config import load
 from common.errors import UserError
+from common.model import add_lora, load_base, load_tokenizer
+from common.prompt import build_trees
 from tests.conftest import ROOT, squad_file
+from tests.test_packing import rows_loss
 
 import pytest
 import torch
@@ -110,6 +115,26 @@ def test_shared_prefixes_train_as_rows_do_with_fewer_tokens(tiny_config, tmp_pat
     assert all(a["questions"] == b["questions"] for a, b in steps)
     assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-3) for a, b in steps)
     assert sum(b["tokens"] for _, b in steps) > 2 * sum(a["tokens"] for a, _ in steps)
+
+
+@pytest.mark.parametrize("mean", ["token", "question"])
+def test_the_loss_is_the_mean_that_was_asked_for(tiny_config, tmp_path, mean):
+    train_loop.main([str(tiny_config), f"train.loss={mean}", "train.max_steps=1", "train.eval_every=1"])
+    config = load(str(tiny_config))
+    model = add_lora(load_base(config.base, torch.device("cpu")), config.lora, config.seed)
+    examples = squad.load(config.data, "train").examples
+    built = build_trees(examples, load_tokenizer(config.base.path), config.window, train=True)
+    trees = plan.bounded(built.trees, config.train.questions_per_step)
+    rows = [row for tree in plan.epoch(trees, 0, 0, 8)[0] for row in tree.split(max_questions=1)]
+    losses = [rows_loss(model, [row]).item() for row in rows]
+    tokens = [len(row.branches[0].answer_ids) for row in rows]
+    assert len(set(tokens)) > 1
+    expected = {
+        "token": sum(losses) / sum(tokens),
+        "question": statistics.mean(a / b for a, b in zip(losses, tokens, strict=True)),
+    }
+    assert expected["token"] != pytest.approx(expected["question"], rel=1e-3)
+    assert metrics(only_run(tmp_path))[0]["loss"] == pytest.approx(expected[mean], rel=1e-4)
 
 
 @pytest.mark.parametrize("fused", ["train.fused=false", "train.fused=true"])
