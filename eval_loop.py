@@ -68,10 +68,10 @@ def main(argv: list[str]) -> None:
         }
         accuracy |= {"em": scored.em, "f1": scored.f1}
         accuracy |= {name: [100 * share for share in interval] for name, interval in intervals.items() if interval}
-        em, em_by_article, f1 = (
-            f" [{accuracy[name][0]:.2f}, {accuracy[name][1]:.2f}]" if accuracy[name] else "" for name in intervals
+        em, em_by_article, f1_by_article = (
+            f"[{accuracy[name][0]:.2f}, {accuracy[name][1]:.2f}]" if accuracy[name] else "–" for name in intervals
         )
-        shown = f"EM {scored.em:.2f}{em}, articles drawn{em_by_article or ': but one'}  F1 {scored.f1:.2f}{f1}"
+        shown = f"EM {scored.em:.2f} {em}, by article {em_by_article}  F1 {scored.f1:.2f}, by article {f1_by_article}"
 
     # ---- record ----------------------------------------------------------------------------------------------------
     run, n = record.new_run(config, "eval"), len(dev.examples)

@@ -2,10 +2,9 @@
 
 A pack lays all prefixes out first and then all branches (`common.packing`), so a tree's attention is two dense parts:
 every prefix and every branch causally over itself (a two-way prefix: all over all), and a tree's branches over its
-prefix. The two are joined by their
-log-sum-exps, as Hydragen (https://arxiv.org/abs/2402.05099) does in decoding and ring attention
-(https://arxiv.org/abs/2310.01889) in training. No mask is needed, and the cost is that of the pairs that may look at
-each other, whatever the size of the pack.
+prefix. The two are joined by their log-sum-exps, as Hydragen (https://arxiv.org/abs/2402.05099) does in decoding and
+ring attention (https://arxiv.org/abs/2310.01889) in training. No mask is needed, and the cost is that of the pairs that
+may look at each other, whatever the size of the pack.
 
 On a GPU with flash attention (sm80 and up, 16-bit) both parts are PyTorch's own varlen kernels. Elsewhere SDPA does
 tree by tree what those do.
@@ -165,10 +164,10 @@ def _over_itself(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor,
 
     if spans.alone is None:
         return attend(spans.own, spans.longest[0], True)
-    prefix, branch = attend(spans.prefix, spans.longest[1], False), attend(spans.alone, spans.longest[0], True)
-    return torch.where(spans.shared[:, None, None], prefix[0], branch[0]), torch.where(
-        spans.shared, prefix[1], branch[1]
-    )
+    out, lse = attend(spans.prefix, spans.longest[1], False)
+    out_branches, lse_branches = attend(spans.alone, spans.longest[0], True)
+    shared = spans.shared
+    return torch.where(shared[:, None, None], out, out_branches), torch.where(shared, lse, lse_branches)
 
 
 def backward(

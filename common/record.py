@@ -11,6 +11,7 @@ Imports no torch.
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from common import prompt, score
-from common.config import Config
+from common.config import Config, Prompt
 from common.errors import UserError
 from common.squad import Dataset
 
@@ -67,11 +68,12 @@ def trained_adapter(config: Config) -> Path | None:
         if not Path(config.adapter).is_dir():
             raise UserError(f"adapter={config.adapter}: no such folder")
         return Path(config.adapter)
-    wanted = {key: config.to_dict()[key] for key in ("system", "seed", "base", "lora")}
+    wanted = {key: config.to_dict()[key] for key in ("system", "seed", "base", "lora", "prompt")}
+    usual = {"prompt": dataclasses.asdict(Prompt())}  # of records from before it could be chosen
     runs = [
         record
         for record in read_all(Path(config.runs))
-        if record["kind"] == "train" and wanted.items() <= record["config"].items()
+        if record["kind"] == "train" and wanted.items() <= (usual | record["config"]).items()
     ]
     if not runs and config.base.random_weights:
         return None

@@ -1,5 +1,6 @@
 """Runs never overwrite each other, and the adapter that answers is the one that was trained for it."""
 
+import json
 import os
 
 from common import record
@@ -54,7 +55,7 @@ def test_a_run_without_a_record_is_unfinished_and_a_damaged_record_is_named(conf
         record.read_all(run.parent)
 
 
-def test_the_adapter_is_that_of_the_newest_training_of_the_same_system_seed_base_and_lora(config):
+def test_the_adapter_is_that_of_the_newest_training_of_the_same_system_seed_base_lora_and_prompt(config):
     assert record.trained_adapter(load("smollm2-raw")) is None
     with pytest.raises(UserError, match=rf"no finished training.*make train MODEL={SYSTEM}"):
         record.trained_adapter(config())
@@ -66,6 +67,12 @@ def test_the_adapter_is_that_of_the_newest_training_of_the_same_system_seed_base
         record.trained_adapter(config())
     run, _ = finish(config("train.lr=1e-5"))
     assert record.trained_adapter(config("data.dev_questions=5")) == run / "best"
+    with pytest.raises(UserError, match="no finished training"):  # that adapter has learned another prompt
+        record.trained_adapter(config("prompt.order=both"))
+    written = json.loads((run / "record.json").read_text())
+    del written["config"]["prompt"]  # as in records from before there was a choice
+    (run / "record.json").write_text(json.dumps(written))
+    assert record.trained_adapter(config()) == run / "best"
 
 
 def test_a_named_adapter_wins_and_must_exist(config, tmp_path):
