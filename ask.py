@@ -38,11 +38,10 @@ def main(argv: list[str]) -> None:
         stops = decode.stop_ids(tokenizer)
         engine = single.engine(model, stops, config.window, config.eval, config.prompt)
         example = Example("asked", "", context, question, ())
-        single.ask(
-            engine, tokenizer, example, config.window, cutter, options=config.prompt
-        )  # the first compiles, and loads kernels
+        # the first compiles, and loads kernels
+        single.ask(engine, tokenizer, example, config.window, cutter, prompt=config.prompt)
         began = meter.now(device)
-        text, found, cut = single.ask(engine, tokenizer, example, config.window, cutter, options=config.prompt)
+        text, found, cut = single.ask(engine, tokenizer, example, config.window, cutter, prompt=config.prompt)
         seconds = meter.now(device) - began
 
     best, at = found[0], context.find(text) if text else -1

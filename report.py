@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common import mistakes, record, squad
+from common.config import Data
 from common.errors import UserError, one_line_errors
 from common.stats import mcnemar
 
@@ -76,9 +77,13 @@ def is_random(r: dict[str, Any]) -> bool:
     return r.get("random_weights", False)
 
 
-def verdict(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """`a` against `b`, paired over the same questions."""
-    only_a, only_b, p = mcnemar(correct(a), correct(b))
+Rows = dict[str, dict[str, Any]]  # of one evaluation, by question
+
+
+def verdict(a: dict[str, Any], b: dict[str, Any], rows: dict[str, Rows]) -> dict[str, Any]:
+    """`a` against `b`, paired over the same questions; `rows` by folder."""
+    right_a, right_b = ({id_: r["em"] for id_, r in rows[side["folder"]].items()} for side in (a, b))
+    only_a, only_b, p = mcnemar(right_a, right_b)
     gain = a["result"]["em"] - b["result"]["em"]
     return {"a": a["system"], "b": b["system"], "seed": a["seed"], "em_gain": gain,
             "only_a": only_a, "only_b": only_b, "p": p}  # fmt: skip
@@ -92,32 +97,27 @@ def sentence(v: dict[str, Any]) -> str:
     )
 
 
-def correct(evaluation: dict[str, Any]) -> dict[str, bool]:
-    return {id_: r["em"] for id_, r in questions(evaluation).items()}
-
-
-def questions(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Its rows by question."""
+def questions(evaluation: dict[str, Any]) -> Rows:
     path = Path(evaluation["folder"]) / "questions.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return {r["id"]: r for r in rows if r["em"] is not None and r["hit_limit"] is not None}
+        return {r["id"]: {key: r[key] for key in ("text", "em", "hit_limit")} for r in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); evaluate that system again") from error
 
 
-def mistaken(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`mistakes.table` of each; none where the questions' contexts are no longer where they were read."""
+def mistaken(evaluations: list[dict[str, Any]], rows: dict[str, Rows]) -> list[dict[str, Any]]:
+    """`mistakes.table` of each; none where the data is no longer in the file that it was read from."""
     if not evaluations or not Path(evaluations[0]["may_differ"]["data_source"]).is_file():
         return []
-    some, fix_offsets = evaluations[0]["may_differ"]["data_source"], evaluations[0]["config"]["data"]["fix_offsets"]
+    some = evaluations[0]
     try:
-        data = squad.read(some, "dev", fix_offsets)
+        data = squad.load(Data(**some["config"]["data"] | {"dev": some["may_differ"]["data_source"]}), "dev")
     except UserError:  # another file has that name now
         return []
-    rows = [questions(evaluation) for evaluation in evaluations]
-    examples = [e for e in data.examples if e.id in rows[0]]
-    return [mistakes.table(examples, r) for r in rows] if len(examples) == len(rows[0]) else []
+    if data.sha256 != some["must_match"]["data"]:
+        return []
+    return [mistakes.table(data.examples, rows[evaluation["folder"]]) for evaluation in evaluations]
 
 
 def mistake_rows(evaluations: list[dict[str, Any]], tables: list[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -183,8 +183,9 @@ def main(argv: list[str]) -> None:
         systems = groups[comparable].values()
         rows = [row(runs.get("eval"), runs.get("bench")) for runs in systems]
         scored = [runs["eval"] for runs in systems if "eval" in runs and not is_random(runs["eval"])]
+        answered = {evaluation["folder"]: questions(evaluation) for evaluation in scored}
         verdicts = [
-            verdict(a, b)
+            verdict(a, b, answered)
             for a in scored
             for b in scored
             if a["config"]["lora"] and not b["config"]["lora"] and a["config"]["base"] == b["config"]["base"]
@@ -195,7 +196,7 @@ def main(argv: list[str]) -> None:
         title = f"{some['may_differ']['data_source']}, {must['questions']} questions"
         cut = f"{window['context']}+{window['question']}+{window['answer']} tokens"
         same = f"data {must['data'][:12]}, prompt {must['prompt']}, scorer {must['scorer']}, window {cut}"
-        wrong = mistaken(scored)
+        wrong = mistaken(scored, answered)
         markdown += [f"## {title}", "", same, "", *markdown_table([COLUMNS, *rows]), ""]
         markdown += [*(f"- {sentence(v)}" for v in verdicts), ""]
         items = "".join(f"<li>{html.escape(sentence(v))}</li>\n" for v in verdicts)

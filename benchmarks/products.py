@@ -87,6 +87,9 @@ class Weights:
             raise UserError("this GPU cannot run common.four_bit: compute capability 8.0 is needed")
         self.theirs.kernels = None
         self.plain = self.ours()
+        codes: Any = self.ours.codes
+        absmax = codes.levels2[codes.absmax.int()].view(-1, NESTED) * codes.absmax2[:, None] + codes.offset[:, None]
+        self.parts = codes.numbers, absmax.view(-1), codes.levels, codes.blocksize
 
     def fused(self, x: Tensor) -> Tensor:
         from bitsandbytes.backends.cuda import ops  # cannot be imported without a GPU
@@ -95,9 +98,8 @@ class Weights:
             return self.theirs.products(x)
 
     def compiled(self) -> Tensor:
-        codes: Any = self.ours.codes
-        absmax = codes.levels2[codes.absmax.int()].view(-1, NESTED) * codes.absmax2[:, None] + codes.offset[:, None]
-        return dequantised(codes.numbers, absmax.view(-1), codes.levels, codes.blocksize).view(self.ours.shape)
+        """Its absmaxes were dequantised before."""
+        return dequantised(*self.parts).view(self.ours.shape)
 
 
 @torch.compile

@@ -25,7 +25,7 @@ FOLDER = Path(__file__).resolve().parent.parent / ".cache" / "trees"
 
 
 def build_trees(
-    examples: Sequence[Example], tokenizer: Any, window: Window, *, train: bool, options: Prompt = Prompt(),  # noqa: B008
+    examples: Sequence[Example], tokenizer: Any, window: Window, *, train: bool, options: Prompt = Prompt(),
     window_tokenizer: Any = None,
 ) -> Trees:  # fmt: skip
     """`prompt.build_trees`, kept in `FOLDER` where there are many questions. An unreadable file is made anew."""

@@ -68,7 +68,7 @@ def predict(
     trees: Sequence[Tree],
     stops: Sequence[int],
     max_new_tokens: int,
-    options: Eval = Eval(),  # noqa: B008 - frozen
+    options: Eval = Eval(),
     progress: str | None = "decode",
     check: Callable[[], None] = lambda: None,
     scripts: Mapping[str, Ids] | None = None,

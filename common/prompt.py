@@ -35,7 +35,7 @@ MANY = 5000  # texts: so many take a while
 Ids = list[int]
 
 
-def fingerprint(options: Prompt = Prompt()) -> str:  # noqa: B008 - frozen
+def fingerprint(options: Prompt = Prompt()) -> str:
     """Changes with any byte of the prompt, and with who sees whom in it."""
     parts = [VERSION, _CONTEXT, _QUESTION, _TARGET]
     parts += [_ORDERS[options.order]] if options.order != "context" else []
@@ -105,7 +105,7 @@ def build_trees(
     window: Window,
     *,
     train: bool,
-    options: Prompt = Prompt(),  # noqa: B008 - frozen
+    options: Prompt = Prompt(),
     window_tokenizer: Any = None,
     progress: bool = True,
 ) -> Trees:

@@ -142,7 +142,7 @@ def engine(
     stops: Sequence[int],
     window: Window,
     options: Eval,
-    prompt: Prompt = Prompt(),  # noqa: B008 - frozen
+    prompt: Prompt = Prompt(),
 ) -> Single | Plain:
     """What options, prompt and model allow; for prompts and answers of this window. The model is in eval mode."""
     if options.engine == "plain" or prompt.two_way or unreadable(model):
@@ -154,16 +154,16 @@ def engine(
 def ask(
     engine: Single | Plain, tokenizer: Any, example: Example, window: Window, window_tokenizer: Any | None = None,
     script: Ids | None = None, to_the_limit: bool = False, tick: Callable[[int], None] = lambda n: None,
-    options: Prompt = Prompt(),  # noqa: B008 - frozen
+    prompt: Prompt = Prompt(),
 ) -> tuple[str, list[Answer], bool]:  # fmt: skip
     """From text to text: the answer, what it took (the most probable first, where the context is read in windows), and
     whether the context was longer than the window."""
-    built = build_trees([example], tokenizer, window, train=False, options=options, window_tokenizer=window_tokenizer)
+    built = build_trees([example], tokenizer, window, train=False, options=prompt, window_tokenizer=window_tokenizer)
     found = []
     for tree in built.trees:
-        both_ways = len(tree.prefix_ids) if tree.two_way else 0
-        prompt = tree.prefix_ids + tree.branches[0].prompt_ids
-        found.append(engine.answer(prompt, script, to_the_limit, tick, both_ways))
+        two_way = len(tree.prefix_ids) if tree.two_way else 0
+        ids = tree.prefix_ids + tree.branches[0].prompt_ids
+        found.append(engine.answer(ids, script, to_the_limit, tick, two_way))
     found.sort(key=lambda answer: (answer.logprob, answer.token_ids), reverse=True)
     return decode.to_text(tokenizer, found[0].token_ids), found, bool(built.counts["truncated"])
 

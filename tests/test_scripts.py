@@ -84,6 +84,14 @@ def test_a_record_says_what_decided_the_number(finished, tmp_path):
     assert record["config"]["lora"]["rank"] == 4
 
 
+def test_a_report_explains_no_mistakes_by_other_data_than_was_answered(finished, tmp_path, dev_file):
+    dev_file.write_text(dev_file.read_text().replace("?", "??", 1))
+    report.main([str(tmp_path / "runs")])
+    page = (tmp_path / "runs" / "report.html").read_text()
+    assert "McNemar" in page
+    assert "Right and wrong answers" not in page
+
+
 def test_a_report_escapes_what_it_did_not_write(finished, tmp_path):
     for path in (tmp_path / "runs").glob("*-eval-*/record.json"):
         path.write_text(path.read_text().replace("dev.json", "<script>.json"))
