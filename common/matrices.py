@@ -68,9 +68,10 @@ class Matrix:
     ) -> Tensor:
         """x [T, columns] → [T, rows of all]: x @ (matrix + b @ a).T + add for T <= FEW, of 4-bit weights as they are.
 
-        Where there are no kernels for it, bitsandbytes may dequantise them all the same: it decides by the card.
+        For one token bitsandbytes' own kernel is the faster one (`benchmarks/products.py`). Where there are no others,
+        it may dequantise for more: it decides by the card.
         """
-        if self.kernels:
+        if self.kernels and len(x) > 1:
             return self.kernels.products(x, self.codes, self.shape[0], a, b, add)
         parts = [bnb.matmul_4bit(x, w.data, w.quant_state) for w in self.weights]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -51,14 +51,14 @@ class Single:
         self.reader = Reader(model, most_tokens + DRAFT + 1)
         self.stops, self.limit, self.most_prompt = set(stops), limit, most_tokens - limit
         self.prompts: list[_Recorded] = []  # rising; none where there are no graphs
-        self.draft: _Recorded | None = None
+        self.drafts: list[_Recorded] = []  # likewise
         if attention.has_flash(self.reader.device, self.reader.base.dtype):
             pool = None
             # the largest first: the others find room in its memory
             for length in reversed([*(n for n in PROMPTS if n < self.most_prompt), self.most_prompt]):
                 self.prompts.insert(0, _Recorded(self.reader, length, 1, pool))
                 pool = self.prompts[0].graph.pool()
-            self.draft = _Recorded(self.reader, DRAFT + 1, DRAFT + 1, pool)
+            self.drafts = [_Recorded(self.reader, length, length, pool) for length in (1, DRAFT + 1)]
 
     def answer(
         self, prompt_ids: Ids, script: Ids | None = None, to_the_limit: bool = False,
@@ -96,13 +96,13 @@ class Single:
                 return answer
             before = len(prompt_ids) + len(answer.token_ids) - 1
             # a graph takes as long for a short draft; elsewhere a longer one is tried where the last was right
-            hope = 2 * i + 1 if draft and not self.draft else hope
+            hope = 2 * i + 1 if draft and not self.drafts else hope
             most = min(DRAFT, hope, self.limit - len(answer.token_ids) - 1)
             new = [answer.token_ids[-1], *draft_from(prompt_ids, answer.token_ids, most)]
 
     def _read(self, new: Ids, before: int, asks: int, forced: Ids) -> Drawn:
         """What is drawn after each of the last `asks` tokens of `new`, on the host; more rows may follow."""
-        for recorded in [self.draft] if before and self.draft else self.prompts:
+        for recorded in self.drafts if before else self.prompts:
             if recorded.length >= len(new):
                 return recorded(new, before, forced)
         lists = _lists(new, before, forced, len(new), asks, 0)
