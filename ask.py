@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     model = load_system(config, adapter, device)
     with meter.out_of_memory("a single query does not fit: lower window.context, or base.quant=nf4"):
         stops = decode.stop_ids(tokenizer)
-        engine = single.engine(model, stops, config.window, config.eval, config.prompt)
+        engine = single.engine(model, stops, config.window, config.eval)
         example = Example("asked", "", context, question, ())
         # the first compiles, and loads kernels
         single.ask(engine, tokenizer, example, config.window, cutter, prompt=config.prompt)

@@ -107,7 +107,7 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
         with meter.out_of_memory(
             "a single query does not fit beside the base: lower window.context, or base.quant=nf4"
         ):
-            engine = single.engine(model, stops, config.window, config.eval, config.prompt)
+            engine = single.engine(model, stops, config.window, config.eval)
             end_phase("load")
 
             def ask(example: squad.Example, mode: str) -> dict[str, Any]:

@@ -44,8 +44,6 @@ def main(argv: list[str]) -> None:
     kinds = args.scripts or (["a", "b", "c"] if config.base.random_weights else ["natural"])
     if config.base.random_weights and "natural" in kinds:
         raise UserError("random weights never end an answer: --scripts a, b or c")
-    if config.prompt.two_way:
-        raise UserError("no other stack reads two-way prefixes: prompt.two_way=false")
     preflight.check(config.base, config.system)
     with tempfile.TemporaryDirectory(prefix="decode-") as folder:
         job, examples = job_of(config, args, kinds, Path(folder))

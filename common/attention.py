@@ -1,10 +1,10 @@
 """Attention over the trees of a pack, forward and backward apart, so that a layer may keep its output or not.
 
 A pack lays all prefixes out first and then all branches (`common.packing`), so a tree's attention is two dense parts:
-every prefix and every branch causally over itself (a two-way prefix: all over all), and a tree's branches over its
-prefix. The two are joined by their log-sum-exps, as Hydragen (https://arxiv.org/abs/2402.05099) does in decoding and
-ring attention (https://arxiv.org/abs/2310.01889) in training. No mask is needed, and the cost is that of the pairs that
-may look at each other, whatever the size of the pack.
+every prefix and every branch causally over itself, and a tree's branches over its prefix. The two are joined by their
+log-sum-exps, as Hydragen (https://arxiv.org/abs/2402.05099) does in decoding and ring attention
+(https://arxiv.org/abs/2310.01889) in training. No mask is needed, and the cost is that of the pairs that may look at
+each other, whatever the size of the pack.
 
 On a GPU with flash attention (sm80 and up, 16-bit) both parts are PyTorch's own varlen kernels. Elsewhere SDPA does
 tree by tree what those do.
@@ -37,10 +37,9 @@ class Spans:
     shares: Tensor  # [T] bool: a branch's token
     longest: tuple[int, int, int]  # longest of the first three, in tokens
     starts: tuple[list[int], list[int], list[int]]  # the first three, on the host
-    alone: Tensor | None = None  # of every branch; where prefixes are two-way, else it is not needed
 
     @classmethod
-    def of(cls, lengths: Sequence[int], branches: Sequence[int], two_way: bool = False) -> "Spans":
+    def of(cls, lengths: Sequence[int], branches: Sequence[int]) -> "Spans":
         """`lengths`: of every prefix, then of every branch, in tokens; `branches`: how many each tree has."""
         n = len(branches)
         ends = list(accumulate(branches, initial=n))
@@ -53,8 +52,7 @@ class Spans:
         )
         own, prefix, parts = (torch.tensor(part, dtype=torch.int32) for part in starts)
         shared = torch.arange(starts[0][-1]) < first
-        longest = max(lengths), max(lengths[:n]), max(together)
-        return cls(own, prefix, parts, shared, ~shared, longest, starts, own[n:].clone() if two_way else None)
+        return cls(own, prefix, parts, shared, ~shared, (max(lengths), max(lengths[:n]), max(together)), starts)
 
     @functools.cached_property
     def masks(self) -> list[Tensor]:
@@ -95,7 +93,6 @@ class Reach:
     prefix_used: Tensor  # [N] int32
     host: tuple[list[int], ...]  # the six above
     first: int  # new tokens of prefixes: where the branches' begin
-    two_way: bool = False  # new prefixes' tokens see all of their prefix, which then is new as a whole
 
     @functools.cached_property
     def longest(self) -> tuple[int, int, int, int]:
@@ -122,10 +119,7 @@ class Reach:
         while at < len(used) and own[at + 1] <= self.first:
             whole = used[at] == own[at + 1] - own[at]
             stretch = slice(start[at], start[at] + used[at])
-            mask = seen(at) | self.two_way
-            out.append(
-                (slice(own[at], own[at + 1]), [stretch], None if whole and not self.two_way else mask.to(device))
-            )
+            out.append((slice(own[at], own[at + 1]), [stretch], None if whole else seen(at).to(device)))
             at += 1
         for n, (a, b) in enumerate(pairwise(trees)):
             stretches, marks = [slice(prefix[n], prefix[n] + prefix_used[n])], []
@@ -146,28 +140,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tens
     """Queries [T, H, D] over keys and values [T, G, D], G dividing H → output [T, H, D], log-sum-exp [H, T] or None."""
     if not has_flash(q.device, q.dtype):
         return _by_tree(q, k, v, spans), None
-    longest = spans.longest
+    own, longest = spans.own, spans.longest
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, own, own, longest[0], longest[0], 0.0, True, False)
     # rows that are in no span are not written: they hold what was in memory
-    out, lse = _over_itself(q, k, v, spans)
     over, lse_over, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, spans.branches, spans.prefix, longest[2], longest[1], 0.0, False, False
     )
     out, joined = _join(out, over, lse.T, lse_over.T, spans.shares[:, None], spans.shared[:, None])
     return out, joined.T.contiguous()
-
-
-def _over_itself(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
-    """Output [T, H, D] and log-sum-exp [H, T] of every prefix and every branch over itself."""
-
-    def attend(ends: Tensor, longest: int, causal: bool) -> tuple[Tensor, Tensor]:
-        return torch.ops.aten._flash_attention_forward(q, k, v, ends, ends, longest, longest, 0.0, causal, False)[:2]
-
-    if spans.alone is None:
-        return attend(spans.own, spans.longest[0], True)
-    out, lse = attend(spans.prefix, spans.longest[1], False)
-    out_branches, lse_branches = attend(spans.alone, spans.longest[0], True)
-    shared = spans.shared
-    return torch.where(shared[:, None, None], out, out_branches), torch.where(shared, lse, lse_branches)
 
 
 def backward(
@@ -178,22 +158,14 @@ def backward(
         with torch.enable_grad():
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
             return torch.autograd.grad(_by_tree(q, k, v, spans), (q, k, v), d_out)  # type: ignore[return-value]
-    longest = spans.longest
+    own, longest = spans.own, spans.longest
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is none of
-
-    def attend(ends: Tensor, keys: Tensor, most: int, most_keys: int, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.aten._flash_attention_backward(
-            d_out, q, k, v, out, lse, ends, keys, most, most_keys, 0.0, causal, seed, seed
-        )
-
-    if spans.alone is None:
-        d_q, d_k, d_v = attend(spans.own, spans.own, longest[0], longest[0], True)
-    else:
-        prefix = attend(spans.prefix, spans.prefix, longest[1], longest[1], False)
-        branch = attend(spans.alone, spans.alone, longest[0], longest[0], True)
-        shared = spans.shared[:, None, None]
-        d_q, d_k, d_v = (torch.where(shared, a, b) for a, b in zip(prefix, branch, strict=True))
-    over = attend(spans.branches, spans.prefix, longest[2], longest[1], False)
+    d_q, d_k, d_v = torch.ops.aten._flash_attention_backward(
+        d_out, q, k, v, out, lse, own, own, longest[0], longest[0], 0.0, True, seed, seed
+    )
+    over = torch.ops.aten._flash_attention_backward(
+        d_out, q, k, v, out, lse, spans.branches, spans.prefix, longest[2], longest[1], 0.0, False, seed, seed
+    )
     return _add_where(d_q, d_k, d_v, *over, spans.shares[:, None, None], spans.shared[:, None, None])
 
 
@@ -202,22 +174,9 @@ def over_arena(q: Tensor, keys: Tensor, values: Tensor, reach: Reach) -> Tensor:
     if not has_flash(q.device, q.dtype):
         return _over_arena_by_tree(q, keys, values, reach)
     queries, own, over, prefix = reach.longest
-
-    def over_itself(some: slice, causal: bool) -> tuple[Tensor, Tensor]:
-        ends = slice(some.start, None if some.stop is None else some.stop + 1)
-        return torch.ops.aten._flash_attention_forward(
-            q, keys, values, reach.own[ends], reach.own_start[ends], queries, own, 0.0, causal, False,
-            seqused_k=reach.own_used[some],
-        )[:2]  # fmt: skip
-
-    if not reach.two_way:
-        out, lse = over_itself(slice(None), True)
-    else:
-        new = reach.host[0].index(reach.first)  # so many prefixes are new
-        out, lse = over_itself(slice(0, new), False)
-        if over:
-            out_branches, lse_branches = over_itself(slice(new, None), True)
-            out[reach.first :], lse[:, reach.first :] = out_branches[reach.first :], lse_branches[:, reach.first :]
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, keys, values, reach.own, reach.own_start, queries, own, 0.0, True, False, seqused_k=reach.own_used
+    )
     if not over:
         return out
     shared, lse_shared, *_ = torch.ops.aten._flash_attention_forward(
@@ -289,12 +248,10 @@ def _tree_by_tree(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
     own, prefix, branches = spans.starts
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, T, D]
 
-    def over_itself(a: int, b: int) -> Tensor:
-        return F.scaled_dot_product_attention(
-            q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=spans.alone is None, enable_gqa=True
-        )
+    def causal(a: int, b: int) -> Tensor:
+        return F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, enable_gqa=True)
 
-    out = [over_itself(a, b) for a, b in pairwise(prefix)]
+    out = [causal(a, b) for a, b in pairwise(prefix)]
     for (p, p_end), (a, b), mask in zip(pairwise(prefix), pairwise(branches), spans.masks, strict=True):
         keys, values = (torch.cat([x[:, :, p:p_end], x[:, :, a:b]], dim=2) for x in (k, v))
         out.append(F.scaled_dot_product_attention(q[:, :, a:b], keys, values, attn_mask=mask, enable_gqa=True))

@@ -44,7 +44,7 @@ def build_trees(
         decides.update(part.encode())
     path = FOLDER / f"{decides.hexdigest()[:32]}.npz"
     try:
-        return _read(path, options.two_way)
+        return _read(path)
     except Exception:  # absent, or damaged in one of many ways
         built = build()
     try:
@@ -75,7 +75,7 @@ def _partial(path: Path) -> Path:
     return path.with_suffix(f".{os.getpid()}")
 
 
-def _read(path: Path, two_way: bool) -> Trees:
+def _read(path: Path) -> Trees:
     with np.load(path) as file:
         ids, lengths, sizes = (file[name].tolist() for name in ("ids", "lengths", "branches"))
         counts, questions = json.loads(file["rest"].tobytes())
@@ -83,7 +83,5 @@ def _read(path: Path, two_way: bool) -> Trees:
     parts = (ids[a:b] for a, b in itertools.pairwise(ends))
     prefixes = [next(parts) for _ in sizes]
     branches = (Branch(question, next(parts), next(parts)) for question in questions)
-    trees = [
-        Tree(prefix, tuple(itertools.islice(branches, n)), two_way) for prefix, n in zip(prefixes, sizes, strict=True)
-    ]
+    trees = [Tree(prefix, tuple(itertools.islice(branches, n))) for prefix, n in zip(prefixes, sizes, strict=True)]
     return Trees(trees, counts)

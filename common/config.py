@@ -93,10 +93,6 @@ class Window:
 @dataclass(frozen=True)
 class Prompt:
     order: Literal["context", "question", "both"] = "context"  # what comes first; both: the question before and after
-    two_way: bool = False  # a paragraph's tokens see each other in both directions, not the later the earlier alone
-
-    def __post_init__(self) -> None:
-        _need(not self.two_way or self.order == "context", "two_way", "is for what questions share: order=context")
 
     def spare(self, window: Window) -> int:
         """Tokens of `window.context` that this order needs for else: 4 since texts elsewhere may have more tokens."""

@@ -1,8 +1,8 @@
 """Shared-prefix packs: several paragraphs, each once, with all their questions as branches, in one row of tokens.
 
 Token i sees token j iff they are of the same tree, j lies in the tree's prefix or in i's own branch, and j is not after
-i (within a two-way prefix: before or after). Positions of every branch start at the prefix's length. So each question
-computes exactly what it would in a row of its own, and the paragraph is computed once.
+i. Positions of every branch start at the prefix's length. So each question computes exactly what it would in a row of
+its own, and the paragraph is computed once.
 
     [prefix 1][prefix 2] ... [branch 1a][branch 1b][branch 2c] ...
 
@@ -38,7 +38,6 @@ class Layout:
     tree: Tensor  # [N] int64
     branch: Tensor  # [N] int64; 0: the tree's prefix; else the branch's number, unique in the pack
     position: Tensor  # [N] int64, from the start of the tree's prefix along the token's own path
-    sees: Tensor  # [N] int64: the last position that it sees along that path; its own, or a two-way prefix's last
 
     def __getitem__(self, index: Tensor) -> "Layout":
         return Layout(*(x[index] for x in vars(self).values()))
@@ -47,8 +46,8 @@ class Layout:
         return Layout(*(torch.cat(pair) for pair in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def next(self) -> "Layout":
-        """The places right after these, along the same paths; of branches' tokens."""
-        return Layout(self.tree, self.branch, self.position + 1, self.sees + 1)
+        """The places right after these, along the same paths."""
+        return Layout(self.tree, self.branch, self.position + 1)
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Pack:
 
 
 def pack(trees: Sequence[Tree]) -> Pack:
-    """Lay `trees` out in one row; all of them are two-way, or none is."""
+    """Lay `trees` out in one row."""
     ids: list[int] = []
     questions: list[str] = []
     ends: list[int] = []
@@ -110,16 +109,10 @@ def pack(trees: Sequence[Tree]) -> Pack:
     lengths = columns[:, 3]
     tree_of, branch_of, begins = columns[:, :3].repeat_interleave(lengths, dim=0).T.contiguous()
     position = torch.arange(len(ids)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths) + begins
-    two_way = trees[0].two_way
-    sees = (
-        torch.where(branch_of == 0, (begins + lengths.repeat_interleave(lengths)) - 1, position)
-        if two_way
-        else position
-    )
     index, targets = torch.tensor(target_index, dtype=torch.long), torch.tensor(target_ids, dtype=torch.long)
     return Pack(
-        torch.tensor(ids), Layout(tree_of, branch_of, position, sees),
-        Spans.of(lengths.tolist(), [len(tree.branches) for tree in trees], two_way),
+        torch.tensor(ids), Layout(tree_of, branch_of, position),
+        Spans.of(lengths.tolist(), [len(tree.branches) for tree in trees]),
         torch.tensor(ends), index, targets, torch.tensor(target_share), questions,
     )  # fmt: skip
 
@@ -181,14 +174,11 @@ class Room:
             F.pad(spans.shares, (0, more)),
             self.longest,
             spans.starts,
-            None
-            if spans.alone is None
-            else F.pad(spans.alone, (0, self.spans + 1 - len(spans.alone)), value=int(spans.alone[-1])),
         )
         return Pack(
             F.pad(pack.input_ids, (0, more)),
             Layout(F.pad(layout.tree, (0, more), value=-1),
-                   *(F.pad(x, (0, more)) for x in (layout.branch, layout.position, layout.sees))),
+                   *(F.pad(x, (0, more)) for x in (layout.branch, layout.position))),
             padded,
             pack.prompt_ends[:0],
             F.pad(pack.target_index, (0, answers)),
@@ -202,7 +192,7 @@ def visible(query: Layout, key: Layout) -> Tensor:
     """Who sees whom: [1, 1, Q, K] bool, True = may look."""
     same_tree = query.tree[:, None] == key.tree
     on_path = (key.branch == 0) | (query.branch[:, None] == key.branch)
-    return (same_tree & on_path & (key.position <= query.sees[:, None]))[None, None]
+    return (same_tree & on_path & (key.position <= query.position[:, None]))[None, None]
 
 
 def by_tree(query: Layout, key: Layout) -> list[tuple[Tensor, Tensor]]:

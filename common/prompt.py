@@ -36,10 +36,9 @@ Ids = list[int]
 
 
 def fingerprint(options: Prompt = Prompt()) -> str:
-    """Changes with any byte of the prompt, and with who sees whom in it."""
+    """Changes with any byte of the prompt."""
     parts = [VERSION, _CONTEXT, _QUESTION, _TARGET]
     parts += [_ORDERS[options.order]] if options.order != "context" else []
-    parts += ["two-way"] if options.two_way else []
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
@@ -66,7 +65,6 @@ class Tree:
 
     prefix_ids: Ids
     branches: tuple[Branch, ...]
-    two_way: bool = False  # the prefix's tokens see each other in both directions
 
     def __len__(self) -> int:
         return len(self.prefix_ids) + sum(map(len, self.branches))
@@ -77,10 +75,10 @@ class Tree:
         for branch in self.branches:
             size = len(self.prefix_ids) + sum(map(len, group)) + len(branch)
             if group and (size > max_tokens or len(group) == max_questions):
-                yield replace(self, branches=tuple(group))
+                yield Tree(self.prefix_ids, tuple(group))
                 group = []
             group.append(branch)
-        yield replace(self, branches=tuple(group))
+        yield Tree(self.prefix_ids, tuple(group))
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,6 @@ def build_trees(
         counts.update(dropped_outside=0, dropped_long=0)
     rows = list(_rows(list(examples), window_tokenizer or tokenizer, window, options, train, counts))
     groups: dict[object, list[Branch]] = {}
-    ends: dict[object, int] = {}  # of what all questions of a group begin with, in tokens
     for row, encoding in zip(
         rows, _encode(tokenizer, [row.prompt + row.target for row in rows], progress), strict=True
     ):
@@ -138,24 +135,16 @@ def build_trees(
         # a question whose ids differ from the others' in what all begin with gets a tree of its own
         first = options.order == "context"
         shared = _tokens_within(encoding, len(_SHARED.format(row.context))) if first else None
-        if shared is None and options.two_way:
-            raise UserError(f"question {row.id}: this tokenizer merges paragraph and question: prompt.two_way=false")
-        key = (row.context, *ids[: shared or n])
-        groups.setdefault(key, []).append(Branch(row.id, ids[:n], answer_ids))
-        ends[key] = shared or n
-    trees = (_tree(group, ends[key] if options.two_way else None) for key, group in groups.items())
-    return Trees(list(trees), dict(counts))
+        groups.setdefault((row.context, *ids[: shared or n]), []).append(Branch(row.id, ids[:n], answer_ids))
+    return Trees([_tree(group) for group in groups.values()], dict(counts))
 
 
-def _tree(branches: list[Branch], end: int | None) -> Tree:
-    """Lift a prefix out of the branches: of `end` tokens, where it is two-way; else the longest that all have.
-
-    So what a two-way prefix is depends on the paragraph alone. The last prompt token stays in its branch.
-    """
+def _tree(branches: list[Branch]) -> Tree:
+    """Lift the longest common id prefix out of the branches; the last prompt token stays in its branch."""
     low, high = min(b.prompt_ids for b in branches), max(b.prompt_ids for b in branches)
     same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
-    n = end or min(same, min(len(b.prompt_ids) for b in branches) - 1)
-    return Tree(low[:n], tuple(Branch(b.id, b.prompt_ids[n:], b.answer_ids) for b in branches), end is not None)
+    n = min(same, min(len(b.prompt_ids) for b in branches) - 1)
+    return Tree(low[:n], tuple(Branch(b.id, b.prompt_ids[n:], b.answer_ids) for b in branches))
 
 
 # ---- the window ----------------------------------------------------------------------------------------------------

@@ -48,19 +48,18 @@ class Pass:
         return torch.tensor([n for name in (*_OWN, *_OF_REACH) for n in lists[name]], dtype=torch.int32)
 
     @classmethod
-    def of(cls, flat: Tensor, lists: dict[str, list[int]], first: int, two_way: bool = False) -> "Pass":
+    def of(cls, flat: Tensor, lists: dict[str, list[int]], first: int) -> "Pass":
         """`flat`, moved to the device, as a pass; `lists` says where each begins, and what there is to know of the
         reach on the host."""
         parts = dict(zip((*_OWN, *_OF_REACH), flat.split([len(lists[n]) for n in (*_OWN, *_OF_REACH)]), strict=True))
         host = tuple(lists[name] for name in _OF_REACH)
-        reach = Reach(**{name: parts.pop(name) for name in _OF_REACH}, host=host, first=first, two_way=two_way)
+        reach = Reach(**{name: parts.pop(name) for name in _OF_REACH}, host=host, first=first)
         return cls(**parts, reach=reach)
 
     @classmethod
-    def on(cls, device: torch.device, lists: dict[str, list[int]], first: int, two_way: bool = False) -> "Pass":
+    def on(cls, device: torch.device, lists: dict[str, list[int]], first: int) -> "Pass":
         flat = cls.flat(lists)
-        flat = flat.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else flat
-        return cls.of(flat, lists, first, two_way)
+        return cls.of(flat.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else flat, lists, first)
 
 
 @dataclass(frozen=True)

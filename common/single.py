@@ -62,15 +62,13 @@ class Single:
 
     def answer(
         self, prompt_ids: Ids, script: Ids | None = None, to_the_limit: bool = False,
-        tick: Callable[[int], None] = lambda n: None, two_way: int = 0,
+        tick: Callable[[int], None] = lambda n: None,
     ) -> Answer:  # fmt: skip
         """The greedy answer: up to and with a stop token, or `limit` tokens.
 
         `script`: what is drawn in place of the most probable tokens. `to_the_limit`: a stop token does not end it.
         `tick` is called whenever tokens are known, with their number. Raises `UserError` for a prompt too long.
         """
-        if two_way:
-            raise ValueError("two-way prefixes are for the plain engine")
         if not 0 < len(prompt_ids) <= self.most_prompt:
             n, most = len(prompt_ids), self.most_prompt
             raise UserError(f"a prompt of {n} tokens; 1 to {most} can be asked: lower window.context")
@@ -120,15 +118,12 @@ class Plain:
 
     def answer(
         self, prompt_ids: Ids, script: Ids | None = None, to_the_limit: bool = False,
-        tick: Callable[[int], None] = lambda n: None, two_way: int = 0,
+        tick: Callable[[int], None] = lambda n: None,
     ) -> Answer:  # fmt: skip
-        """The same; of the prompt's first `two_way` tokens all see each other."""
         if script:
             raise ValueError("the plain engine follows no scripts")
         answer, stops = Answer(), self.stops[:0] if to_the_limit else self.stops
-        at = two_way or len(prompt_ids) - 1
-        tree = Tree(prompt_ids[:at], (Branch("", prompt_ids[at:], []),), bool(two_way))
-        batch = pack([tree]).to(stops.device)
+        batch = pack([Tree(prompt_ids[:-1], (Branch("", prompt_ids[-1:], []),))]).to(stops.device)
         for _, token, logprob in decode.greedy(self.model, batch, stops, self.limit):
             answer.token_ids += token.tolist()
             answer.logprob += logprob.item()
@@ -137,15 +132,9 @@ class Plain:
         return answer
 
 
-def engine(
-    model: Any,
-    stops: Sequence[int],
-    window: Window,
-    options: Eval,
-    prompt: Prompt = Prompt(),
-) -> Single | Plain:
-    """What options, prompt and model allow; for prompts and answers of this window. The model is in eval mode."""
-    if options.engine == "plain" or prompt.two_way or unreadable(model):
+def engine(model: Any, stops: Sequence[int], window: Window, options: Eval) -> Single | Plain:
+    """What `options.engine` and the model allow; for prompts and answers of this window. The model is in eval mode."""
+    if options.engine == "plain" or unreadable(model):
         return Plain(model, stops, window.answer)
     # another tokenizer cuts the text by its own tokens, of which this one may make more
     return Single(model, stops, window.answer, window.tokens * (2 if window.tokenizer else 1))
@@ -159,11 +148,8 @@ def ask(
     """From text to text: the answer, what it took (the most probable first, where the context is read in windows), and
     whether the context was longer than the window."""
     built = build_trees([example], tokenizer, window, train=False, options=prompt, window_tokenizer=window_tokenizer)
-    found = []
-    for tree in built.trees:
-        two_way = len(tree.prefix_ids) if tree.two_way else 0
-        ids = tree.prefix_ids + tree.branches[0].prompt_ids
-        found.append(engine.answer(ids, script, to_the_limit, tick, two_way))
+    prompts = [tree.prefix_ids + tree.branches[0].prompt_ids for tree in built.trees]
+    found = [engine.answer(ids, script, to_the_limit, tick) for ids in prompts]
     found.sort(key=lambda answer: (answer.logprob, answer.token_ids), reverse=True)
     return decode.to_text(tokenizer, found[0].token_ids), found, bool(built.counts["truncated"])
 

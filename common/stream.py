@@ -41,7 +41,6 @@ class Reading:
     """A tree that is in the arena: its prefix, and its answers."""
 
     prefix_ids: Ids
-    two_way: bool
     stretch: tuple[int, int]
     answers: list[Answer]
 
@@ -160,7 +159,7 @@ def _admit(tree: Tree, arena: Arena, limit: int, scripts: Mapping[str, Ids]) -> 
         Answer(b, stretch, len(tree.prefix_ids), scripts.get(b.id))
         for b, stretch in zip(tree.branches, own, strict=True)
     ]
-    return Reading(tree.prefix_ids, tree.two_way, prefix, grown)
+    return Reading(tree.prefix_ids, prefix, grown)
 
 
 def _lay_out(
@@ -215,7 +214,7 @@ def _lay_out(
         "own": own, "own_start": [*own_start, 0], "own_used": own_used,
         "trees": trees, "prefix_start": [*prefix_start, 0], "prefix_used": prefix_used,
     }  # fmt: skip
-    return asked, Pass.on(device, lists, first, any(r.two_way for r in new))
+    return asked, Pass.on(device, lists, first)
 
 
 def _take_in(

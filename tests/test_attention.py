@@ -17,10 +17,10 @@ sizes = st.lists(
 )
 
 
-def trees_of(shapes, two_way: bool = False) -> list[Tree]:
+def trees_of(shapes) -> list[Tree]:
     """Prefixes and branches of these lengths."""
     return [
-        Tree([1] * prefix, tuple(Branch(f"{t}.{b}", [2] * n, []) for b, n in enumerate(branches)), two_way)
+        Tree([1] * prefix, tuple(Branch(f"{t}.{b}", [2] * n, []) for b, n in enumerate(branches)))
         for t, (prefix, branches) in enumerate(shapes)
     ]
 
@@ -29,9 +29,9 @@ def heads(tokens: int, n: int) -> torch.Tensor:
     return torch.randn(tokens, n, 8, dtype=torch.float64, requires_grad=True)
 
 
-@given(sizes, st.booleans())
-def test_output_and_gradients_are_those_of_the_mask(shapes, two_way):
-    batch = pack(trees_of(shapes, two_way))
+@given(sizes)
+def test_output_and_gradients_are_those_of_the_mask(shapes):
+    batch = pack(trees_of(shapes))
     torch.manual_seed(0)
     n = len(batch.input_ids)
     q, k, v, d_out = heads(n, 4), heads(n, 2), heads(n, 2), torch.randn(n, 4, 8, dtype=torch.float64)
@@ -59,18 +59,18 @@ def test_spans_are_where_the_tokens_are(shapes):
 
 
 @st.composite
-def stretches(draw, two_way: bool = False):
+def stretches(draw):
     """Trees: tokens of the prefix, how many of them are new, and for each branch tokens before and new ones."""
     trees = []
     for _ in range(draw(st.integers(1, 4))):
         branches = st.tuples(st.integers(0, 5), st.integers(1, 4))
         prefix = draw(st.integers(1, 9))
-        new = draw(st.sampled_from([0, 0, prefix, prefix if two_way else draw(st.integers(1, prefix))]))
+        new = draw(st.sampled_from([0, 0, prefix, draw(st.integers(1, prefix))]))
         trees.append((prefix, new, draw(st.lists(branches, min_size=0 if new else 1, max_size=3))))
     return trees
 
 
-def reach_of(trees, two_way: bool = False) -> tuple[attention.Reach, torch.Tensor, torch.Tensor]:
+def reach_of(trees) -> tuple[attention.Reach, torch.Tensor, torch.Tensor]:
     """(reach, the slot [T] of every new token, whether it sees each of the arena's slots [T, A]); gaps between."""
     at, places = 3, []  # tree: start, then each branch's
     for prefix, _, branches in trees:
@@ -91,7 +91,7 @@ def reach_of(trees, two_way: bool = False) -> tuple[attention.Reach, torch.Tenso
 
     for (prefix, new, _), (begin, *_) in zip(trees, places, strict=True):
         if new:
-            put(begin, prefix - new, new, range(begin, begin + prefix) if two_way else range(0))
+            put(begin, prefix - new, new, range(0))
     first, over, prefix_start, prefix_used = own[-1], [0], [], []
     for (prefix, _, branches), (begin, *starts) in zip(trees, places, strict=True):
         if not branches:
@@ -103,13 +103,12 @@ def reach_of(trees, two_way: bool = False) -> tuple[attention.Reach, torch.Tenso
         prefix_used.append(prefix)
     host = (own, [*start, 0], used, over, [*prefix_start, 0], prefix_used)
     tensors = (torch.tensor(x, dtype=torch.int32) for x in host)
-    return attention.Reach(*tensors, host, first, two_way), torch.tensor(slots), torch.tensor(seen)
+    return attention.Reach(*tensors, host, first), torch.tensor(slots), torch.tensor(seen)
 
 
-@given(st.booleans().flatmap(lambda two_way: st.tuples(st.just(two_way), stretches(two_way))))
-def test_new_tokens_see_their_own_stretch_and_their_prefix(drawn):
-    two_way, trees = drawn
-    reach, slots, seen = reach_of(trees, two_way)
+@given(stretches())
+def test_new_tokens_see_their_own_stretch_and_their_prefix(trees):
+    reach, slots, seen = reach_of(trees)
     torch.manual_seed(0)
     keys, values = (torch.randn(seen.shape[1], 2, 8, dtype=torch.float64) for _ in range(2))
     q = torch.randn(len(slots), 4, 8, dtype=torch.float64)

@@ -7,7 +7,6 @@ from common.config import Base, Eval, Window
 from common.decode import predict, stop_ids, to_text
 from common.model import load_base, load_tokenizer
 from common.prompt import Branch, Tree, build_trees
-from common.single import Plain
 from tests.conftest import ROOT
 from tests.test_fused import adapter_weights
 from tests.test_packing import lora_model, trees_of
@@ -63,23 +62,6 @@ def test_answers_do_not_depend_on_how_trees_are_packed(tiny_base, engine):
     many = predict(model, tokenizer, trees, stops, LIMIT, Eval(engine, pass_tokens=600), progress=None)
     assert {k: v.token_ids for k, v in one_pack.items()} == {k: v.token_ids for k, v in many.items()}
     assert one_pack.keys() == {branch.id for tree in trees for branch in tree.branches}
-
-
-def test_engines_agree_on_two_way_prefixes(tiny_base):
-    model, tokenizer = system(tiny_base)
-    causal, stops = demo_trees(tokenizer, 6), stop_ids(tokenizer)
-    trees = [replace(tree, two_way=True) for tree in causal]
-    found, plain = (predict(model, tokenizer, trees, stops, LIMIT, Eval(e), progress=None) for e in ("auto", "plain"))
-    many = predict(model, tokenizer, trees, stops, LIMIT, Eval(pass_tokens=600), progress=None)
-    other = predict(model, tokenizer, causal, stops, LIMIT, progress=None)
-    alone = Plain(model, stops, LIMIT)
-    for tree in trees:
-        for branch in tree.branches:
-            truth = found[branch.id].token_ids
-            assert plain[branch.id].token_ids == many[branch.id].token_ids == truth
-            prompt = tree.prefix_ids + branch.prompt_ids
-            assert alone.answer(prompt, two_way=len(tree.prefix_ids)).token_ids == truth
-            assert found[branch.id].logprob != pytest.approx(other[branch.id].logprob, abs=1e-4)
 
 
 def test_limit_is_kept_and_reported(tiny_base):

@@ -1,7 +1,5 @@
 """The fused layers compute what transformers' and PEFT's modules compute, loss and every gradient."""
 
-from dataclasses import replace
-
 from common import packing
 from common.config import Base, Lora
 from common.fused import Fused, flatten, unfit
@@ -66,20 +64,6 @@ def test_layers_without_an_adapter_are_left_as_they_are(tiny_base, targets):
     fused = Fused(model)
     assert loss_of(fused.logits, batch).item() == pytest.approx(loss.item(), rel=1e-6)
     assert off(fused_gradient(model, fused), truth) < 1e-5
-
-
-def test_two_way_prefixes_too_and_padded(tiny_base):
-    trees = [replace(tree, two_way=True) for tree in trees_of(tiny_base, 3)[0]]
-    model, batch = lora_model(tiny_base), pack(trees)
-    causal = plain_loss(model, pack(trees_of(tiny_base, 3)[0])).item()
-    model.zero_grad()
-    loss, truth = plain_loss(model, batch), gradient(model)
-    assert loss.item() != pytest.approx(causal, rel=1e-4), "the paragraph is read in another way"
-    fused = Fused(model)
-    for read in (batch, Room.of([batch], most_tokens=2000).pad(batch)):
-        assert loss_of(fused.logits, read).item() == pytest.approx(loss.item(), rel=1e-6)
-        assert off(fused_gradient(model, fused), truth) < 1e-5
-        fused.flat.grad = None
 
 
 def test_real_weights_too(smollm2_base):

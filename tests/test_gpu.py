@@ -322,13 +322,12 @@ def test_kernels_of_4_bits_compute_what_bitsandbytes_does(dtype, double, rows, c
                 assert off(matrix.products(x, a, b, add), expected) < 0.01
 
 
-@pytest.mark.parametrize("two_way", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_flash_attention_over_trees_is_that_of_products(monkeypatch, dtype, two_way):
+def test_flash_attention_over_trees_is_that_of_products(monkeypatch, dtype):
     """Forward and backward, of a padded pack: no token of the padding gets in, whatever memory held."""
     rng = random.Random(0)
     shapes = [(rng.randrange(1, 300), [rng.randrange(1, 60) for _ in range(rng.randrange(1, 8))]) for _ in range(12)]
-    batch = pack(attention_trees(shapes, two_way))
+    batch = pack(attention_trees(shapes))
     padded = Room.of([batch], most_tokens=4096).pad(batch).to(GPU)
     n, total = padded.n_tokens, len(padded.input_ids)
     torch.manual_seed(0)
@@ -349,9 +348,8 @@ def test_flash_attention_over_trees_is_that_of_products(monkeypatch, dtype, two_
 
 
 @pytest.mark.parametrize("growing", [False, True])
-@pytest.mark.parametrize("two_way", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_flash_attention_over_an_arena_is_that_of_products(monkeypatch, dtype, two_way, growing):
+def test_flash_attention_over_an_arena_is_that_of_products(monkeypatch, dtype, growing):
     """Stretches of all sizes, with garbage in the gaps; queries are the last of their stretch, one or many.
 
     `growing`: one query alone of each tree, as in the last passes, for which the kernels have a layout of their own.
@@ -365,8 +363,8 @@ def test_flash_attention_over_an_arena_is_that_of_products(monkeypatch, dtype, t
             for _ in range(1 if growing else rng.randrange(1, 9))
         ]
         trees.append((prefix, prefix if new else 0, branches))
-    trees += [] if growing or two_way else [(200, 16, [])]  # as drafts are read
-    host, slots, seen = reach_of(trees, two_way)
+    trees += [] if growing else [(200, 16, [])]  # as drafts are read
+    host, slots, seen = reach_of(trees)
     tensors = {f.name: x.to(GPU) for f in fields(host) if isinstance(x := getattr(host, f.name), torch.Tensor)}
     reach = replace(host, **tensors)
     torch.manual_seed(0)

@@ -1,7 +1,5 @@
 """A pack computes for every question exactly what a row of its own would."""
 
-from dataclasses import replace
-
 from common import plan, squad
 from common.config import Base, Lora, Window
 from common.model import add_lora, load_base, load_tokenizer
@@ -52,32 +50,25 @@ def packed_loss(model, packs: list[list[Tree]]) -> Tensor:
 
 
 def rows_loss(model, trees: list[Tree]) -> Tensor:
-    """The same by plain rows: one question each, labels on the answer and EOS; causal, but in a two-way prefix."""
+    """The same by plain rows: one question each, plain causal attention, labels on the answer and EOS."""
     total = torch.zeros(())
     for tree in trees:
         for branch in tree.branches:
             prompt = tree.prefix_ids + branch.prompt_ids
             ids = torch.tensor([prompt + branch.answer_ids], device=model.device)
-            mask, n = None, ids.shape[1]
-            if tree.two_way:
-                mask = torch.ones(n, n, dtype=torch.bool).tril()
-                mask[:, : len(tree.prefix_ids)] = True
-                mask = mask[None, None].to(model.device)
             with torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32):
-                out = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, len(prompt) - 1 : -1]
+                out = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
             loss = cross_entropy(out.float(), ids[0, len(prompt) :], reduction="sum")
             loss.backward()
             total += loss.detach().cpu()
     return total
 
 
-@pytest.mark.parametrize(
-    ("base", "paragraphs", "two_way"), [("tiny_base", 4, False), ("tiny_base", 4, True), ("smollm2_base", 1, False)]
-)
-def test_branch_gradients_equal_those_of_separate_rows(base, paragraphs, two_way, request):
+@pytest.mark.parametrize(("base", "paragraphs"), [("tiny_base", 4), ("smollm2_base", 1)])
+def test_branch_gradients_equal_those_of_separate_rows(base, paragraphs, request):
     folder = request.getfixturevalue(base)
     trees, _ = trees_of(folder, paragraphs)
-    trees = [Tree(tree.prefix_ids, tree.branches[:2], two_way) for tree in trees]
+    trees = [Tree(tree.prefix_ids, tree.branches[:2]) for tree in trees]
     model = lora_model(folder)
     loss_packed, packed = packed_loss(model, [trees]), gradient(model)
     loss_rows, rows = rows_loss(model, trees), gradient(model)
@@ -150,9 +141,6 @@ def test_visibility_is_the_prefix_and_the_own_branch_up_to_oneself():
         "..x.....x.",
         "..x.....xx",
     ]
-    batch = pack([replace(tree, two_way=True) for tree in (tree_1, tree_2)])
-    both = ["".join("x" if seen else "." for seen in row) for row in visible(batch.layout, batch.layout)[0, 0]]
-    assert both == ["xx........", *rows[1:]]
 
 
 def test_loss_is_on_the_answer_and_eos_and_nothing_else(tiny_base):
@@ -172,8 +160,7 @@ def test_loss_is_on_the_answer_and_eos_and_nothing_else(tiny_base):
 
 
 def test_scattered_keys_of_a_tree_are_all_found():
-    at = torch.tensor([0, 1, 0, 1, 2, 2])
-    key = Layout(torch.tensor([0, 0, 1, 1, 0, 1]), torch.zeros(6).long(), at, at)
+    key = Layout(torch.tensor([0, 0, 1, 1, 0, 1]), torch.zeros(6).long(), torch.tensor([0, 1, 0, 1, 2, 2]))
     query = key[torch.tensor([4, 5])]
     (first, first_keys), (second, second_keys) = by_tree(query, key)
     assert (first.tolist(), second.tolist()) == ([0], [1])

@@ -65,24 +65,11 @@ def test_other_orders_stay_in_the_window_too(tokenizer, order):
     assert window.context + window.question - 16 < len(ids) <= window.context + window.question
 
 
-def test_a_two_way_prefix_is_the_paragraphs_alone(tokenizer):
-    def prefix_of(*questions: str) -> list[int]:
-        examples = [example("A canal.", "canal", question, question) for question in questions]
-        (tree,) = build_trees(examples, tokenizer, Window(), train=True, options=Prompt(two_way=True)).trees
-        assert tree.two_way
-        return tree.prefix_ids
-
-    prefix = prefix_of("What is it?")
-    assert tokenizer.decode(prefix, skip_special_tokens=True).endswith("Context: A canal.\n\nQuestion:")
-    assert prefix == prefix_of("What is it?", "What is there?") == prefix_of("When?", "Why?")
-
-
 def test_the_fingerprint_changes_with_the_prompt_and_only_with_it(monkeypatch):
     assert prompt.fingerprint() == "debd7cbbbb31"  # a new prompt is a new version: say so in docs/log.md
-    others = [prompt.fingerprint(Prompt(order, two_way)) for order, two_way in
-              (("context", False), ("context", True), ("question", False), ("both", False))]  # fmt: skip
+    others = [prompt.fingerprint(Prompt(order)) for order in ("context", "question", "both")]
     assert others[0] == prompt.fingerprint()
-    assert len(set(others)) == 4
+    assert len(set(others)) == 3
     monkeypatch.setattr(prompt, "_QUESTION", "\n\nQ: {}\n\nAnswer:")
     assert prompt.fingerprint() != "debd7cbbbb31"
 
