@@ -12,7 +12,7 @@ SET     = runs=$(RUNS) $(if $(SEED),seed=$(SEED)) $(if $(ADAPTER),adapter=$(ADAP
 # PROCESSES=n shares training and evaluation out: a process a GPU, or on CPUs. `exec`, so that a signal to make arrives.
 LAUNCH  = $(VENV)/bin/accelerate launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no
 RUN     = $(if $(filter-out 1,$(PROCESSES)),$(LAUNCH) --num_processes $(PROCESSES),$(PY))
-# of bench-train, which chooses a model itself where none is named
+# of bench-train and bench-decode, which choose a model themselves where none is named
 OWN_MODEL = $(if $(filter-out file,$(origin MODEL)),$(MODEL))
 GPU     = $(shell command -v nvidia-smi)
 # the demo: the real scripts on demo/, small enough for two CPU cores

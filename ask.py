@@ -1,7 +1,7 @@
 """One question about one context, answered by any system.
 
     python ask.py smollm2-qlora [key=value ...] --context TEXT --question TEXT
-    echo "A paragraph. What is asked?" | ...
+    printf 'A paragraph.\nWhat is asked?\n' | python ask.py smollm2-qlora
 
 What is not given is taken from the environment's CONTEXT and QUESTION, and else from stdin: the context, or the
 question, or both, the question being the last line that is not empty.

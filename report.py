@@ -184,11 +184,13 @@ def main(argv: list[str]) -> None:
         rows = [row(runs.get("eval"), runs.get("bench")) for runs in systems]
         scored = [runs["eval"] for runs in systems if "eval" in runs and not is_random(runs["eval"])]
         answered = {evaluation["folder"]: questions(evaluation) for evaluation in scored}
+        adapted = [r for r in scored if r["config"]["lora"]]
         verdicts = [
             verdict(a, b, answered)
-            for a in scored
+            for a in adapted
             for b in scored
-            if a["config"]["lora"] and not b["config"]["lora"] and a["config"]["base"] == b["config"]["base"]
+            if not b["config"]["lora"]
+            and record.weights_of(a["config"]["base"]) == record.weights_of(b["config"]["base"])
         ]
         some = next(r for runs in systems for r in runs.values())
         must = some["must_match"]

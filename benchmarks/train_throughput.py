@@ -261,7 +261,7 @@ def flops_per_token(base: str, recomputed: float) -> float:
 def table(rows: list[dict[str, Any]], speed: str) -> str:
     lines = [COLUMNS, ("---",) * len(COLUMNS)]
     for r in rows:
-        budget = f"{r['budget']:g} GiB" if r["budget"] < 1e6 else "–"
+        budget = f"{r['budget']:g} GiB" if r["budget"] < NO_BUDGET else "–"
         if "failed" in r:
             lines.append((SYSTEMS[r["system"]], budget, r["failed"], *[""] * (len(COLUMNS) - 3)))
             continue

@@ -1,8 +1,8 @@
 """Folders that are written whole or not at all, and checked when they are read.
 
 A checkpoint is a plain PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`), a readable `state.json`, in
-`last/` also `training.pt` (the optimizer's state, fp16's loss scale), and `SHA256SUMS` over them (`sha256sum -c` reads
-it).
+`last/` also `training.pt` (the optimizer's state, fp16's loss scale, the weights' running mean), and `SHA256SUMS` over
+them (`sha256sum -c` reads it).
 """
 
 import hashlib

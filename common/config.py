@@ -95,7 +95,7 @@ class Prompt:
     order: Literal["context", "question", "both"] = "context"  # what comes first; both: the question before and after
 
     def spare(self, window: Window) -> int:
-        """Tokens of `window.context` that this order needs for else: 4 since texts elsewhere may have more tokens."""
+        """Tokens of `window.context` that are not the context's: a second question's, and 4 as seams may cost more."""
         return {"context": 0, "question": 4, "both": 4 + window.question}[self.order]
 
 
@@ -149,7 +149,7 @@ class EarlyStop:
 
 @dataclass(frozen=True)
 class Eval:
-    engine: Literal["auto", "plain"] = "auto"  # plain: transformers' and PEFT's modules; no Llama goes any other way
+    engine: Literal["auto", "plain"] = "auto"  # plain: transformers' and PEFT's modules, as for all but Llamas
     memory_budget_gib: float = 12.0  # what may be allocated at the peak, the base included; less where less is free
     pass_tokens: int | None = None  # tokens of one forward pass; null: by device and memory
 
@@ -176,7 +176,7 @@ class Config:
     base: Base
     seed: int = 0  # sampler order, LoRA init, dropout
     lora: Lora | None = None  # null: the base as it is
-    adapter: str | None = None  # folder of a trained adapter; null: the newest run of this system
+    adapter: str | None = None  # folder of a trained adapter; null: of the newest finished training like this
     data: Data = field(default_factory=Data)
     window: Window = field(default_factory=Window)
     prompt: Prompt = field(default_factory=Prompt)
@@ -211,7 +211,7 @@ class Config:
         return f"{self.system} (random weights)" if self.base.random_weights else self.system
 
     def hash(self) -> str:
-        """8 hex digits of everything that decides the result: all but where it is written."""
+        """8 hex digits of the whole configuration but `runs` and `tracker`."""
         decides = self.to_dict()
         del decides["runs"], decides["tracker"]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]

@@ -17,20 +17,20 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor
 
-FEW = 16  # tokens: for as many there are products that need no matrix of its own
-NESTED = 256  # absmaxes with one of their own, where they are quantised
+FEW = 16  # tokens: up to as many, products read the 4-bit numbers themselves
+NESTED = 256  # absmaxes in a row that share one of their own, where they are quantised
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Numbers of 4 bits, as bitsandbytes packs them: two in a byte, of `blocksize` in a row the absmax apart."""
+    """Numbers of 4 bits, as bitsandbytes packs them: two in a byte, and an absmax for each `blocksize` in a row."""
 
     numbers: Tensor  # uint8
     levels: Tensor  # [16] fp32
     kind: str  # nf4 or fp4
     blocksize: int
-    absmax: Tensor  # a block each: fp32, or uint8 where they are quantised themselves, of 256 in a row the absmax apart
-    absmax2: Tensor | None = None  # fp32, as the two that follow
+    absmax: Tensor  # a block each: fp32, or uint8 where they are quantised themselves
+    absmax2: Tensor | None = None  # then one for each NESTED of these: fp32, as the two that follow
     levels2: Tensor | None = None  # [256]
     offset: Tensor | None = None  # what was taken from the 256 before
 

@@ -16,9 +16,9 @@ from common.errors import UserError
 import torch
 
 GIB = 2**30
-CPU_PACK_TOKENS, GPU_PACK_TOKENS, LEAST_PACK_TOKENS = 1024, 8192, 512
+CPU_PACK_TOKENS, GPU_PACK_TOKENS, LEAST_PACK_TOKENS = 1024, 8192, 512  # of fused layers, in training
 MOST_PASS_TOKENS, LEAST_PASS_TOKENS, PASSES = 8192, 512, 10  # an answer with its neighbours lives about 10 passes
-LEAST_ARENA_TOKENS, CPU_ARENA_TOKENS = 1536, 16384
+CPU_PASS_TOKENS, LEAST_ARENA_TOKENS, CPU_ARENA_TOKENS = 1024, 1536, 16384
 DRAWN = 0.25  # of a pass's tokens, those that draw a next one: seldom as many
 HELD_BYTES = 2**30  # dequantised matrices are held, budget or not, where all take no more than this
 
@@ -121,7 +121,7 @@ def decoding(options: Eval, shapes: Shapes, device: torch.device) -> Decoding:
     Raises `UserError` where not even the least does.
     """
     if device.type == "cpu":
-        return Decoding(options.pass_tokens or CPU_PACK_TOKENS, CPU_ARENA_TOKENS)
+        return Decoding(options.pass_tokens or CPU_PASS_TOKENS, CPU_ARENA_TOKENS)
     torch.cuda.empty_cache()
     left = free(device) - torch.cuda.memory_reserved(device)  # what graphs keep is reserved, and not to be had
     return fit(options, shapes, min(int(options.memory_budget_gib * GIB) - torch.cuda.memory_allocated(device), left))

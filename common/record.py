@@ -4,14 +4,15 @@
         config.yaml       as resolved from file and overrides
         record.json       written last: a folder without it is unfinished
         metrics.jsonl     train: a line per logged step and evaluation
-        predictions.json  {id: text}, the official format
+        predictions.json  train, eval: {id: text}, the official format
+        questions.jsonl   eval: a line per question
+        process-N.*       bench: what each process measured
         best/ last/       train: checkpoints
 
 Imports no torch.
 """
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from common import prompt, score
-from common.config import Config, Prompt
+from common.config import Config
 from common.errors import UserError
 from common.squad import Dataset
 
@@ -68,13 +69,14 @@ def trained_adapter(config: Config) -> Path | None:
         if not Path(config.adapter).is_dir():
             raise UserError(f"adapter={config.adapter}: no such folder")
         return Path(config.adapter)
-    wanted = {key: config.to_dict()[key] for key in ("system", "seed", "base", "lora", "prompt")}
-    usual = {"prompt": dataclasses.asdict(Prompt())}  # of records from before it could be chosen
-    runs = [
-        record
-        for record in read_all(Path(config.runs))
-        if record["kind"] == "train" and wanted.items() <= (usual | record["config"]).items()
-    ]
+
+    def decides(config: dict[str, Any]) -> list[Any]:
+        order = config.get("prompt", {}).get("order", "context")  # it could not always be chosen
+        return [config["system"], config["seed"], weights_of(config["base"]), config["lora"], order]
+
+    wanted = decides(config.to_dict())
+    trained = [record for record in read_all(Path(config.runs)) if record["kind"] == "train"]
+    runs = [record for record in trained if decides(record["config"]) == wanted]
     if not runs and config.base.random_weights:
         return None
     if not runs:
@@ -83,6 +85,11 @@ def trained_adapter(config: Config) -> Path | None:
             f"make train MODEL={config.system}, or name an adapter with ADAPTER=folder"
         )
     return Path(max(runs, key=lambda record: record["created"])["folder"]) / "best"
+
+
+def weights_of(base: dict[str, Any]) -> dict[str, Any]:
+    """What decides a base's numbers and ids, of its section: not what it is computed in, nor what memory it needs."""
+    return {key: base[key] for key in ("path", "revision", "tokenizer", "random_weights", "quant", "double_quant")}
 
 
 def write(

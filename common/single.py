@@ -1,6 +1,6 @@
 """One question at a time, as soon as possible: the prompt in one pass, then several tokens a pass, drafted from it.
 
-An answer is nearly always a span of its context, so what follows the last tokens in the context is a good guess of what
+An answer is nearly always a span of its context, so what follows the last tokens in the prompt is a good guess of what
 comes next (prompt lookup, as transformers' `prompt_lookup_num_tokens` has it). A pass reads the last token and a draft,
 and draws after each of them what the model would draw: as much of the draft as equals that is kept, and one token more.
 So the answer is the greedy one, whatever the draft.
@@ -26,7 +26,7 @@ from common.squad import Example
 
 import torch
 
-DRAFT = FEW - 1  # tokens: with the one before them a pass that takes hardly longer than that one's alone
+DRAFT = FEW - 1  # tokens: with the one before them as many as a pass may have without a 16-bit copy of each matrix
 PROMPTS = (64, 128, 192, 256, 384)  # tokens that a graph is recorded for, beside the most that there may be
 LONGEST_MATCH, NEAR = 4, 24  # tokens
 

@@ -75,6 +75,15 @@ def test_the_adapter_is_that_of_the_newest_training_of_the_same_system_seed_base
     assert record.trained_adapter(config()) == run / "best"
 
 
+def test_every_adapter_of_llama_2_has_the_base_that_it_is_compared_with():
+    """They differ in what memory they need, and the T4's in what it is computed in."""
+    raw, *adapted = (load(name).to_dict()["base"] for name in ("raw7b", "qlora7b", "qlora7b-fast", "qlora7b-t4"))
+    assert all(record.weights_of(base) == record.weights_of(raw) for base in adapted)
+    assert all(base != raw for base in adapted), "or there is nothing to leave out"
+    for other in ({"path": "other"}, {"quant": "fp4"}, {"double_quant": False}, {"random_weights": True}):
+        assert record.weights_of(raw | other) != record.weights_of(raw)
+
+
 def test_a_named_adapter_wins_and_must_exist(config, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         record.trained_adapter(config(f"adapter={tmp_path / 'absent'}"))

@@ -39,7 +39,7 @@ def finished(tiny_config, tmp_path, capsys):
         ("train", train_loop.main, [str(tiny_config)]),
         ("eval", eval_loop.main, [str(tiny_config)]),
         ("bench", bench_latency.main, [str(tiny_config)]),
-        ("raw", eval_loop.main, [str(raw), "lora=null"]),
+        ("raw", eval_loop.main, [str(raw), "lora=null", "base.dtype=bf16"]),
         ("report", report.main, [str(tmp_path / "runs")]),
     ):
         main(arguments)
