@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 
@@ -21,26 +22,88 @@ def clustered(
     Percentiles of the means of as many clusters, drawn with replacement, always the same ones; a little further out
     than 2.5 and 97.5, since clusters are few (expanded percentiles, https://arxiv.org/abs/1411.5279).
     """
-    names = sorted({cluster_of[id_] for id_ in values})
-    if len(names) < 2:
+    sums, sizes = _of_clusters(values, cluster_of)
+    n = len(sums)
+    if n < 2:
         return None
-    number = {name: i for i, name in enumerate(names)}
-    at = np.array([number[cluster_of[id_]] for id_ in values])
-    sums, sizes = np.bincount(at, list(map(float, values.values()))), np.bincount(at)
-    drawn = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
-    n = len(names)
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=draws)
     tail = 100 * stats.norm.cdf(np.sqrt(n / (n - 1)) * stats.t.ppf((1 - confidence) / 2, n - 1))
     low, high = np.percentile((drawn @ sums) / (drawn @ sizes), (tail, 100 - tail))
     return float(low), float(high)
 
 
-def mcnemar(a: Mapping[str, bool], b: Mapping[str, bool]) -> tuple[int, int, float]:
-    """Exact McNemar test of two systems on the same questions: (only a right, only b right, two-sided p)."""
+def _of_clusters(values: Mapping[str, float], cluster_of: Mapping[str, str]) -> tuple[NDArray, NDArray]:
+    """Sum of values and number of them, by cluster, in order of names."""
+    names = sorted({cluster_of[id_] for id_ in values})
+    number = {name: i for i, name in enumerate(names)}
+    at = np.array([number[cluster_of[id_]] for id_ in values])
+    return np.bincount(at, list(map(float, values.values()))), np.bincount(at)
+
+
+# ---- two systems on the same questions -----------------------------------------------------------------------------
+
+
+def differences(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+    """a - b, question by question: for `clustered`, `equivalence` and `detectable`."""
     if a.keys() != b.keys():
         raise ValueError("a paired test needs the same questions on both sides")
-    only_a = sum(a[id_] and not b[id_] for id_ in a)
-    only_b = sum(b[id_] and not a[id_] for id_ in a)
+    return {id_: float(a[id_]) - float(b[id_]) for id_ in a}
+
+
+def mcnemar(a: Mapping[str, bool], b: Mapping[str, bool]) -> tuple[int, int, float]:
+    """Exact McNemar test: (only a right, only b right, two-sided p)."""
+    found = list(differences(a, b).values())
+    only_a, only_b = found.count(1), found.count(-1)
     return only_a, only_b, float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def equivalence(values: Mapping[str, float], cluster_of: Mapping[str, str], margin: float) -> float:
+    """p of the two one-sided tests (TOST): small where the mean of `values` lies within -margin and margin for sure."""
+    shares = _by_cluster(values, cluster_of)
+    above = stats.ttest_1samp(shares, -margin, alternative="greater").pvalue
+    return float(max(above, stats.ttest_1samp(shares, margin, alternative="less").pvalue))
+
+
+def detectable(
+    values: Mapping[str, float], cluster_of: Mapping[str, str], alpha: float = 0.05, power: float = 0.8
+) -> float:
+    """The smallest true mean that a two-sided test at `alpha` on values that spread like these finds with `power`."""
+    shares = _by_cluster(values, cluster_of)
+    beyond = stats.t.ppf([1 - alpha / 2, power], len(shares) - 1).sum()
+    return float(beyond * stats.sem(shares))
+
+
+def _by_cluster(values: Mapping[str, float], cluster_of: Mapping[str, str]) -> NDArray:
+    """A number a cluster, whose mean is that of `values` and whose standard error allows for clusters of any size.
+
+    That error is the cluster-robust one of a mean, with C / (C - 1): the number is the mean plus the cluster's sum of
+    what its values are off by, times C over all values. Two clusters at least.
+    """
+    sums, sizes = _of_clusters(values, cluster_of)
+    if len(sums) < 2:
+        raise ValueError("a test over clusters needs two of them")
+    mean = sums.sum() / sizes.sum()
+    return mean + (sums - mean * sizes) * len(sums) / sizes.sum()
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """p-values of several tests, adjusted so that none of them is a false alarm more often than it says (Holm 1979)."""
+    adjusted: dict[str, float] = {}
+    least = 0.0
+    for i, name in enumerate(sorted(p, key=lambda name: p[name])):
+        least = adjusted[name] = max(least, min(1.0, (len(p) - i) * p[name]))
+    return adjusted
+
+
+# ---- seeds and samples ---------------------------------------------------------------------------------------------
+
+
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """Of the mean over seeds, by Student's t; None for a single one."""
+    if len(values) < 2:
+        return None
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(confidence)
+    return float(low), float(high)
 
 
 def percentile(samples: Sequence[float], q: float) -> float:

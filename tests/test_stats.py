@@ -1,9 +1,21 @@
 """Intervals and tests agree with published worked examples and with their definitions."""
 
-from common.stats import clustered, mcnemar, percentile, percentile_interval, wilson
+from common.stats import (
+    clustered,
+    detectable,
+    differences,
+    equivalence,
+    holm,
+    mcnemar,
+    percentile,
+    percentile_interval,
+    t_interval,
+    wilson,
+)
 
 import numpy as np
 import pytest
+from scipy import stats
 
 
 def test_wilson_equals_a_published_example():
@@ -11,6 +23,17 @@ def test_wilson_equals_a_published_example():
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
     assert wilson(29, 29)[1] == 1.0
+
+
+def test_wilson_covers_about_as_often_as_it_says():
+    n = 300
+    intervals = np.array([wilson(k, n) for k in range(n + 1)])
+    shares = np.linspace(0.2, 0.95, 100)
+    held = [
+        stats.binom.pmf(np.flatnonzero((intervals[:, 0] <= p) & (p <= intervals[:, 1])), n, p).sum() for p in shares
+    ]
+    assert 0.945 <= np.mean(held) <= 0.955
+    assert min(held) >= 0.93
 
 
 def of_articles(rng, articles: int):
@@ -60,8 +83,65 @@ def test_two_equal_systems_do_not_differ():
 
 
 def test_a_paired_test_of_other_questions_is_refused():
-    with pytest.raises(ValueError, match="same questions"):
-        mcnemar({"1": True}, {"2": True})
+    for test in (mcnemar, differences):
+        with pytest.raises(ValueError, match="same questions"):
+            test({"1": True}, {"2": True})
+
+
+def paired(rng, gain: float, articles: int = 48):
+    """Differences of two systems, of which one is better by `gain` on average, by another amount in each article."""
+    found, article = {}, {}
+    for a, better in enumerate(rng.normal(gain, 0.03, articles)):
+        n = rng.integers(20, 120)
+        for i, d in enumerate(rng.choice([1, 0, -1], n, p=[0.1 + better / 2, 0.8, 0.1 - better / 2])):
+            found[f"{a}.{i}"], article[f"{a}.{i}"] = float(d), str(a)
+    return found, article
+
+
+def test_paired_intervals_by_article_cover_the_true_difference():
+    rng, found = np.random.default_rng(3), []
+    for _ in range(200):
+        low, high = clustered(*paired(rng, 0.02), draws=1000)
+        found.append(low <= 0.02 <= high)
+    assert 0.91 <= np.mean(found) <= 0.98
+
+
+def test_equivalence_is_seldom_found_at_the_margin_and_mostly_well_within():
+    rng = np.random.default_rng(4)
+    at_margin = np.mean([equivalence(*paired(rng, 0.04), margin=0.04) < 0.05 for _ in range(300)])
+    within = np.mean([equivalence(*paired(rng, 0.0), margin=0.04) < 0.05 for _ in range(100)])
+    assert at_margin <= 0.085
+    assert within >= 0.9
+
+
+def test_equivalence_of_single_questions_is_the_two_one_sided_t_tests():
+    values = {str(i): x for i, x in enumerate(np.random.default_rng(0).normal(0.1, 1, 50))}
+    x = np.array(list(values.values()))
+    t = (1.0 - abs(x.mean())) / (x.std(ddof=1) / np.sqrt(50))  # of the nearer margin
+    assert equivalence(values, {id_: id_ for id_ in values}, margin=1.0) == pytest.approx(stats.t.sf(t, 49))
+    with pytest.raises(ValueError, match="two of them"):
+        equivalence(values, dict.fromkeys(values, "one"), margin=1.0)
+
+
+def test_a_detectable_difference_is_found_as_often_as_it_says():
+    rng = np.random.default_rng(6)
+    gain = np.mean([detectable(*paired(rng, 0.0)) for _ in range(50)])
+    found = [clustered(*paired(rng, gain), draws=1000) for _ in range(300)]
+    assert 0.72 <= np.mean([low > 0 for low, _ in found]) <= 0.88
+
+
+def test_holm_equals_a_published_example():
+    # R's p.adjust(c(0.01, 0.02, 0.03, 0.04, 0.05), "holm")
+    found = holm({"c": 0.03, "a": 0.01, "b": 0.02, "e": 0.05, "d": 0.04})
+    assert found == pytest.approx({"a": 0.05, "b": 0.08, "c": 0.09, "d": 0.09, "e": 0.09})
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+    assert holm({}) == {}
+
+
+def test_a_t_interval_equals_a_published_example():
+    # Student 1908: hours of sleep that ten patients gained more by one drug than by the other
+    assert t_interval([1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]) == pytest.approx((0.7001, 2.4599), abs=5e-5)
+    assert t_interval([71.7]) is None
 
 
 @pytest.mark.parametrize(("q", "least"), [(95, 72), (99, 368)])
