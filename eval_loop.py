@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     if not process.is_main_process:
         return
     texts = {e.id: answers[e.id].text for e in dev.examples}
-    rows = [vars(answers[e.id]) for e in dev.examples]
+    rows = [{**vars(answers[e.id]), "article": e.title} for e in dev.examples]
     accuracy: dict[str, Any] = dict.fromkeys(("em", "em_interval", "em_article_interval", "f1", "f1_article_interval"))
     shown = "random weights: no accuracy"
     if not config.base.random_weights:

@@ -11,13 +11,16 @@ import html
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from common import mistakes, record, squad
 from common.config import Data
 from common.errors import UserError, one_line_errors
-from common.stats import mcnemar
+from common.stats import t_interval
+from common.verdict import Rows, compare
 
 COLUMNS = ("system", "seed", "EM [95 %]", "F1", "n", "p95 ms", "peak memory", "device", "run")
 PAGE = """<!doctype html>
@@ -77,33 +80,34 @@ def is_random(r: dict[str, Any]) -> bool:
     return r.get("random_weights", False)
 
 
-Rows = dict[str, dict[str, Any]]  # of one evaluation, by question
-
-
-def verdict(a: dict[str, Any], b: dict[str, Any], rows: dict[str, Rows]) -> dict[str, Any]:
-    """`a` against `b`, paired over the same questions; `rows` by folder."""
-    right_a, right_b = ({id_: r["em"] for id_, r in rows[side["folder"]].items()} for side in (a, b))
-    only_a, only_b, p = mcnemar(right_a, right_b)
-    gain = a["result"]["em"] - b["result"]["em"]
-    return {"a": a["system"], "b": b["system"], "seed": a["seed"], "em_gain": gain,
-            "only_a": only_a, "only_b": only_b, "p": p}  # fmt: skip
-
-
-def sentence(v: dict[str, Any]) -> str:
-    p = f"p = {v['p']:.2g}" if v["p"] >= 1e-10 else "p < 1e-10"
-    return (
-        f"{v['a']} (seed {v['seed']}) against {v['b']}: {v['em_gain']:+.2f} EM; right where the other is wrong: "
-        f"{v['only_a']} against {v['only_b']} questions; exact McNemar {p}"
-    )
-
-
 def questions(evaluation: dict[str, Any]) -> Rows:
+    """Its rows by question. An evaluation from before articles were kept has each question for an article."""
     path = Path(evaluation["folder"]) / "questions.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return {r["id"]: {key: r[key] for key in ("text", "em", "hit_limit")} for r in rows}
+        kept = ("text", "em", "f1", "hit_limit")
+        return {r["id"]: {key: r[key] for key in kept} | {"article": r.get("article", r["id"])} for r in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); evaluate that system again") from error
+
+
+def seeds(evaluations: list[dict[str, Any]]) -> list[str]:
+    """Of each system that was evaluated with several seeds, all else equal: their mean EM and F1, as sentences."""
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for e in evaluations:
+        alike.setdefault(json.dumps({**e["config"], "seed": None, "adapter": None, "runs": None}), []).append(e)
+    out = []
+    for found in alike.values():
+        means = []
+        for name in ("em", "f1"):
+            values = [e["result"][name] for e in found]
+            if interval := t_interval(values):
+                means.append(
+                    f"{name.upper()} {fmean(values):.2f} [{interval[0]:.2f}, {interval[1]:.2f}] "
+                    f"({min(values):.2f} to {max(values):.2f})"
+                )
+        out += [f"{found[0]['system']}, mean of {len(found)} seeds: {', '.join(means)}"] if means else []
+    return out
 
 
 def mistaken(evaluations: list[dict[str, Any]], rows: dict[str, Rows]) -> list[dict[str, Any]]:
@@ -185,13 +189,14 @@ def main(argv: list[str]) -> None:
         scored = [runs["eval"] for runs in systems if "eval" in runs and not is_random(runs["eval"])]
         answered = {evaluation["folder"]: questions(evaluation) for evaluation in scored}
         adapted = [r for r in scored if r["config"]["lora"]]
-        verdicts = [
-            verdict(a, b, answered)
+        verdicts = compare([
+            (f"{a['system']} (seed {a['seed']})", b["system"], answered[a["folder"]], answered[b["folder"]])
             for a in adapted
             for b in scored
             if not b["config"]["lora"]
             and record.weights_of(a["config"]["base"]) == record.weights_of(b["config"]["base"])
-        ]
+        ])  # fmt: skip
+        sentences = [*seeds(scored), *map(str, verdicts)]
         some = next(r for runs in systems for r in runs.values())
         must = some["must_match"]
         window = must["window"]
@@ -200,8 +205,8 @@ def main(argv: list[str]) -> None:
         same = f"data {must['data'][:12]}, prompt {must['prompt']}, scorer {must['scorer']}, window {cut}"
         wrong = mistaken(scored, answered)
         markdown += [f"## {title}", "", same, "", *markdown_table([COLUMNS, *rows]), ""]
-        markdown += [*(f"- {sentence(v)}" for v in verdicts), ""]
-        items = "".join(f"<li>{html.escape(sentence(v))}</li>\n" for v in verdicts)
+        markdown += [*(f"- {sentence}" for sentence in sentences), ""]
+        items = "".join(f"<li>{html.escape(sentence)}</li>\n" for sentence in sentences)
         section = f"<h2>{html.escape(title)}</h2>\n<p>{html.escape(same)}</p>\n{html_table([COLUMNS, *rows], 'runs')}"
         section += f"<ul>\n{items}</ul>"
         if wrong:
@@ -213,12 +218,12 @@ def main(argv: list[str]) -> None:
         plain += [title, same]
         for line in (COLUMNS, *rows):
             plain.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip())
-        plain += [*(sentence(v) for v in verdicts), ""]
+        plain += [*sentences, ""]
         output.append(
             {
                 "must_match": must,
                 "rows": [dict(zip(COLUMNS, r, strict=True)) for r in rows],
-                "tests": verdicts,
+                "tests": [asdict(v) for v in verdicts],
                 "mistakes": wrong,
             }
         )

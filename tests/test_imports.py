@@ -6,7 +6,9 @@ import sys
 
 from tests.conftest import ROOT
 
-TORCH_FREE = ("config", "errors", "squad", "prompt", "cache", "plan", "score", "stats", "record", "nvml")
+TORCH_FREE = (
+    "config", "errors", "squad", "prompt", "cache", "plan", "score", "mistakes", "stats", "verdict", "record", "nvml",
+)  # fmt: skip
 SCRIPTS = ("train_loop", "eval_loop", "bench_latency", "ask", "report")
 
 

@@ -92,6 +92,17 @@ def test_a_report_explains_no_mistakes_by_other_data_than_was_answered(finished,
     assert "Right and wrong answers" not in page
 
 
+def test_a_report_averages_seeds_where_all_else_is_equal():
+    def evaluation(seed: int, em: float, lr: float = 1e-3):
+        config = {"seed": seed, "adapter": f"run {seed}", "runs": "runs", "train": {"lr": lr}}
+        return {"system": "tiny", "config": config, "result": {"em": em, "f1": em + 9}}
+
+    three = [evaluation(0, 70.0), evaluation(1, 71.0), evaluation(2, 72.0)]
+    (found,) = report.seeds([*three, evaluation(3, 10.0, lr=2e-3)])
+    assert found.startswith("tiny, mean of 3 seeds: EM 71.00 [68.52, 73.48] (70.00 to 72.00), F1 80.00 [77.52, 82.48]")
+    assert report.seeds(three[:1]) == []
+
+
 def test_a_report_escapes_what_it_did_not_write(finished, tmp_path):
     for path in (tmp_path / "runs").glob("*-eval-*/record.json"):
         path.write_text(path.read_text().replace("dev.json", "<script>.json"))
