@@ -1,6 +1,7 @@
 # Every entry point. `make` alone lists them; what a target needs is set up by itself, once.
 PYTHON ?= python3
 MODEL  ?= qlora7b
+SWEEP  ?= seeds
 RUNS   ?= runs
 VENV   := .venv
 PY     := $(VENV)/bin/python
@@ -36,7 +37,7 @@ export SQUAD_DIR ?= $(CURDIR)/.cache/squad
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 train eval bench ask bench-train bench-decode report demo test test-gpu test-published lint format verify-scorer doctor bundle unbundle clean
+.PHONY: help setup smollm2 train eval bench ask bench-train bench-decode sweep report demo test test-gpu test-published lint format verify-scorer doctor bundle unbundle clean
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
@@ -68,6 +69,9 @@ bench-train: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## training speed bes
 
 bench-decode: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## decoding speed beside other stacks, at a size that suits this machine
 	$(PY) benchmarks/decode.py $(OWN_MODEL) $(if $(SEED),seed=$(SEED)) $(ARGS)
+
+sweep: $(READY) $(if $(shell grep -ls smollm2 "$(SWEEP)" "configs/sweeps/$(SWEEP).yaml"),$(SMOLLM2)) ## what is left of SWEEP's runs (seeds): systems × variants × seeds
+	exec $(PY) sweep.py "$(SWEEP)" $(SET)
 
 report: $(READY) ## one table of all runs, as Markdown and HTML (RUNS=runs)
 	$(PY) report.py $(RUNS)

@@ -234,11 +234,15 @@ def load(name: str, overrides: typing.Iterable[str] = ()) -> Config:
 
     Raises `UserError` with file and line (or the override) of the first thing that is wrong.
     """
-    path = find(name)
+    return read(Config, find(name), overrides)
+
+
+def read(cls: type, path: Path, overrides: typing.Iterable[str] = ()) -> Any:
+    """A YAML file as a dataclass like those above, as strictly."""
     tree = _read(path)
     for override in overrides:
         _override(tree, override)
-    return _build(Config, tree, "", str(path))
+    return _build(cls, tree, "", str(path), known_keys(cls))
 
 
 # ---- YAML with line numbers: mappings become dicts, everything else a leaf ----------------------------------------
@@ -297,17 +301,17 @@ def _override(tree: dict[str, Any], text: str) -> None:
 # ---- dicts of leaves into dataclasses ------------------------------------------------------------------------------
 
 
-def _build(cls: type, tree: dict[str, Any], prefix: str, source: str) -> Any:
+def _build(cls: type, tree: dict[str, Any], prefix: str, source: str, known: list[str]) -> Any:
     hints = typing.get_type_hints(cls)
     sections = [name for name in hints if not prefix]
     for key, value in tree.items():
         if key not in hints:
             where = value.where if isinstance(value, _Leaf) else _first_where(value, source)
-            raise UserError(f'{where}: unknown key "{prefix}{key}"{_nearest(prefix + key, [*known_keys(), *sections])}')
+            raise UserError(f'{where}: unknown key "{prefix}{key}"{_nearest(prefix + key, [*known, *sections])}')
     values = {}
     for name, hint in hints.items():
         if name in tree:
-            values[name] = _value(tree[name], hint, prefix + name, source)
+            values[name] = _value(tree[name], hint, prefix + name, source, known)
         elif all(
             f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(cls) if f.name == name
         ):
@@ -320,14 +324,14 @@ def _build(cls: type, tree: dict[str, Any], prefix: str, source: str) -> Any:
         raise UserError(f"{where}: {prefix}{error}") from error
 
 
-def _value(value: Any, hint: Any, key: str, source: str) -> Any:
+def _value(value: Any, hint: Any, key: str, source: str, known: list[str]) -> Any:
     choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     optional = type(None) in choices
     (hint,) = [choice for choice in choices if choice is not type(None)]
     if isinstance(value, dict):
         if not dataclasses.is_dataclass(hint):
             raise UserError(f'{_first_where(value, source)}: "{key}" takes a value, not a section')
-        return _build(typing.cast(type, hint), value, key + ".", source)
+        return _build(typing.cast(type, hint), value, key + ".", source, known)
     if optional and _tag(value.node) == "null":
         return None
     if dataclasses.is_dataclass(hint):

@@ -102,8 +102,8 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float
     """Of the mean over seeds, by Student's t; None for a single one."""
     if len(values) < 2:
         return None
-    low, high = stats.ttest_1samp(values, 0).confidence_interval(confidence)
-    return float(low), float(high)
+    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
+    return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
 def percentile(samples: Sequence[float], q: float) -> float:

@@ -7,9 +7,10 @@ import sys
 from tests.conftest import ROOT
 
 TORCH_FREE = (
-    "config", "errors", "squad", "prompt", "cache", "plan", "score", "mistakes", "stats", "verdict", "record", "nvml",
+    "config", "errors", "squad", "prompt", "cache", "plan", "score", "mistakes", "stats", "verdict", "record", "jobs",
+    "nvml",
 )  # fmt: skip
-SCRIPTS = ("train_loop", "eval_loop", "bench_latency", "ask", "report")
+SCRIPTS = ("train_loop", "eval_loop", "bench_latency", "ask", "report", "sweep")
 
 
 def imported(path) -> set[str]:

@@ -1,0 +1,141 @@
+"""Train, score and time many runs: systems × variants × seeds, each a subprocess of the other scripts.
+
+    python sweep.py seeds [key=value ...] [--workers N] [--dry-run]
+
+`seeds` names a file in configs/sweeps/, or is one; overrides go to every run. First it prints the plan, what is done of
+it and how long the rest should take. Started again, it goes on. On GPUs there is one worker each (`--workers` says
+otherwise). A run that fails is tried once more, unless what is wrong is the user's; the others go on. SIGTERM and
+SIGINT are passed on, and what runs saves itself.
+"""
+
+import argparse
+import json
+import os
+import queue
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from common import jobs, stopping
+from common.errors import UserError, one_line_errors
+
+import pynvml
+
+ROOT = Path(__file__).resolve().parent
+SCRIPTS = {"train": "train_loop.py", "eval": "eval_loop.py", "bench": "bench_latency.py"}
+TRIES, USERS_MISTAKE = 2, 2  # the latter is an exit code: trying again does not help
+
+
+def main(argv: list[str]) -> None:
+    # ---- plan ------------------------------------------------------------------------------------------------------
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("sweep", help="a name in configs/sweeps/, or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--workers", type=int, help="runs at a time; default: one a GPU, or one")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, and run nothing")
+    args = parser.parse_intermixed_args(argv)
+    planned, sweep = jobs.plan(jobs.find(args.sweep), args.overrides)
+    gpus = visible_gpus()
+    workers = args.workers or len(gpus) or 1
+    if workers < 1:
+        raise UserError("--workers must be 1 or more")
+    for job in planned:
+        steps = [kind for kind, _ in jobs.left(job, sweep.kinds)]
+        print(f"{job.name}: {', '.join(steps) if steps else 'done'}")
+    seconds, unknown = jobs.expected_seconds(planned, sweep.kinds)
+    waiting = [job for job in planned if jobs.left(job, sweep.kinds)]
+    rest = f"about {seconds / 60 / workers:.0f} min" + (f" and {unknown} steps of unknown length" if unknown else "")
+    at_once = f"{workers} at a time on {len(gpus)} GPU{'s' * (len(gpus) != 1)}"
+    print(f"{len(planned)} runs, {len(planned) - len(waiting)} done; left: {rest if waiting else 'nothing'}; {at_once}")
+    if args.dry_run:
+        return
+
+    # ---- run -------------------------------------------------------------------------------------------------------
+    slots: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for i in range(workers):
+        slots.put(gpus[i % len(gpus)] if gpus else None)
+    running: set[subprocess.Popen] = set()
+    failed: dict[str, str] = {}
+
+    def work(job: jobs.Job) -> tuple[bool, str]:
+        """Do what is left of a job: (whether it is done, the last line that a script said)."""
+        gpu, said = slots.get(), ""
+        try:
+            while steps := jobs.left(job, sweep.kinds):
+                kind, words = steps[0]
+                for _ in range(TRIES):
+                    if request.code:
+                        return False, "stopped"
+                    code, said = step(job, kind, words, gpu)
+                    if code in (0, USERS_MISTAKE):
+                        break
+                if code:
+                    return False, "stopped" if request.code else f"{kind} failed: {said}"
+                if jobs.left(job, sweep.kinds) == steps:
+                    return False, f"{kind} ended well and left no record: {said}"
+            return True, said
+        finally:
+            slots.put(gpu)
+
+    def step(job: jobs.Job, kind: str, words: list[str], gpu: str | None) -> tuple[int, str]:
+        """One script, to its end: (exit code, its last line). What it says is kept in runs/logs/."""
+        log = Path(job.config.runs) / "logs" / f"{job.config.system}-s{job.config.seed}-{job.config.hash()}-{kind}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w", encoding="utf-8") as file:
+            # a group of its own: Ctrl-C is for us, and we pass it on
+            child = subprocess.Popen(
+                [sys.executable, str(ROOT / SCRIPTS[kind]), job.system, *words], stdout=file, stderr=subprocess.STDOUT,
+                env=os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}), start_new_session=True,
+            )  # fmt: skip
+            running.add(child)
+            code = child.wait()
+            running.discard(child)
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
+        return code, lines[-1]
+
+    began, told = time.monotonic(), set[subprocess.Popen]()
+    with stopping.listen() as request, ThreadPoolExecutor(workers) as pool:
+        pending = {pool.submit(work, job): job for job in waiting}
+        while pending:
+            ended, _ = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+            for future in ended:
+                job, (done, said) = pending.pop(future), future.result()
+                if not done:
+                    failed[job.name] = said
+                minutes = (time.monotonic() - began) / 60 / (len(waiting) - len(pending)) * len(pending)
+                print(f"{job.name}: {figures(said) if done else said}; {len(pending)} left, about {minutes:.0f} min")
+            for child in running - told if request.code else ():
+                child.terminate()
+                told.add(child)
+
+    # ---- end -------------------------------------------------------------------------------------------------------
+    if request.code:
+        print("stopped; the same command goes on")
+    roots = ", ".join(sorted({job.config.runs for job in planned}))
+    print(f"{len(planned) - len(failed)} of {len(planned)} runs are done; make report shows them ({roots})")
+    print(json.dumps({"runs": len(planned), "failed": failed}, ensure_ascii=False))
+    sys.exit(request.code or bool(failed))
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may be set to, one at a time."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu.strip() not in ("", "-1")]
+    try:
+        pynvml.nvmlInit()
+        return [str(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:
+        return []
+
+
+def figures(line: str) -> str:
+    """EM and F1, where a script's last line is a result that has them."""
+    result = json.loads(line) if line.startswith("{") else {}
+    return f"EM {result['em']:.2f} F1 {result['f1']:.2f}" if result.get("em") is not None else "done"
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])

@@ -1,0 +1,97 @@
+"""A sweep's runs are what its file says, each once, and what is done is what records say."""
+
+from common import jobs, record
+from common.errors import UserError
+from common.squad import Dataset
+
+import pytest
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Write a sweep's YAML beside two systems, one without an adapter; returns its path."""
+
+    def make(**keys: object):
+        for name, lora in (("raw", "null"), ("tuned", "{rank: 4}")):
+            (tmp_path / f"{name}.yaml").write_text(
+                f"system: {name}\nbase: {{path: somewhere}}\nlora: {lora}\nruns: {tmp_path / 'runs'}\n"
+            )
+        keys = {"systems": [str(tmp_path / "raw.yaml"), str(tmp_path / "tuned.yaml")], **keys}
+        file = tmp_path / "sweep.yaml"
+        file.write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))
+        return file
+
+    return make
+
+
+def finish(config, kind: str, seconds: float = 60.0):
+    run = record.new_run(config, kind)
+    data = Dataset([], "x.json")
+    record.write(run, config, kind, data, {"name": "a test"}, {"seconds": seconds})
+    return run
+
+
+def test_a_plan_has_every_seed_and_variant_and_what_has_no_adapter_once(sweep):
+    planned, _ = jobs.plan(sweep(seeds=[0, 1], variants='["", "train.lr=1e-3"]'), ["data.dev_questions=5"])
+    names = [(job.config.system, job.config.seed, job.config.train.lr) for job in planned]
+    assert names == [("raw", 0, 2e-4), *(("tuned", seed, lr) for seed in (0, 1) for lr in (2e-4, 1e-3))]
+    assert all(job.config.data.dev_questions == 5 for job in planned)
+
+
+def test_a_variant_that_changes_more_than_training_is_one_of_systems_without_an_adapter_too(sweep):
+    planned, _ = jobs.plan(sweep(variants='["", "prompt.order=both train.lr=1e-3"]'))
+    assert [(job.config.system, job.config.prompt.order) for job in planned] == [
+        ("raw", "context"), ("tuned", "context"), ("raw", "both"), ("tuned", "both"),
+    ]  # fmt: skip
+
+
+def test_what_follows_a_training_answers_with_its_adapter_whatever_else_was_trained(sweep):
+    (_, one, other), chosen = jobs.plan(sweep(variants='["", "train.lr=1e-3"]'))
+    assert [kind for kind, _ in jobs.left(one, chosen.kinds)] == ["train", "eval"]
+    run = finish(one.config, "train")
+    finish(other.config, "train")  # later, of the same system and seed
+    ((kind, words),) = jobs.left(one, chosen.kinds)
+    assert (kind, words[-1]) == ("eval", f"adapter={run / 'best'}")
+    scored = jobs.load(one.system, words)
+    finish(scored, "eval")
+    assert jobs.left(one, chosen.kinds) == []
+    assert [kind for kind, _ in jobs.left(other, chosen.kinds)] == ["eval"]
+    finish(one.config, "train")  # anew: what was scored was another adapter
+    assert [kind for kind, _ in jobs.left(one, chosen.kinds)] == ["eval"]
+
+
+def test_an_unfinished_run_is_still_to_do(sweep):
+    (raw, tuned), chosen = jobs.plan(sweep(kinds="[eval]"))
+    record.new_run(raw.config, "eval")
+    assert [kind for kind, _ in jobs.left(raw, chosen.kinds)] == ["eval"]
+    assert [kind for kind, _ in jobs.left(tuned, chosen.kinds)] == ["eval"], "of whatever was trained before"
+
+
+def test_time_is_expected_from_what_is_on_record(sweep):
+    planned, chosen = jobs.plan(sweep(seeds=[0, 1, 2]))
+    assert jobs.expected_seconds(planned, chosen.kinds) == (0, 7)
+    finish(planned[1].config, "train", 100)
+    finish(planned[2].config, "train", 300)
+    assert jobs.expected_seconds(planned, chosen.kinds) == (200, 4)  # one training, and evaluations never seen
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"seeds": []}, "sweep.yaml.*seeds: name at least one"),
+        ({"sedes": [1]}, 'sweep.yaml:2: unknown key "sedes" — did you mean "seeds"'),
+        ({"kinds": "[trian]"}, "is one of train, eval, bench"),
+        ({"variants": '["train.lrr=1"]'}, 'unknown key "train.lrr"'),
+        ({"systems": "[qlora8b]"}, "unknown MODEL"),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_named(sweep, keys, message):
+    with pytest.raises(UserError, match=message):
+        jobs.plan(sweep(**keys))
+
+
+def test_a_sweep_is_found_by_name_or_path(tmp_path):
+    assert jobs.find("seeds").name == "seeds.yaml"
+    for name in ("sedes", str(tmp_path / "absent.yaml")):
+        with pytest.raises(UserError, match="known: seeds"):
+            jobs.find(name)

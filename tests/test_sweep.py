@@ -1,0 +1,124 @@
+"""A sweep runs what is left, tries again what failed, goes on where it stopped, and passes on being told to stop."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import sweep
+from tests.conftest import ROOT
+
+import pytest
+
+# in place of the scripts: a run that takes no torch, fails as often as its system's name says, or waits to be stopped
+FAKE = """\
+import json, os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from common import record
+from common.config import load
+from common.squad import Dataset
+kind, system, *words = sys.argv[1:]
+config = load(system, words)
+print("GPU", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
+if config.system == "waits":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    Path(config.runs, "waiting").touch()
+    time.sleep(60)
+tried = Path(config.runs) / f"{{config.system}}-{{kind}}-tried"
+n = len(tried.read_text()) if tried.exists() else 0
+tried.write_text("x" * (n + 1))
+if config.system == "mistaken":
+    print("error: a mistake")
+    sys.exit(2)
+if config.system == "broken" or (config.system == "shaky" and n == 0):
+    sys.exit("it broke")
+run = record.new_run(config, kind)
+result = {{"em": 50.0 + config.seed, "f1": 60.0, "seconds": 1.0}}
+record.write(run, config, kind, Dataset([], "x.json"), {{"name": "a test"}}, result)
+print(json.dumps(result))
+"""
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """Write a sweep over systems of these names, with fake scripts; returns its path."""
+    (tmp_path / "fake.py").write_text(FAKE.format(root=str(ROOT)))
+    wrapper = "import runpy, sys; sys.argv[1:1] = [{!r}]; runpy.run_path({!r}, run_name='__main__')"
+    scripts = {}
+    for kind in sweep.SCRIPTS:
+        (tmp_path / f"{kind}.py").write_text(wrapper.format(kind, str(tmp_path / "fake.py")))
+        scripts[kind] = str(tmp_path / f"{kind}.py")
+    monkeypatch.setattr(sweep, "SCRIPTS", scripts)
+
+    def make(*names: str, seeds: str = "[0]"):
+        for name in names:
+            (tmp_path / f"{name}.yaml").write_text(
+                f"system: {name}\nbase: {{path: somewhere}}\nlora: {{rank: 4}}\nruns: {tmp_path / 'runs'}\n"
+            )
+        path = tmp_path / "sweep.yaml"
+        path.write_text(f"systems: {json.dumps([str(tmp_path / f'{n}.yaml') for n in names])}\nseeds: {seeds}\n")
+        return path
+
+    return make
+
+
+def swept(capsys, *arguments: object) -> tuple[int, str, dict]:
+    with pytest.raises(SystemExit) as ended:
+        sweep.main([str(a) for a in arguments])
+    out = capsys.readouterr().out
+    return int(ended.value.code), out, json.loads(out.strip().splitlines()[-1])
+
+
+def test_every_run_is_done_once_and_a_second_sweep_does_nothing(file, tmp_path, capsys):
+    path = file("tuned", seeds="[0, 1]")
+    sweep.main([str(path), "--dry-run"])
+    assert "2 runs, 0 done; left: about 0 min and 4 steps of unknown length; 1 at a time on 0 GPUs" in (
+        capsys.readouterr().out
+    )
+    assert not (tmp_path / "runs").exists()
+    code, out, result = swept(capsys, path)
+    assert (code, result) == (0, {"runs": 2, "failed": {}})
+    assert "seed=1: EM 51.00 F1 60.00; 0 left" in out
+    made = sorted((tmp_path / "runs").glob("*/record.json"))
+    assert len(made) == 4
+    code, out, _ = swept(capsys, path)
+    assert code == 0
+    assert "2 runs, 2 done; left: nothing" in out
+    assert sorted((tmp_path / "runs").glob("*/record.json")) == made
+
+
+def test_what_fails_is_tried_again_what_is_mistaken_is_not_and_the_others_go_on(file, tmp_path, capsys):
+    code, out, result = swept(capsys, file("broken", "mistaken", "shaky"))
+    assert code == 1
+    assert "broken.yaml seed=0: train failed: it broke" in out
+    assert "mistaken.yaml seed=0: train failed: error: a mistake" in out
+    assert "shaky.yaml seed=0: EM 50.00" in out
+    assert len(result["failed"]) == 2
+    tried = {name: len((tmp_path / "runs" / f"{name}-train-tried").read_text()) for name in ("broken", "mistaken")}
+    assert tried == {"broken": 2, "mistaken": 1}
+    (log,) = (tmp_path / "runs" / "logs").glob("mistaken-*-train.log")
+    assert "error: a mistake" in log.read_text()
+
+
+def test_each_gpu_gets_one_run_at_a_time(file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    _, out, _ = swept(capsys, file("tuned", seeds="[0, 1, 2]"))
+    assert "2 at a time on 2 GPUs" in out
+    used = [log.read_text().split()[1] for log in (tmp_path / "runs" / "logs").iterdir()]
+    assert set(used) == {"4", "7"}
+
+
+def test_being_told_to_stop_is_passed_on_and_the_exit_code_says_it(file, tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sweep; sweep.SCRIPTS = {sweep.SCRIPTS!r}; "
+    code += f"sweep.main([{str(file('waits', 'tuned'))!r}])"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    until = time.monotonic() + 30
+    while not (tmp_path / "runs" / "waiting").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "stopped; the same command goes on" in out
+    assert not list((tmp_path / "runs").glob("*/record.json"))
