@@ -22,9 +22,10 @@ DEMO_TRAIN ?= train.lr=2e-3 train.questions_per_step=16 train.eval_every=15 earl
 DEMO_EVAL  ?=
 DEMO_BENCH ?= bench.queries=8 bench.warmup_queries=1 bench.processes=1
 export TOKENIZERS_PARALLELISM = true
-# of ask: as typed, for make would take "$5" for a variable
+# as typed, for make would take "$5" for a variable
 override export CONTEXT := $(value CONTEXT)
 override export QUESTION := $(value QUESTION)
+override export WHERE := $(value WHERE)
 LOCK   := requirements.lock
 # unpacked from a bundle: nothing asks for a network
 ifneq ($(wildcard .cache/bundle.json),)
@@ -37,7 +38,7 @@ export SQUAD_DIR ?= $(CURDIR)/.cache/squad
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 train eval bench ask bench-train bench-decode sweep report demo test test-gpu test-published lint format verify-scorer doctor bundle unbundle clean
+.PHONY: help setup smollm2 train eval bench ask bench-train bench-decode sweep runs report demo test test-gpu test-published lint format verify-scorer doctor bundle unbundle clean
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
@@ -72,6 +73,9 @@ bench-decode: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## decoding speed be
 
 sweep: $(READY) $(if $(shell grep -ls smollm2 "$(SWEEP)" "configs/sweeps/$(SWEEP).yaml"),$(SMOLLM2)) ## what is left of SWEEP's runs (seeds): systems × variants × seeds
 	exec $(PY) sweep.py "$(SWEEP)" $(SET)
+
+runs: $(READY) ## all runs of RUNS, or those of which WHERE="kind = 'train' and em > 70" holds
+	@$(PY) -m common.ledger "$(RUNS)" "$$WHERE"
 
 report: $(READY) ## one table of all runs, as Markdown and HTML (RUNS=runs)
 	$(PY) report.py $(RUNS)

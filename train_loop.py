@@ -37,7 +37,7 @@ from common import (
     stopping,
 )
 from common.average import Average
-from common.config import load
+from common.config import flat, load
 from common.errors import UserError, one_line_errors
 from common.model import add_lora, compute_dtype, load_base, load_tokenizers, load_weights, parameter_counts
 from common.prompt import Tree
@@ -223,7 +223,7 @@ def main(argv: list[str]) -> None:
         kept = [row for row in record.read_metrics(run) if row["step"] <= state["step"]]  # what came after is redone
         record.write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
     accelerator.project_configuration.logging_dir = str(run)
-    accelerator.init_trackers("squad-qlora", config.flat())
+    accelerator.init_trackers("squad-qlora", flat(config.to_dict()))
     print(
         f"{config.title} on {f'{n_ranks} × ' if n_ranks > 1 else ''}{meter.describe(device)['name']}, {dtype}: "
         f"trains {trained:,} weights beside {frozen:,} frozen ones ({trained / frozen:.3%})\n"

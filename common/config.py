@@ -197,14 +197,6 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
-    def flat(self) -> dict[str, Any]:
-        """Dotted key → value, lists as text: what trackers keep."""
-        out: dict[str, Any] = {}
-        for key, value in self.to_dict().items():
-            inner = value if isinstance(value, dict) else {"": value}
-            out |= {f"{key}.{k}".rstrip("."): str(v) if isinstance(v, list) else v for k, v in inner.items()}
-        return out
-
     @property
     def title(self) -> str:
         """The system's name, marked where its weights are random."""
@@ -215,6 +207,15 @@ class Config:
         decides = self.to_dict()
         del decides["runs"], decides["tracker"]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as a dict, to dotted key → value, lists as text: what trackers keep."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        inner = value if isinstance(value, dict) else {"": value}
+        out |= {f"{key}.{k}".rstrip("."): str(v) if isinstance(v, list) else v for k, v in inner.items()}
+    return out
 
 
 def find(name: str) -> Path:

@@ -8,7 +8,7 @@ from tests.conftest import ROOT
 
 TORCH_FREE = (
     "config", "errors", "squad", "prompt", "cache", "plan", "score", "mistakes", "stats", "verdict", "record", "jobs",
-    "nvml",
+    "ledger", "nvml",
 )  # fmt: skip
 SCRIPTS = ("train_loop", "eval_loop", "bench_latency", "ask", "report", "sweep")
 

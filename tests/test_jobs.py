@@ -95,3 +95,10 @@ def test_a_sweep_is_found_by_name_or_path(tmp_path):
     for name in ("sedes", str(tmp_path / "absent.yaml")):
         with pytest.raises(UserError, match="known: seeds"):
             jobs.find(name)
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (jobs.CONFIGS / "sweeps").glob("*.yaml")))
+def test_every_sweep_that_comes_with_the_repo_can_be_planned(name):
+    planned, sweep = jobs.plan(jobs.find(name))
+    assert planned
+    assert len({job.name for job in planned}) == len(planned)
