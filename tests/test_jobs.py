@@ -93,12 +93,12 @@ def test_a_mistake_in_a_sweep_is_named(sweep, keys, message):
 def test_a_sweep_is_found_by_name_or_path(tmp_path):
     assert jobs.find("seeds").name == "seeds.yaml"
     for name in ("sedes", str(tmp_path / "absent.yaml")):
-        with pytest.raises(UserError, match="known: seeds"):
+        with pytest.raises(UserError, match="known: orders, recipe, seeds"):
             jobs.find(name)
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (jobs.CONFIGS / "sweeps").glob("*.yaml")))
 def test_every_sweep_that_comes_with_the_repo_can_be_planned(name):
-    planned, sweep = jobs.plan(jobs.find(name))
+    planned, _ = jobs.plan(jobs.find(name))
     assert planned
     assert len({job.name for job in planned}) == len(planned)
