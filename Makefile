@@ -12,7 +12,7 @@ NEEDS   = $(READY) $(if $(findstring smollm2,$(MODEL)),$(SMOLLM2))
 SET     = runs=$(RUNS) $(if $(SEED),seed=$(SEED)) $(if $(ADAPTER),adapter=$(ADAPTER)) $(ARGS)
 # PROCESSES=n shares training and evaluation out: a process a GPU, or on CPUs. `exec`, so that a signal to make arrives.
 LAUNCH  = $(VENV)/bin/accelerate launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no
-RUN     = $(if $(filter-out 1,$(PROCESSES)),$(LAUNCH) --num_processes $(PROCESSES),$(PY))
+START   = $(if $(filter-out 1,$(PROCESSES)),$(LAUNCH) --num_processes $(PROCESSES),$(PY))
 # of bench-train and bench-decode, which choose a model themselves where none is named
 OWN_MODEL = $(if $(filter-out file,$(origin MODEL)),$(MODEL))
 GPU     = $(shell command -v nvidia-smi)
@@ -38,7 +38,7 @@ export SQUAD_DIR ?= $(CURDIR)/.cache/squad
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 train eval bench ask bench-train bench-decode sweep runs report demo test test-gpu test-published lint format verify-scorer doctor bundle unbundle clean
+.PHONY: help setup smollm2 train eval bench ask bench-train bench-decode sweep runs report certify demo test test-gpu test-published lint format verify-scorer doctor bundle unbundle clean
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
@@ -54,10 +54,10 @@ demo: $(READY) $(SMOLLM2) ## everything on this machine: score, train, score, ti
 	$(PY) report.py runs/demo
 
 train: $(NEEDS) ## train MODEL's adapter (qlora7b); goes on where it stopped, FRESH=1 starts anew
-	exec $(RUN) train_loop.py "$(MODEL)" $(SET) $(if $(FRESH),--fresh)
+	exec $(START) train_loop.py "$(MODEL)" $(SET) $(if $(FRESH),--fresh)
 
 eval: $(NEEDS) ## official EM and F1 of MODEL
-	exec $(RUN) eval_loop.py "$(MODEL)" $(SET)
+	exec $(START) eval_loop.py "$(MODEL)" $(SET)
 
 bench: $(NEEDS) ## single-query latency and memory of MODEL
 	exec $(PY) bench_latency.py "$(MODEL)" $(SET)
@@ -79,6 +79,9 @@ runs: $(READY) ## all runs of RUNS, or those of which WHERE="kind = 'train' and 
 
 report: $(READY) ## one table of all runs, as Markdown and HTML (RUNS=runs)
 	$(PY) report.py $(RUNS)
+
+certify: $(READY) ## score RUN's predictions again, derive its fingerprint again, answer 50 of its questions again
+	exec $(PY) certify.py "$(RUN)" $(ARGS)
 
 verify-scorer: $(READY) ## score PRED=predictions.json against DATA=dev.json with the official rules
 	@$(PY) -m common.score $(PRED) $(DATA)

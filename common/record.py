@@ -96,7 +96,7 @@ def write(
     folder: Path, config: Config, kind: str, data: Dataset, device: dict[str, Any], result: dict[str, Any]
 ) -> dict:
     """Write `record.json` and return it. `must_match` decides whether two records may be compared."""
-    commit, dirty = _git()
+    commit, dirty = code()
     record = {
         "schema": SCHEMA,
         "kind": kind,
@@ -131,14 +131,15 @@ def write(
 
 def read_all(root: Path) -> list[dict[str, Any]]:
     """Every finished run's record below `root`, oldest first."""
-    records = []
-    for path in sorted(root.glob("*/record.json")):
-        try:
-            record = json.loads(path.read_text())
-            records.append({**record, "folder": str(path.parent)})  # where it is now, moved or not
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}: not a readable record ({error}); move the folder away") from error
-    return sorted(records, key=lambda record: record["created"])
+    return sorted((read_one(path) for path in root.glob("*/record.json")), key=lambda r: (r["created"], r["folder"]))
+
+
+def read_one(path: Path) -> dict[str, Any]:
+    """A `record.json`; its `folder` is where it is now, moved or not."""
+    try:
+        return {**json.loads(path.read_text(encoding="utf-8")), "folder": str(path.parent)}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a readable record ({error}); move the folder away") from error
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -162,8 +163,8 @@ def _stem(config: Config, kind: str) -> str:
     return f"{config.system}-s{config.seed}-{config.hash()}-{kind}"
 
 
-def _git() -> tuple[str | None, bool | None]:
-    """(commit, whether the tree differs from it); None where this is no git checkout."""
+def code() -> tuple[str | None, bool | None]:
+    """Of this code: (commit, whether the tree differs from it); None where this is no git checkout."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()

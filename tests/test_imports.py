@@ -10,7 +10,7 @@ TORCH_FREE = (
     "config", "errors", "squad", "prompt", "cache", "plan", "score", "mistakes", "stats", "verdict", "record", "jobs",
     "ledger", "nvml",
 )  # fmt: skip
-SCRIPTS = ("train_loop", "eval_loop", "bench_latency", "ask", "report", "sweep")
+SCRIPTS = ("train_loop", "eval_loop", "bench_latency", "ask", "report", "sweep", "certify")
 
 
 def imported(path) -> set[str]:

@@ -1,0 +1,120 @@
+"""Certify one evaluation: score its predictions again, derive its fingerprint again, answer some questions again.
+
+    python certify.py runs/SYSTEM-s0-HASH-eval-001 [key=value ...] [--questions 50]
+
+Overrides say where things are by now: data.dev, adapter, base.path, base.tokenizer. The last line but one is CERTIFIED,
+with exit code 0, or what does not fit, with 1. In fp32 every answer must be the same; in 16 bits another order of
+summation may change one where two are about as likely, and so many may differ as would by chance if a tenth did.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import checkpoint, decode, meter, preflight, prompt, record, score, squad
+from common.config import flat, load
+from common.errors import UserError, one_line_errors
+from common.model import compute_dtype, load_system, load_tokenizers
+
+import torch
+from scipy import stats
+
+MOVED = ("data.dev", "adapter", "base.path", "base.tokenizer", "runs")  # what may have another name by now
+CHANGED_BY_ROUNDING, SURE = 0.1, 0.999
+
+
+def main(argv: list[str]) -> None:
+    # ---- settings --------------------------------------------------------------------------------------------------
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("run", type=Path, help="the folder of an evaluation")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--questions", type=int, default=50, help="how many are answered again, drawn anew each time")
+    args = parser.parse_intermixed_args(argv)
+    if not (args.run / "record.json").is_file():
+        raise UserError(f"{args.run}: no finished run is there; RUN=runs/… names the folder of an evaluation")
+    was = record.read_one(args.run / "record.json")
+    if was["kind"] != "eval" or was["result"]["em"] is None:
+        raise UserError(f"{args.run}: not an evaluation with an accuracy")
+    for word in args.overrides:
+        if word.partition("=")[0] not in MOVED:
+            raise UserError(f"{word}: only where things are may be said anew: {', '.join(MOVED)}")
+    config = load(str(args.run / "config.yaml"), args.overrides)
+    preflight.check(config.base, config.system)
+    found: dict[str, str | None] = {}  # check → what does not fit
+
+    # ---- what is stored --------------------------------------------------------------------------------------------
+    stored, result = {key: v for key, v in flat(was["config"]).items() if key not in MOVED}, was["result"]
+    mine = flat(config.to_dict())
+    other = [f"{key} is {mine.get(key)}, was {value}" for key, value in stored.items() if mine.get(key) != value]
+    found["configuration"] = "; ".join(other) or None
+    dev, must = squad.load(config.data, "dev"), was["must_match"]
+    now = {
+        "data": dev.sha256, "questions": len(dev.examples), "prompt": prompt.fingerprint(config.prompt),
+        "scorer": score.VERSION, "window": config.to_dict()["window"],
+    }  # fmt: skip
+    for name, value in now.items():
+        found[name] = None if must[name] == value else f"{value}, was {must[name]}"
+    texts = score.read_predictions(args.run / "predictions.json")
+    scored = score.score(dev.examples, texts)
+    again = {"em": scored.em, "f1": scored.f1, "n": scored.n}
+    wrong = [f"{key} {value}, was {result[key]}" for key, value in again.items() if abs(value - result[key]) > 1e-9]
+    found["score of the predictions"] = "; ".join(wrong) or None
+
+    # ---- what answers ----------------------------------------------------------------------------------------------
+    adapter = Path(config.adapter or result["adapter"]) if result["adapter"] else None
+    found["adapter"] = changed(adapter, result["adapter_sha256"]) if adapter else None
+    device = meter.pick_device()
+    tokenizer, cutter = load_tokenizers(config)
+    some = random.SystemRandom().sample(dev.examples, min(args.questions, len(dev.examples)))
+    model = load_system(config, adapter, device)
+    trees = prompt.build_trees(
+        some, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
+    ).trees
+    answers = decode.predict(
+        model, tokenizer, trees, decode.stop_ids(tokenizer), config.window.answer, config.eval, "answer again"
+    )
+    different = [e.id for e in some if answers[e.id].text != texts.get(e.id)]
+    exact = compute_dtype(config.base, device) == torch.float32 and in_fp32(was)
+    may = 0 if exact else int(stats.binom.ppf(SURE, len(some), CHANGED_BY_ROUNDING))
+    shown = ", ".join(f"{id_}: {answers[id_].text!r}, was {texts.get(id_)!r}" for id_ in different[:3])
+    told = f"{len(different)} of {len(some)} differ"
+    found["answers"] = f"{told}, at most {may} may: {shown}" if len(different) > may else None
+
+    # ---- verdict ---------------------------------------------------------------------------------------------------
+    commit, dirty = record.code()
+    differs = {"commit": (commit, was["may_differ"]["commit"]), "dirty": (dirty, was["may_differ"]["dirty"])}
+    differs["device"] = (meter.describe(device)["name"], was["may_differ"]["device"]["name"])
+    for name, (new, old) in differs.items():
+        print(f"{name}: {new}" if new == old else f"{name}: {new}, was {old} (which may be)")
+    print(f"answers: {told}" + (f" ({shown})" if different else ""))
+    misfits = {name: what for name, what in found.items() if what}
+    for name, what in misfits.items():
+        print(f"{name}: {what}")
+    print(f"CERTIFIED: EM {scored.em:.2f} F1 {scored.f1:.2f}, {args.run}" if not misfits else "NOT CERTIFIED")
+    print(json.dumps({"run": str(args.run), "certified": not misfits, "misfits": misfits, "different": different}))
+    sys.exit(bool(misfits))
+
+
+def changed(adapter: Path, sha256: str) -> str | None:
+    """What of an adapter's folder is not as it was."""
+    try:
+        checkpoint.verified(adapter)
+        now = checkpoint.sha256(adapter / "adapter_model.safetensors")
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        raise UserError(f"{error}; adapter=folder says where it is now") from error
+    return None if now == sha256 else f"sha256 {now}, was {sha256}"
+
+
+def in_fp32(was: dict[str, Any]) -> bool:
+    dtype = was["config"]["base"]["dtype"]
+    return dtype == "fp32" or (dtype == "auto" and was["may_differ"]["device"]["name"].startswith("CPU"))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])
