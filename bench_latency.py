@@ -19,7 +19,7 @@ from typing import Any
 from common import checkpoint, decode, meter, preflight, record, single, squad
 from common.config import Config, load
 from common.errors import UserError, one_line_errors
-from common.model import load_system, load_tokenizers
+from common.model import load_system, load_tokenizers, sources
 from common.stats import percentile, percentile_interval
 
 from tqdm import tqdm
@@ -81,8 +81,8 @@ def main(argv: list[str]) -> None:
     result["nvml_peak"] = {
         key: max(g[key] or 0 for g in gauges) or None for key in ("process_bytes", "device_bytes")
     } if gauges else None  # fmt: skip
-    result["engine"] = found[0]["engine"]
-    record.write(run, config, "bench", dev, meter.describe(device), result)
+    result["engine"] = found[0]["made_by"]["engine"]
+    record.write(run, config, "bench", dev, meter.describe(device), result, found[0]["made_by"])
     show(config, device, result)
     print(json.dumps(result))
 
@@ -139,7 +139,8 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
                 end_phase(mode)
     nvml = file.with_suffix(".nvml.json")
     record.write_text(file, json.dumps({
-        "ids": [e.id for e in queries], "modes": samples, "gauges": gauges, "engine": engine.name,
+        "ids": [e.id for e in queries], "modes": samples, "gauges": gauges,
+        "made_by": {"engine": engine.name, **sources(model, tokenizer)},
         "nvml": json.loads(nvml.read_text()) if nvml.exists() else {},
     }) + "\n")  # fmt: skip
 

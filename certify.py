@@ -17,7 +17,7 @@ from typing import Any
 from common import checkpoint, decode, meter, preflight, prompt, record, score, squad
 from common.config import flat, load
 from common.errors import UserError, one_line_errors
-from common.model import compute_dtype, load_system, load_tokenizers
+from common.model import compute_dtype, load_system, load_tokenizers, tokenizer_sha256
 
 import torch
 from scipy import stats
@@ -50,13 +50,13 @@ def main(argv: list[str]) -> None:
     mine = flat(config.to_dict())
     other = [f"{key} is {mine.get(key)}, was {value}" for key, value in stored.items() if mine.get(key) != value]
     found["configuration"] = "; ".join(other) or None
-    dev, must = squad.load(config.data, "dev"), was["must_match"]
+    dev = squad.load(config.data, "dev")
     now = {
         "data": dev.sha256, "questions": len(dev.examples), "prompt": prompt.fingerprint(config.prompt),
         "scorer": score.VERSION, "window": config.to_dict()["window"],
     }  # fmt: skip
-    for name, value in now.items():
-        found[name] = None if must[name] == value else f"{value}, was {must[name]}"
+    for name, (old, new) in record.mismatch(was, {"must_match": now}).items():
+        found[name] = f"{new}, was {old}"
     texts = score.read_predictions(args.run / "predictions.json")
     scored = score.score(dev.examples, texts)
     again = {"em": scored.em, "f1": scored.f1, "n": scored.n}
@@ -68,6 +68,9 @@ def main(argv: list[str]) -> None:
     found["adapter"] = changed(adapter, result["adapter_sha256"]) if adapter else None
     device = meter.pick_device()
     tokenizer, cutter = load_tokenizers(config)
+    ids_by = tokenizer_sha256(tokenizer)
+    if was["may_differ"].get("tokenizer", ids_by) != ids_by:  # older records do not say it
+        found["tokenizer"] = f"sha256 {ids_by}, was {was['may_differ']['tokenizer']}"
     some = random.SystemRandom().sample(dev.examples, min(args.questions, len(dev.examples)))
     model = load_system(config, adapter, device)
     trees = prompt.build_trees(

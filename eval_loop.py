@@ -13,7 +13,7 @@ from typing import Any
 from common import cache, checkpoint, decode, meter, plan, preflight, ranks, record, squad
 from common.config import load
 from common.errors import one_line_errors
-from common.model import load_system, load_tokenizers
+from common.model import load_system, load_tokenizers, sources
 from common.score import score
 from common.stats import clustered, wilson
 
@@ -86,7 +86,8 @@ def main(argv: list[str]) -> None:
         "processes": process.num_processes,
         "seconds": round(seconds, 2), "questions_per_s": round(n / seconds, 2), "peak": meter.peaks(device),
     }  # fmt: skip
-    record.write(run, config, "eval", dev, meter.describe(device), result)
+    made_by = {"engine": decode.engine_of(model, config.eval), **sources(model, tokenizer)}
+    record.write(run, config, "eval", dev, meter.describe(device), result, made_by)
     print(
         f"{config.title}{f' with {adapter}' if adapter else ''} on {dev.source}\n"
         f"{shown}  n {n}\n"

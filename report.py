@@ -182,6 +182,7 @@ def main(argv: list[str]) -> None:
 
     # ---- tables, the freshest last ---------------------------------------------------------------------------------
     markdown, sections, plain, output = [], [], [], []
+    before: dict[str, Any] | None = None
     newest = {key: max(r["created"] for runs in group.values() for r in runs.values()) for key, group in groups.items()}
     for comparable in sorted(groups, key=lambda key: newest[key]):
         systems = groups[comparable].values()
@@ -203,6 +204,9 @@ def main(argv: list[str]) -> None:
         title = f"{some['may_differ']['data_source']}, {must['questions']} questions"
         cut = f"{window['context']}+{window['question']}+{window['answer']} tokens"
         same = f"data {must['data'][:12]}, prompt {must['prompt']}, scorer {must['scorer']}, window {cut}"
+        if before:
+            same += f"; not comparable with the table above: {', '.join(record.mismatch(before, some))}"
+        before = some
         wrong = mistaken(scored, answered)
         markdown += [f"## {title}", "", same, "", *markdown_table([COLUMNS, *rows]), ""]
         markdown += [*(f"- {sentence}" for sentence in sentences), ""]

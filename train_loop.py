@@ -39,7 +39,15 @@ from common import (
 from common.average import Average
 from common.config import flat, load
 from common.errors import UserError, one_line_errors
-from common.model import add_lora, compute_dtype, load_base, load_tokenizers, load_weights, parameter_counts
+from common.model import (
+    add_lora,
+    compute_dtype,
+    load_base,
+    load_tokenizers,
+    load_weights,
+    parameter_counts,
+    sources,
+)
 from common.prompt import Tree
 from common.score import score
 
@@ -364,7 +372,7 @@ def main(argv: list[str]) -> None:
         "trained_weights": trained, "frozen_weights": frozen, "peak": meter.peaks(device, state["peak"]),
     }  # fmt: skip
     if first:
-        record.write(run, config, "train", dev_set, meter.describe(device), result)
+        record.write(run, config, "train", dev_set, meter.describe(device), result, sources(model, tokenizer))
     accuracy = "no accuracy" if untrue else f"best EM {result['em']:.2f} F1 {result['f1']:.2f}"
     print(
         f"{config.title}: {accuracy} at step {result['best_step']}; {result['questions_per_s']} questions/s; "

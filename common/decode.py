@@ -7,7 +7,7 @@ runs transformers' and PEFT's own modules pack by pack.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from common import fused, memory, meter, plan, stream
 from common.config import Eval
@@ -82,8 +82,7 @@ def predict(
     training = model.training
     model.eval()
     n = sum(len(tree.branches) for tree in trees)
-    plain = options.engine == "plain" or fused.unreadable(model)
-    engine = _by_packs if plain else _by_stream
+    engine = {"plain": _by_packs, "stream": _by_stream}[engine_of(model, options)]
     answers: list[Prediction] = []
     try:
         with tqdm(total=n, desc=progress, unit="question", disable=progress is None) as bar:
@@ -93,6 +92,11 @@ def predict(
     finally:
         model.train(training)
     return merge(answers)
+
+
+def engine_of(model: Any, options: Eval) -> Literal["plain", "stream"]:
+    """What `predict` answers by."""
+    return "plain" if options.engine == "plain" or fused.unreadable(model) else "stream"
 
 
 def _by_stream(

@@ -1,5 +1,6 @@
 """Load a frozen base (NF4, FP4 or plain; real or random weights), put a LoRA adapter on it, new or trained."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,16 @@ def load_system(config: Config, adapter: Path | None, device: torch.device) -> A
     if config.lora is None:
         return model
     return load_adapter(model, adapter, config.base) if adapter else add_lora(model, config.lora, config.seed).eval()
+
+
+def sources(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """For records: which tokenizer it was, and which commit of the base, where a hub gave one."""
+    commit = getattr(model.config, "_commit_hash", None)
+    return {"tokenizer": tokenizer_sha256(tokenizer), "base_commit": commit}
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:

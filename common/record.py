@@ -30,7 +30,7 @@ from common.squad import Dataset
 import yaml
 
 SCHEMA = 1
-PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "bitsandbytes", "numpy", "scipy")
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "bitsandbytes", "numpy", "scipy", "triton")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -93,9 +93,10 @@ def weights_of(base: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(
-    folder: Path, config: Config, kind: str, data: Dataset, device: dict[str, Any], result: dict[str, Any]
-) -> dict:
-    """Write `record.json` and return it. `must_match` decides whether two records may be compared."""
+    folder: Path, config: Config, kind: str, data: Dataset, device: dict[str, Any], result: dict[str, Any],
+    made_by: dict[str, Any] | None = None,
+) -> dict:  # fmt: skip
+    """Write `record.json` and return it; `made_by` says more of what made the result (engine, tokenizer, …)."""
     commit, dirty = code()
     record = {
         "schema": SCHEMA,
@@ -119,8 +120,9 @@ def write(
             "commit": commit,
             "dirty": dirty,
             "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)},
             "device": device,
+            **(made_by or {}),
         },
         "config": config.to_dict(),
         "result": result,
@@ -161,6 +163,19 @@ def write_text(path: Path, text: str) -> None:
 
 def _stem(config: Config, kind: str) -> str:
     return f"{config.system}-s{config.seed}-{config.hash()}-{kind}"
+
+
+def mismatch(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What two records must have alike to be compared, and have not, of both; nothing where they may be."""
+    mine, other = a["must_match"], b["must_match"]
+    return {key: (mine[key], other[key]) for key in mine if mine[key] != other[key]}
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:  # Triton, on a CPU
+        return False
 
 
 def code() -> tuple[str | None, bool | None]:

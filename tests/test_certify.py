@@ -64,6 +64,7 @@ def test_an_evaluation_is_certified_as_it_is_and_no_change_to_it_is(run, tmp_pat
         (lambda: edit(copy / "predictions.json", lambda p: p.update(p0q0="else")), "answers"),
         (lambda: edit(copy / "record.json", lambda r: r["result"].update(em=99.0)), "score of the predictions"),
         (lambda: edit(copy / "record.json", lambda r: r["must_match"].update(scorer="another")), "scorer"),
+        (lambda: edit(copy / "record.json", lambda r: r["may_differ"].update(tokenizer="another")), "tokenizer"),
         (lambda: edit(copy / "config.yaml", lambda c: c["window"].update(context=300)), "configuration"),
         (weights_changed, "adapter"),
         (lambda: edit(adapter / "adapter_config.json", lambda c: c.update(lora_alpha=64)), "adapter"),

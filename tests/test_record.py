@@ -102,3 +102,10 @@ def test_a_folder_that_cannot_be_made_is_a_users_error(config, tmp_path):
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(UserError, match="cannot make a folder"):
         record.new_run(config(), "eval")
+
+
+def test_records_are_compared_only_where_what_must_match_does(config):
+    (_, a), (_, b), (_, c) = (finish(config(word)) for word in ("seed=0", "base.dtype=fp32", "window.context=300"))
+    assert record.mismatch(a, b) == {}
+    ((key, (was, now)),) = record.mismatch(a, c).items()
+    assert (key, was["context"], now["context"]) == ("window", 416, 300)

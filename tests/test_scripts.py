@@ -81,6 +81,9 @@ def test_a_record_says_what_decided_the_number(finished, tmp_path):
     record = json.loads(path.read_text())
     assert record["must_match"].keys() == {"data", "questions", "prompt", "scorer", "window"}
     assert record["may_differ"]["versions"]["torch"]
+    assert record["may_differ"]["engine"] == "stream"
+    for other in (tmp_path / "runs").glob("tiny-*/record.json"):
+        assert json.loads(other.read_text())["may_differ"]["tokenizer"] == record["may_differ"]["tokenizer"]
     assert record["config"]["lora"]["rank"] == 4
 
 
@@ -90,6 +93,12 @@ def test_a_report_explains_no_mistakes_by_other_data_than_was_answered(finished,
     page = (tmp_path / "runs" / "report.html").read_text()
     assert "McNemar" in page
     assert "Right and wrong answers" not in page
+
+
+def test_a_report_says_why_tables_are_not_compared(finished, tiny_config, tmp_path, capsys):
+    eval_loop.main([str(tiny_config), "window.question=32"])
+    report.main([str(tmp_path / "runs")])
+    assert "not comparable with the table above: window" in capsys.readouterr().out
 
 
 def test_a_report_averages_seeds_where_all_else_is_equal():
@@ -215,7 +224,7 @@ def test_the_process_in_the_middle_is_reported(tiny_config, monkeypatch, capsys)
         queries = [{**sample, "total": 0.04 * slow * (1 + i / 100)} for i in range(100)]
         memory = {"allocated_bytes": None, "reserved_bytes": None, "rss_bytes": int(slow)}
         found = {"ids": [str(i) for i in range(100)], "modes": dict.fromkeys(bench_latency.MODES, queries),
-                 "gauges": {"natural": memory}, "engine": "drafts", "peak": memory,
+                 "gauges": {"natural": memory}, "made_by": {"engine": "drafts"}, "peak": memory,
                  "nvml": {"natural": {"process_bytes": None, "device_bytes": int(slow) * 2**30, "processes": 2,
                                       "energy_j": 100 * slow, "clock_mhz": [1, 1000 * slow, 2000],
                                       "throttled": ["power cap"] if slow == 3 else []}}}  # fmt: skip
