@@ -26,6 +26,7 @@ export TOKENIZERS_PARALLELISM = true
 override export CONTEXT := $(value CONTEXT)
 override export QUESTION := $(value QUESTION)
 override export WHERE := $(value WHERE)
+override export REASON := $(value REASON)
 LOCK   := requirements.lock
 # unpacked from a bundle: nothing asks for a network
 ifneq ($(wildcard .cache/bundle.json),)
@@ -38,7 +39,7 @@ export SQUAD_DIR ?= $(CURDIR)/.cache/squad
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 train eval bench ask bench-train bench-decode sweep runs report certify demo test test-gpu test-published lint format verify-scorer doctor bundle unbundle clean
+.PHONY: help setup smollm2 train eval bench ask bench-train bench-decode sweep runs report revalidate accept certify demo test test-gpu test-published lint format verify-scorer doctor bundle unbundle clean
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
@@ -79,6 +80,12 @@ runs: $(READY) ## all runs of RUNS, or those of which WHERE="kind = 'train' and 
 
 report: $(READY) ## one table of all runs, as Markdown and HTML (RUNS=runs)
 	$(PY) report.py $(RUNS)
+
+revalidate: $(READY) $(SMOLLM2) ## for cron: measure configs/revalidate.yaml anew, compare with what was accepted; exit 0, 1, 2 or 75
+	exec $(PY) revalidate.py runs=$(RUNS) $(ARGS)
+
+accept: $(READY) ## make the last revalidation what later ones are compared with: REASON='…'
+	@$(PY) revalidate.py runs=$(RUNS) --accept "$$REASON"
 
 certify: $(READY) ## score RUN's predictions again, derive its fingerprint again, answer 50 of its questions again
 	exec $(PY) certify.py "$(RUN)" $(ARGS)

@@ -64,6 +64,14 @@ def equivalence(values: Mapping[str, float], cluster_of: Mapping[str, str], marg
     return float(max(above, stats.ttest_1samp(shares, margin, alternative="less").pvalue))
 
 
+def worse(values: Mapping[str, float], cluster_of: Mapping[str, str], margin: float) -> float:
+    """p of the mean of `values` lying no lower than -margin: small where it does for sure."""
+    shares = _by_cluster(values, cluster_of)
+    if np.ptp(shares) < 1e-12:  # nothing varies, so nothing is random
+        return float(shares.mean() >= -margin)
+    return float(stats.ttest_1samp(shares, -margin, alternative="less").pvalue)
+
+
 def detectable(
     values: Mapping[str, float], cluster_of: Mapping[str, str], alpha: float = 0.05, power: float = 0.8
 ) -> float:
@@ -109,6 +117,24 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float
 def percentile(samples: Sequence[float], q: float) -> float:
     """The q-th percentile, q in [0, 100], by linear interpolation."""
     return float(np.percentile(samples, q))
+
+
+def slower(
+    old: Sequence[float], new: Sequence[float], q: float, alpha: float, draws: int = 20_000
+) -> tuple[float, float]:
+    """The q-th percentile of `new` over that of `old`, the same queries in the same order: (ratio, surely no less).
+
+    The latter by a bootstrap of queries, one-sided at `alpha`, always with the same draws.
+    """
+    a, b = np.asarray(old, float), np.asarray(new, float)
+    if len(a) != len(b):
+        raise ValueError("a paired ratio needs the same queries on both sides")
+    rng, ratios = np.random.default_rng(0), []
+    for _ in range(0, draws, 1000):
+        at = rng.integers(len(a), size=(1000, len(a)))
+        ratios.append(np.percentile(b[at], q, axis=1) / np.percentile(a[at], q, axis=1))
+    ratio = np.percentile(b, q) / np.percentile(a, q)
+    return float(ratio), float(np.quantile(np.concatenate(ratios), alpha))
 
 
 def percentile_interval(samples: Sequence[float], q: float, confidence: float = 0.95) -> tuple[float, float] | None:

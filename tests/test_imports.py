@@ -8,9 +8,9 @@ from tests.conftest import ROOT
 
 TORCH_FREE = (
     "config", "errors", "squad", "prompt", "cache", "plan", "score", "mistakes", "stats", "verdict", "record", "jobs",
-    "ledger", "nvml",
+    "ledger", "gate", "nvml",
 )  # fmt: skip
-SCRIPTS = ("train_loop", "eval_loop", "bench_latency", "ask", "report", "sweep", "certify")
+SCRIPTS = ("train_loop", "eval_loop", "bench_latency", "ask", "report", "sweep", "certify", "revalidate")
 
 
 def imported(path) -> set[str]:

@@ -1,0 +1,138 @@
+"""Whether what was measured anew is as good as what was accepted: by tests, not by bare differences. Imports no torch.
+
+An alarm needs evidence: EM or F1 lower by more than a margin, p95 higher by more than a ratio, at a level that all
+tests of a run share, so that a run in which nothing has changed raises one as seldom as `false_alarms` says. What a GPU
+allocates at the peak is no random quantity, and what must match for a comparison must match.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import record
+from common.errors import UserError
+from common.jobs import Sweep
+from common.stats import differences, slower, worse
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Revalidation(Sweep):
+    em_margin: float = 0.5  # points that EM may lie lower, over all seeds together
+    f1_margin: float = 0.5
+    p95_ratio: float = 1.1  # how many times as long p95 may take
+    memory_mib: float = 256.0  # how much more a GPU may have allocated at the peak
+    false_alarms: float = 0.001  # of runs in which nothing has changed, at most
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.em_margin, self.f1_margin, self.memory_mib) < 0 or self.p95_ratio < 1:
+            raise ValueError("em_margin: margins must be ≥ 0, and p95_ratio ≥ 1")
+        if not 0 < self.false_alarms < 1:
+            raise ValueError("false_alarms: must be in (0, 1)")
+
+
+@dataclass(frozen=True)
+class Check:
+    system: str
+    what: str
+    fine: bool
+    words: str
+
+
+Measured = dict[tuple[str, str], dict[int, dict[str, Any]]]  # (system, kind) → seed → record
+
+
+def measured(runs: Path) -> Measured:
+    """The newest evaluations and timings below a folder."""
+    out: Measured = {}
+    for r in record.read_all(runs):
+        if r["kind"] in ("eval", "bench"):
+            out.setdefault((r["system"], r["kind"]), {})[r["seed"]] = r
+    return out
+
+
+def compare(accepted: Path, new: Path, rules: Revalidation) -> list[Check]:
+    """All checks of what was accepted against what is new. Raises `UserError` where something was not measured anew."""
+    was, now = measured(accepted), measured(new)
+    if not was:
+        raise UserError(f"{accepted}: what was accepted is gone; accept another one")
+    checks: list[Check] = []
+    alpha = rules.false_alarms / max(1, sum(2 if kind == "eval" else 1 for _, kind in was))
+    for (system, kind), by_seed in was.items():
+        if missing := sorted(by_seed.keys() - now.get((system, kind), {}).keys()):
+            raise UserError(f"{new}: {kind} of {system} is missing for seed {', '.join(map(str, missing))}")
+        pairs = [(r, now[system, kind][seed]) for seed, r in by_seed.items()]
+        unlike = record.mismatch(*pairs[0])
+        if unlike:
+            words = "; ".join(f"{key} is {b}, accepted was {a}" for key, (a, b) in unlike.items())
+            checks.append(Check(system, "comparable", False, words))
+        elif kind == "eval":
+            checks += _answers(system, pairs, rules, alpha)
+        else:
+            checks += _latency(system, pairs, rules, alpha)
+        checks += _memory(system, kind, pairs, rules)
+    return checks
+
+
+Pairs = list[tuple[dict[str, Any], dict[str, Any]]]  # (accepted, new), seed by seed
+
+
+def _answers(system: str, pairs: Pairs, rules: Revalidation, alpha: float) -> list[Check]:
+    out = []
+    for what, margin in (("em", rules.em_margin), ("f1", rules.f1_margin)):
+        if pairs[0][0]["result"][what] is None:  # random weights
+            continue
+        sums: dict[str, float] = {}
+        article: dict[str, str] = {}
+        for a, b in pairs:
+            old, new = (_rows(r) for r in (a, b))
+            article |= {id_: row["article"] for id_, row in old.items()}
+            apart = differences(*({id_: float(row[what]) for id_, row in rows.items()} for rows in (new, old)))
+            for id_, d in apart.items():
+                sums[id_] = sums.get(id_, 0.0) + d / len(pairs)
+        p = worse(sums, article, margin / 100)
+        gain = 100 * sum(sums.values()) / len(sums)
+        words = f"{what.upper()} {gain:+.2f} over {len(pairs)} seeds; p of more than {margin:g} lower {p:.2g}"
+        out.append(Check(system, what, p >= alpha, words))
+    return out
+
+
+def _rows(r: Mapping[str, Any]) -> dict[str, Any]:
+    path = Path(r["folder"]) / "questions.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {row["id"]: row for row in rows}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+
+
+def _latency(system: str, pairs: Pairs, rules: Revalidation, alpha: float) -> list[Check]:
+    old, new = ([t for pair in pairs for t in _totals(pair[side])] for side in (0, 1))
+    ratio, low = slower(old, new, 95, alpha)
+    words = f"p95 {ratio:.3f} times as long, surely {low:.3f}; {rules.p95_ratio:g} is allowed"
+    return [Check(system, "p95", low <= rules.p95_ratio, words)]
+
+
+def _totals(r: Mapping[str, Any]) -> list[float]:
+    """Seconds of every natural query, in the same order each time: the medians over processes."""
+    found = []
+    for file in sorted(Path(r["folder"]).glob("process-*.json")):
+        if not file.name.endswith(".nvml.json"):
+            found.append([q["total"] for q in json.loads(file.read_text())["modes"]["natural"]])
+    if not found:
+        raise UserError(f"{r['folder']}: its samples are gone")
+    return [sorted(times)[len(times) // 2] for times in zip(*found, strict=True)]
+
+
+def _memory(system: str, kind: str, pairs: Pairs, rules: Revalidation) -> list[Check]:
+    """Of what a GPU's allocator counted; a resident set varies by itself (by 340 MiB of 1,200, seen on a CPU)."""
+    old, new = ([pair[side]["result"]["peak"]["allocated_bytes"] for pair in pairs] for side in (0, 1))
+    if not all(old + new):
+        return []
+    more = (max(new) - max(old)) / MIB
+    words = f"peak of {kind} {max(new) / MIB:,.0f} MiB, {more:+,.0f}; {rules.memory_mib:g} more are allowed"
+    return [Check(system, f"memory of {kind}", more <= rules.memory_mib, words)]

@@ -1,0 +1,135 @@
+"""Measure everything anew and compare it with what was accepted: for cron.
+
+    python revalidate.py [configs/revalidate.yaml] [key=value ...] [--notify COMMAND]
+    python revalidate.py --accept "why" [--run FOLDER]
+
+Each time gets a folder of its own, RUNS/revalidate/NUMBER; one that was cut off is gone on with. The verdict is in its
+verdict.json, and where it is no pass it goes to COMMAND's stdin. Exit codes: 0 as good as accepted, 1 a regression, 2
+set-up, 75 another one is running. `--accept` makes the last one (or FOLDER) what later ones are compared with;
+accepted.json keeps the history.
+"""
+
+import argparse
+import fcntl
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from common import gate, record, stopping
+from common.config import read
+from common.errors import UserError, one_line_errors
+
+ROOT = Path(__file__).resolve().parent
+SWEEP = ROOT / "sweep.py"
+BUSY = 75  # EX_TEMPFAIL: try again later
+
+
+def main(argv: list[str]) -> None:
+    # ---- settings --------------------------------------------------------------------------------------------------
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("words", nargs="*", metavar="FILE, key=value", help="a YAML file, and overrides for every run")
+    parser.add_argument("--notify", metavar="COMMAND", help="gets the verdict as JSON, where it is no pass")
+    parser.add_argument("--accept", metavar="WHY", help="accept what was measured last")
+    parser.add_argument("--run", type=Path, help="with --accept: the folder to accept")
+    args = parser.parse_intermixed_args(argv)
+    files = [word for word in args.words if "=" not in word] or [str(ROOT / "configs" / "revalidate.yaml")]
+    overrides = [word for word in args.words if "=" in word and not word.startswith("runs=")]
+    if len(files) > 1 or not Path(files[0]).is_file():
+        raise UserError(f"{' '.join(files)}: name one YAML file, such as configs/revalidate.yaml")
+    runs = next((word.removeprefix("runs=") for word in args.words if word.startswith("runs=")), "runs")
+    root = Path(runs) / "revalidate"
+    root.mkdir(parents=True, exist_ok=True)
+    accepted = root / "accepted.json"
+    history: list[dict[str, Any]] = json.loads(accepted.read_text()) if accepted.exists() else []
+    rules: gate.Revalidation = read(gate.Revalidation, Path(files[0]))
+
+    # ---- one at a time ---------------------------------------------------------------------------------------------
+    with alone(root):
+        numbers = sorted(path for path in root.iterdir() if path.name.isdigit())
+        if args.accept is not None:
+            accept(args.accept, args.run or (numbers[-1] if numbers else root), accepted, history)
+            return
+
+        # ---- measure -----------------------------------------------------------------------------------------------
+        going_on = numbers and not (numbers[-1] / "verdict.json").exists()
+        folder = numbers[-1] if going_on else root / f"{int(numbers[-1].name) + 1 if numbers else 1:04}"
+        folder.mkdir(exist_ok=True)
+        print(f"{folder}{': going on' if going_on else ''}", flush=True)
+        # the rules are the gate's: the sweep gets the rest
+        plan = {name: list(getattr(rules, name)) for name in ("systems", "seeds", "variants", "overrides", "kinds")}
+        record.write_text(folder / "sweep.yaml", json.dumps(plan) + "\n")
+        command = [sys.executable, str(SWEEP), str(folder / "sweep.yaml"), *overrides, f"runs={folder}"]
+        with stopping.listen() as request:
+            measuring = subprocess.Popen(command, start_new_session=True)  # Ctrl-C is for us, and we pass it on
+            passed_on = False
+            while (code := ended(measuring)) is None:
+                if request.code and not passed_on:
+                    measuring.terminate()
+                    passed_on = True
+        if code:
+            print(f"error: measuring ended with {code}; the same command goes on in {folder}", file=sys.stderr)
+            sys.exit(request.code or 2)
+
+        # ---- compare -----------------------------------------------------------------------------------------------
+        if not history:
+            verdict: dict[str, Any] = {"folder": str(folder), "passed": True, "accepted": None, "checks": []}
+            line = f"nothing is accepted yet: look at {folder}, then make accept REASON='…'"
+        else:
+            checks = gate.compare(Path(history[-1]["folder"]), folder, rules)
+            alarms = [check for check in checks if not check.fine]
+            for check in checks:
+                print(f"{'ok   ' if check.fine else 'ALARM'} {check.system}, {check.what}: {check.words}")
+            verdict = {
+                "folder": str(folder), "passed": not alarms, "accepted": history[-1],
+                "checks": [vars(check) for check in checks],
+            }  # fmt: skip
+            told = "; ".join(f"{check.system} {check.what}: {check.words}" for check in alarms)
+            line = f"REGRESSION: {told}" if alarms else f"PASS: {len(checks)} checks against {history[-1]['folder']}"
+        record.write_text(folder / "verdict.json", json.dumps(verdict, indent=1) + "\n")
+        print(line)
+        print(json.dumps(verdict))
+        if args.notify and not verdict["passed"]:
+            subprocess.run(args.notify, shell=True, input=json.dumps({"line": line, **verdict}), text=True)
+        sys.exit(0 if verdict["passed"] else 1)
+
+
+@contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """While the body runs no other one does; exit code 75 where one is running."""
+    with (root / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another revalidation is running in {root}; this one does nothing", file=sys.stderr)
+            sys.exit(BUSY)
+        yield
+
+
+def ended(process: subprocess.Popen) -> int | None:
+    """Its exit code, waited for at most a second."""
+    try:
+        return process.wait(1)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def accept(why: str, folder: Path, accepted: Path, history: list[dict[str, Any]]) -> None:
+    if not why.strip():
+        raise UserError("a reason is needed: make accept REASON='…'")
+    if not (folder / "verdict.json").is_file():
+        raise UserError(f"{folder}: no finished revalidation is there; make revalidate makes one")
+    commit, dirty = record.code()
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    history = [*history, {"folder": str(folder), "why": why, "when": when, "commit": commit, "dirty": dirty}]
+    record.write_text(accepted, json.dumps(history, indent=1) + "\n")
+    print(f"{folder} is what later ones are compared with, from now on: {why}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])

@@ -1,0 +1,128 @@
+"""The gate raises an alarm for what is worse, names it, and raises none for noise."""
+
+import json
+from dataclasses import replace
+
+from common import gate, record
+from common.config import load
+from common.errors import UserError
+from common.gate import Revalidation
+from common.squad import Dataset
+from common.stats import slower, worse
+
+import numpy as np
+import pytest
+
+RULES = Revalidation(("smollm2-qlora",), kinds=("eval", "bench"))
+N = 1000
+
+
+@pytest.fixture
+def measure(tmp_path):
+    """Write a folder of evaluations and timings, as good as `em` and as fast as `ms` says; returns it."""
+    rng = np.random.default_rng(0)
+    hard = rng.random(N)  # of each question, the same every time
+    usual = rng.lognormal(0, 0.3, 400)
+
+    def make(name: str, em: float = 0.7, ms: float = 25.0, mib: int = 4000, words: tuple[str, ...] = (), seed: int = 1):
+        noise = np.random.default_rng(seed)
+        for s in (0, 1, 2):
+            config = load("smollm2-qlora", [f"runs={tmp_path / name}", f"seed={s}", *words])
+            right = hard + noise.normal(0, 0.05, N) < em
+            peak = {"allocated_bytes": mib * 2**20, "rss_bytes": 1}
+            run = record.new_run(config, "eval")
+            rows = [{"id": str(i), "em": bool(x), "f1": float(x), "article": str(i % 40)} for i, x in enumerate(right)]
+            (run / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            result = {"em": 100 * right.mean(), "f1": 100 * right.mean(), "peak": peak}
+            record.write(run, config, "eval", Dataset([], "x.json"), {"name": "a card"}, result)
+            run = record.new_run(config, "bench")
+            for process in range(3):
+                totals = ms / 1000 * usual * noise.normal(1, 0.02, 400)
+                samples = {"modes": {"natural": [{"total": t} for t in totals]}}
+                (run / f"process-{process}.json").write_text(json.dumps(samples))
+            record.write(run, config, "bench", Dataset([], "x.json"), {"name": "a card"}, {"peak": peak})
+        return tmp_path / name
+
+    return make
+
+
+def alarms(accepted, new) -> dict[str, str]:
+    return {check.what: check.words for check in gate.compare(accepted, new, RULES) if not check.fine}
+
+
+def test_what_is_as_good_passes_and_what_is_better_too(measure):
+    accepted = measure("accepted")
+    checks = gate.compare(accepted, measure("same", seed=2), RULES)
+    assert {check.what for check in checks} == {"em", "f1", "p95", "memory of eval", "memory of bench"}
+    assert all(check.fine for check in checks)
+    assert gate.compare(accepted, accepted, RULES)
+    assert alarms(accepted, accepted) == {}
+    assert alarms(accepted, measure("better", em=0.8, ms=10, mib=1000, seed=3)) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"em": 0.65}, {"em", "f1"}),
+        ({"ms": 30.0}, {"p95"}),
+        ({"mib": 4300}, {"memory of eval", "memory of bench"}),
+        ({"words": ("window.context=300",)}, {"comparable"}),
+        ({"words": ("prompt.order=both",)}, {"comparable"}),
+    ],
+)
+def test_each_thing_that_is_worse_raises_its_alarm(measure, change, found):
+    what = alarms(measure("accepted"), measure("new", seed=2, **change))
+    assert what.keys() == found
+    assert all(what.values())
+
+
+def test_a_difference_within_the_margin_is_none(measure):
+    accepted = measure("accepted")
+    assert alarms(accepted, measure("a little worse", em=0.697, ms=26.0, mib=4100, seed=2)) == {}
+
+
+def test_a_resident_set_is_not_judged(measure):
+    accepted = measure("accepted")
+    for file in accepted.glob("*/record.json"):
+        found = json.loads(file.read_text())
+        found["result"]["peak"] = {"allocated_bytes": None, "rss_bytes": 1}
+        file.write_text(json.dumps(found))
+    checks = gate.compare(accepted, measure("new", mib=9000), RULES)
+    assert {check.what for check in checks} == {"em", "f1", "p95"}
+
+
+def test_what_was_not_measured_anew_is_an_error(measure, tmp_path):
+    accepted, new = measure("accepted"), measure("new")
+    next(new.glob("*-s1-*-eval-*/record.json")).unlink()
+    with pytest.raises(UserError, match="eval of smollm2-qlora is missing for seed 1"):
+        gate.compare(accepted, new, RULES)
+    with pytest.raises(UserError, match="what was accepted is gone"):
+        gate.compare(tmp_path / "absent", accepted, RULES)
+
+
+def test_noise_raises_alarms_as_seldom_as_is_allowed():
+    rng = np.random.default_rng(7)
+    article = {str(i): str(i % 48) for i in range(1000)}
+    worst = []
+    for _ in range(400):  # at the very margin, where alarms are most frequent
+        single, shared = rng.choice([1, 0, -1], 1000, p=[0.05, 0.9, 0.05]), rng.normal(0, 0.02, 48)
+        off = single + np.resize(shared, 1000) - 0.01
+        worst.append(worse(dict(zip(article, off.tolist(), strict=True)), article, margin=0.01))
+    assert np.mean(np.array(worst) < 0.01) <= 0.03
+    usual = rng.lognormal(0, 0.3, 400)
+    low = [slower(usual, usual * rng.normal(1.1, 0.05, 400), 95, 0.01, draws=1000)[1] for _ in range(100)]
+    assert np.mean(np.array(low) > 1.1) <= 0.05
+
+
+def test_a_ratio_is_of_the_same_queries():
+    ratio, low = slower([1.0, 2.0, 3.0] * 50, [1.2, 2.4, 3.6] * 50, 95, 0.001)
+    assert ratio == pytest.approx(1.2)
+    assert low == pytest.approx(1.2)
+    with pytest.raises(ValueError, match="same queries"):
+        slower([1.0], [1.0, 2.0], 95, 0.05)
+
+
+@pytest.mark.parametrize("wrong", [{"em_margin": -1}, {"p95_ratio": 0.9}, {"false_alarms": 0}])
+def test_rules_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"must be"):
+        replace(RULES, **wrong)

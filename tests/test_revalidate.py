@@ -1,0 +1,112 @@
+"""Revalidation: one at a time, a folder each, compared with what was accepted; its exit code says how it went."""
+
+import fcntl
+import json
+
+import revalidate
+from common.errors import UserError
+from tests.conftest import ROOT
+
+import pytest
+
+# in place of the sweep: evaluations of the accuracy that a file beside it says, or none
+FAKE = """\
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from common import record
+from common.config import load
+from common.squad import Dataset
+plan, *words = sys.argv[1:]
+wanted = json.loads(Path(plan).read_text())
+right = float(Path(__file__).with_name("accuracy").read_text())
+if right < 0:
+    sys.exit(1)
+for seed in wanted["seeds"]:
+    config = load("smollm2-qlora", [*words, f"seed={{seed}}"])
+    run = record.new_run(config, "eval")
+    rows = [{{"id": str(i), "em": i % 100 < 100 * right, "f1": 1.0, "article": str(i % 37)}} for i in range(1000)]
+    (run / "questions.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+    result = {{"em": 100 * right, "f1": 100.0, "peak": {{"allocated_bytes": 2**30, "rss_bytes": 1}}}}
+    record.write(run, config, "eval", Dataset([], "x.json"), {{"name": "a test"}}, result)
+"""
+
+
+@pytest.fixture
+def again(tmp_path, monkeypatch, capsys):
+    """Revalidate with an accuracy: (exit code, output, the verdict)."""
+    fake, file = tmp_path / "sweep.py", tmp_path / "revalidate.yaml"
+    fake.write_text(FAKE.format(root=str(ROOT)))
+    file.write_text("systems: [smollm2-qlora]\nseeds: [0, 1]\nkinds: [eval]\n")
+    monkeypatch.setattr(revalidate, "SWEEP", fake)
+
+    def run(accuracy: float, *words: str):
+        (tmp_path / "accuracy").write_text(str(accuracy))
+        with pytest.raises(SystemExit) as ended:
+            revalidate.main([str(file), f"runs={tmp_path / 'runs'}", *words])
+        out = capsys.readouterr().out
+        last = (out.strip().splitlines() or [""])[-1]
+        return ended.value.code, out, json.loads(last) if last.startswith("{") else None
+
+    return run
+
+
+def accept(tmp_path, *words: str) -> None:
+    revalidate.main([f"runs={tmp_path / 'runs'}", "--accept", *words])
+
+
+def test_what_was_accepted_is_what_later_ones_are_compared_with(again, tmp_path):
+    code, out, verdict = again(0.7)
+    assert (code, verdict["accepted"]) == (0, None)
+    assert "nothing is accepted yet" in out
+    accept(tmp_path, "the first")
+    code, out, verdict = again(0.7)
+    assert (code, verdict["passed"]) == (0, True)
+    assert f"PASS: 3 checks against {tmp_path}/runs/revalidate/0001" in out
+    code, out, verdict = again(0.6, "--notify", f"cat > {tmp_path / 'told'}")
+    assert code == 1
+    assert "REGRESSION: smollm2-qlora em: EM -10.00 over 2 seeds" in out
+    told = json.loads((tmp_path / "told").read_text())
+    assert told["line"].startswith("REGRESSION")
+    assert not told["passed"]
+    accept(tmp_path, "it is meant")
+    assert again(0.6)[0] == 0
+    history = json.loads((tmp_path / "runs" / "revalidate" / "accepted.json").read_text())
+    assert [entry["why"] for entry in history] == ["the first", "it is meant"]
+    assert history[0]["folder"].endswith("0001")
+    folders = sorted(path.name for path in (tmp_path / "runs" / "revalidate").iterdir() if path.is_dir())
+    assert folders == ["0001", "0002", "0003", "0004"]
+
+
+def test_what_was_cut_off_is_gone_on_with(again, tmp_path):
+    assert again(-1)[0] == 2
+    code, out, _ = again(0.7)
+    assert code == 0
+    assert "0001: going on" in out
+    assert not (tmp_path / "runs" / "revalidate" / "0002").exists()
+
+
+def test_a_second_one_at_a_time_says_so_and_does_nothing(again, tmp_path):
+    root = tmp_path / "runs" / "revalidate"
+    root.mkdir(parents=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert again(0.7)[0] == 75
+    assert sorted(path.name for path in root.iterdir()) == ["lock"]
+
+
+def test_mistakes_are_named(again, tmp_path):
+    for words, message in (
+        (["absent.yaml"], "name one YAML file"),
+        (["--accept", "why"], "no finished revalidation is there"),
+    ):
+        with pytest.raises(UserError, match=message):
+            revalidate.main([f"runs={tmp_path / 'runs'}", *words])
+    again(0.7)
+    with pytest.raises(UserError, match="a reason is needed"):
+        accept(tmp_path, " ")
+
+
+def test_the_repos_own_rules_can_be_read():
+    rules = revalidate.read(revalidate.gate.Revalidation, ROOT / "configs" / "revalidate.yaml")
+    assert rules.kinds == ("train", "eval", "bench")
