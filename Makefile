@@ -81,8 +81,8 @@ runs: $(READY) ## all runs of RUNS, or those of which WHERE="kind = 'train' and 
 report: $(READY) ## one table of all runs, as Markdown and HTML (RUNS=runs)
 	$(PY) report.py $(RUNS)
 
-revalidate: $(READY) $(SMOLLM2) ## for cron: measure configs/revalidate.yaml anew, compare with what was accepted; exit 0, 1, 2 or 75
-	exec $(PY) revalidate.py runs=$(RUNS) $(ARGS)
+revalidate: $(READY) $(SMOLLM2) ## for cron: measure SWEEP (revalidate) anew, compare with what was accepted; exit 0, 1, 2 or 75
+	exec $(PY) revalidate.py $(if $(filter-out file,$(origin SWEEP)),"$(SWEEP)") runs=$(RUNS) $(ARGS)
 
 accept: $(READY) ## make the last revalidation what later ones are compared with: REASON='…'
 	@$(PY) revalidate.py runs=$(RUNS) --accept "$$REASON"

@@ -1,12 +1,12 @@
 """Measure everything anew and compare it with what was accepted: for cron.
 
-    python revalidate.py [configs/revalidate.yaml] [key=value ...] [--notify COMMAND]
+    python revalidate.py [SWEEP] [key=value ...] [--notify COMMAND]
     python revalidate.py --accept "why" [--run FOLDER]
 
-Each time gets a folder of its own, RUNS/revalidate/NUMBER; one that was cut off is gone on with. The verdict is in its
-verdict.json, and where it is no pass it goes to COMMAND's stdin. Exit codes: 0 as good as accepted, 1 a regression, 2
-set-up, 75 another one is running. `--accept` makes the last one (or FOLDER) what later ones are compared with;
-accepted.json keeps the history.
+SWEEP names a file in configs/sweeps/ (revalidate), or is one; its section `gate` has the rules. Each time gets a folder
+of its own, RUNS/revalidate/NUMBER; one that was cut off is gone on with. The verdict is in its verdict.json, and where
+it is no pass it goes to COMMAND's stdin. Exit codes: 0 as good as accepted, 1 a regression, 2 set-up, 75 another one is
+running. `--accept` makes the last one (or FOLDER) what later ones are compared with; accepted.json keeps the history.
 """
 
 import argparse
@@ -20,8 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common import gate, record, stopping
-from common.config import read
+from common import gate, jobs, record, stopping
 from common.errors import UserError, one_line_errors
 
 ROOT = Path(__file__).resolve().parent
@@ -32,21 +31,22 @@ BUSY = 75  # EX_TEMPFAIL: try again later
 def main(argv: list[str]) -> None:
     # ---- settings --------------------------------------------------------------------------------------------------
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("words", nargs="*", metavar="FILE, key=value", help="a YAML file, and overrides for every run")
+    parser.add_argument("words", nargs="*", metavar="SWEEP, key=value", help="a sweep, and overrides for every run")
     parser.add_argument("--notify", metavar="COMMAND", help="gets the verdict as JSON, where it is no pass")
     parser.add_argument("--accept", metavar="WHY", help="accept what was measured last")
     parser.add_argument("--run", type=Path, help="with --accept: the folder to accept")
     args = parser.parse_intermixed_args(argv)
-    files = [word for word in args.words if "=" not in word] or [str(ROOT / "configs" / "revalidate.yaml")]
+    names = [word for word in args.words if "=" not in word] or ["revalidate"]
     overrides = [word for word in args.words if "=" in word and not word.startswith("runs=")]
-    if len(files) > 1 or not Path(files[0]).is_file():
-        raise UserError(f"{' '.join(files)}: name one YAML file, such as configs/revalidate.yaml")
+    if len(names) > 1:
+        raise UserError(f"{' '.join(names)}: name one sweep")
+    file = jobs.find(names[0])
     runs = next((word.removeprefix("runs=") for word in args.words if word.startswith("runs=")), "runs")
     root = Path(runs) / "revalidate"
     root.mkdir(parents=True, exist_ok=True)
     accepted = root / "accepted.json"
     history: list[dict[str, Any]] = json.loads(accepted.read_text()) if accepted.exists() else []
-    rules: gate.Revalidation = read(gate.Revalidation, Path(files[0]))
+    rules = jobs.plan(file, overrides)[1].gate
 
     # ---- one at a time ---------------------------------------------------------------------------------------------
     with alone(root):
@@ -60,10 +60,7 @@ def main(argv: list[str]) -> None:
         folder = numbers[-1] if going_on else root / f"{int(numbers[-1].name) + 1 if numbers else 1:04}"
         folder.mkdir(exist_ok=True)
         print(f"{folder}{': going on' if going_on else ''}", flush=True)
-        # the rules are the gate's: the sweep gets the rest
-        plan = {name: list(getattr(rules, name)) for name in ("systems", "seeds", "variants", "overrides", "kinds")}
-        record.write_text(folder / "sweep.yaml", json.dumps(plan) + "\n")
-        command = [sys.executable, str(SWEEP), str(folder / "sweep.yaml"), *overrides, f"runs={folder}"]
+        command = [sys.executable, str(SWEEP), str(file), *overrides, f"runs={folder}"]
         with stopping.listen() as request:
             measuring = subprocess.Popen(command, start_new_session=True)  # Ctrl-C is for us, and we pass it on
             passed_on = False

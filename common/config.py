@@ -111,9 +111,7 @@ class Train:
     fused: bool = True  # compute Llama layers by common/fused.py; false: by transformers' and PEFT's modules
     warmup: float = 0.03  # share of the steps in which the rate rises, [0, 1]
     weight_decay: float = 0.0
-    average: float = (
-        0.0  # decay of a running mean of the weights, which is evaluated and kept, [0, 1); 0: the last ones
-    )
+    average: float = 0.0  # decay of a running mean of the weights, which is what is kept, [0, 1); 0: keep the last
     max_grad_norm: float = 1.0  # clip the gradient's norm to this
     gradient_checkpointing: bool = True  # without a budget: recompute activations (less memory, more time) or not
     eval_every: int = 250  # steps between two evaluations (and saves)

@@ -6,13 +6,14 @@ Imports no torch.
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from common import record
 from common.config import CONFIGS, Config, load, read
 from common.errors import UserError
+from common.gate import Rules
 
 Kind = Literal["train", "eval", "bench"]
 TRAINED = ("train.", "lora.", "early_stop.")  # keys that change nothing about a system without an adapter
@@ -25,6 +26,7 @@ class Sweep:
     variants: tuple[str, ...] = ("",)  # each the overrides of one, spaces between; system=… gives it rows of its own
     overrides: tuple[str, ...] = ()  # of all runs
     kinds: tuple[Kind, ...] = ("train", "eval")
+    gate: Rules = field(default_factory=Rules)  # of `make revalidate`, which has this measured anew each time
 
     def __post_init__(self) -> None:
         for name in ("systems", "seeds", "variants", "kinds"):

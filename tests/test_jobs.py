@@ -93,7 +93,7 @@ def test_a_mistake_in_a_sweep_is_named(sweep, keys, message):
 def test_a_sweep_is_found_by_name_or_path(tmp_path):
     assert jobs.find("seeds").name == "seeds.yaml"
     for name in ("sedes", str(tmp_path / "absent.yaml")):
-        with pytest.raises(UserError, match="known: orders, recipe, seeds"):
+        with pytest.raises(UserError, match="known: orders, recipe, revalidate, seeds"):
             jobs.find(name)
 
 

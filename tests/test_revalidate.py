@@ -11,14 +11,14 @@ import pytest
 
 # in place of the sweep: evaluations of the accuracy that a file beside it says, or none
 FAKE = """\
-import json, sys
+import json, sys, yaml
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from common import record
 from common.config import load
 from common.squad import Dataset
 plan, *words = sys.argv[1:]
-wanted = json.loads(Path(plan).read_text())
+wanted = yaml.safe_load(Path(plan).read_text())
 right = float(Path(__file__).with_name("accuracy").read_text())
 if right < 0:
     sys.exit(1)
@@ -97,7 +97,8 @@ def test_a_second_one_at_a_time_says_so_and_does_nothing(again, tmp_path):
 
 def test_mistakes_are_named(again, tmp_path):
     for words, message in (
-        (["absent.yaml"], "name one YAML file"),
+        (["absent"], 'unknown sweep "absent"; known: orders'),
+        (["orders", "seeds"], "name one sweep"),
         (["--accept", "why"], "no finished revalidation is there"),
     ):
         with pytest.raises(UserError, match=message):
@@ -107,6 +108,10 @@ def test_mistakes_are_named(again, tmp_path):
         accept(tmp_path, " ")
 
 
-def test_the_repos_own_rules_can_be_read():
-    rules = revalidate.read(revalidate.gate.Revalidation, ROOT / "configs" / "revalidate.yaml")
-    assert rules.kinds == ("train", "eval", "bench")
+def test_rules_are_the_sweeps_own_and_checked(tmp_path):
+    assert revalidate.jobs.plan(revalidate.jobs.find("revalidate"))[1].gate.p95_ratio == 1.1
+    file = tmp_path / "sweep.yaml"
+    for rule, message in (("p95_ratio: 0.9", "p95_ratio ≥ 1"), ("p95: 2", 'unknown key "gate.p95"')):
+        file.write_text(f"systems: [smollm2-qlora]\ngate: {{{rule}}}\n")
+        with pytest.raises(UserError, match=message):
+            revalidate.main([str(file), f"runs={tmp_path / 'runs'}"])
