@@ -80,17 +80,6 @@ def is_random(r: dict[str, Any]) -> bool:
     return r.get("random_weights", False)
 
 
-def questions(evaluation: dict[str, Any]) -> Rows:
-    """Its rows by question. An evaluation from before articles were kept has each question for an article."""
-    path = Path(evaluation["folder"]) / "questions.jsonl"
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        kept = ("text", "em", "f1", "hit_limit")
-        return {r["id"]: {key: r[key] for key in kept} | {"article": r.get("article", r["id"])} for r in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); evaluate that system again") from error
-
-
 def seeds(evaluations: list[dict[str, Any]]) -> list[str]:
     """Of each system that was evaluated with several seeds, all else equal: their mean EM and F1, as sentences."""
     alike: dict[str, list[dict[str, Any]]] = {}
@@ -188,7 +177,7 @@ def main(argv: list[str]) -> None:
         systems = groups[comparable].values()
         rows = [row(runs.get("eval"), runs.get("bench")) for runs in systems]
         scored = [runs["eval"] for runs in systems if "eval" in runs and not is_random(runs["eval"])]
-        answered = {evaluation["folder"]: questions(evaluation) for evaluation in scored}
+        answered: dict[str, Rows] = {evaluation["folder"]: record.read_questions(evaluation) for evaluation in scored}
         adapted = [r for r in scored if r["config"]["lora"]]
         verdicts = compare([
             (f"{a['system']} (seed {a['seed']})", b["system"], answered[a["folder"]], answered[b["folder"]])

@@ -41,11 +41,12 @@ def main(argv: list[str]) -> None:
     workers = args.workers or len(gpus) or 1
     if workers < 1:
         raise UserError("--workers must be 1 or more")
+    waiting = []
     for job in planned:
         steps = [kind for kind, _ in jobs.left(job, sweep.kinds)]
         print(f"{job.name}: {', '.join(steps) if steps else 'done'}")
-    seconds, unknown = jobs.expected_seconds(planned, sweep.kinds)
-    waiting = [job for job in planned if jobs.left(job, sweep.kinds)]
+        waiting += [job] if steps else []
+    seconds, unknown = jobs.expected_seconds(waiting, sweep.kinds)
     rest = f"about {seconds / 60 / workers:.0f} min" + (f" and {unknown} steps of unknown length" if unknown else "")
     at_once = f"{workers} at a time on {len(gpus)} GPU{'s' * (len(gpus) != 1)}"
     print(f"{len(planned)} runs, {len(planned) - len(waiting)} done; left: {rest if waiting else 'nothing'}; {at_once}")

@@ -6,9 +6,9 @@ allocates at the peak is no random quantity, and what must match for a compariso
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from common import record
@@ -64,8 +64,7 @@ def compare(accepted: Path, new: Path, rules: Rules) -> list[Check]:
         if missing := sorted(by_seed.keys() - now.get((system, kind), {}).keys()):
             raise UserError(f"{new}: {kind} of {system} is missing for seed {', '.join(map(str, missing))}")
         pairs = [(r, now[system, kind][seed]) for seed, r in by_seed.items()]
-        unlike = record.mismatch(*pairs[0])
-        if unlike:
+        if unlike := {key: both for pair in pairs for key, both in record.mismatch(*pair).items()}:
             words = "; ".join(f"{key} is {b}, accepted was {a}" for key, (a, b) in unlike.items())
             checks.append(Check(system, "comparable", False, words))
         elif kind == "eval":
@@ -87,7 +86,7 @@ def _answers(system: str, pairs: Pairs, rules: Rules, alpha: float) -> list[Chec
         sums: dict[str, float] = {}
         article: dict[str, str] = {}
         for a, b in pairs:
-            old, new = (_rows(r) for r in (a, b))
+            old, new = (record.read_questions(r) for r in (a, b))
             article |= {id_: row["article"] for id_, row in old.items()}
             apart = differences(*({id_: float(row[what]) for id_, row in rows.items()} for rows in (new, old)))
             for id_, d in apart.items():
@@ -101,31 +100,23 @@ def _answers(system: str, pairs: Pairs, rules: Rules, alpha: float) -> list[Chec
     return out
 
 
-def _rows(r: Mapping[str, Any]) -> dict[str, Any]:
-    path = Path(r["folder"]) / "questions.jsonl"
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return {row["id"]: row for row in rows}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-
-
 def _latency(system: str, pairs: Pairs, rules: Rules, alpha: float) -> list[Check]:
-    old, new = ([t for pair in pairs for t in _totals(pair[side])] for side in (0, 1))
+    old, new = (_totals([pair[side] for pair in pairs]) for side in (0, 1))
     ratio, low = slower(old, new, 95, alpha)
     words = f"p95 {ratio:.3f} times as long, surely {low:.3f}; {rules.p95_ratio:g} is allowed"
     return [Check(system, "p95", low <= rules.p95_ratio, words)]
 
 
-def _totals(r: Mapping[str, Any]) -> list[float]:
-    """Seconds of every natural query, in the same order each time: the medians over processes."""
-    found = []
-    for file in sorted(Path(r["folder"]).glob("process-*.json")):
-        if not file.name.endswith(".nvml.json"):
-            found.append([q["total"] for q in json.loads(file.read_text())["modes"]["natural"]])
+def _totals(timings: list[dict[str, Any]]) -> list[float]:
+    """Seconds of every natural query, in the same order each time: the medians over all processes of all seeds.
+
+    One number a query, since what is drawn anew in `slower` are queries.
+    """
+    files = [file for r in timings for file in Path(r["folder"]).glob("process-*.json")]
+    found = [json.loads(file.read_text()) for file in files if not file.name.endswith(".nvml.json")]
     if not found:
-        raise UserError(f"{r['folder']}: its samples are gone")
-    return [sorted(times)[len(times) // 2] for times in zip(*found, strict=True)]
+        raise UserError(f"{timings[0]['folder']}: its samples are gone")
+    return [median(times) for times in zip(*([q["total"] for q in f["modes"]["natural"]] for f in found), strict=True)]
 
 
 def _memory(system: str, kind: str, pairs: Pairs, rules: Rules) -> list[Check]:

@@ -144,6 +144,17 @@ def read_one(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable record ({error}); move the folder away") from error
 
 
+def read_questions(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Its rows by question. An evaluation from before articles were kept has each question for an article."""
+    path = Path(evaluation["folder"]) / "questions.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        kept = ("text", "em", "f1", "hit_limit")
+        return {r["id"]: {key: r[key] for key in kept} | {"article": r.get("article", r["id"])} for r in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); evaluate that system again") from error
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The rows of `metrics.jsonl`, none where there is no file; a line that a crash cut short is left out."""
     path = run / "metrics.jsonl"

@@ -31,7 +31,10 @@ def measure(tmp_path):
             right = hard + noise.normal(0, 0.05, N) < em
             peak = {"allocated_bytes": mib * 2**20, "rss_bytes": 1}
             run = record.new_run(config, "eval")
-            rows = [{"id": str(i), "em": bool(x), "f1": float(x), "article": str(i % 40)} for i, x in enumerate(right)]
+            rows = [
+                {"id": str(i), "text": "", "hit_limit": False, "em": bool(x), "f1": float(x), "article": str(i % 40)}
+                for i, x in enumerate(right)
+            ]
             (run / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             result = {"em": 100 * right.mean(), "f1": 100 * right.mean(), "peak": peak}
             record.write(run, config, "eval", Dataset([], "x.json"), {"name": "a card"}, result)
@@ -74,6 +77,15 @@ def test_each_thing_that_is_worse_raises_its_alarm(measure, change, found):
     what = alarms(measure("accepted"), measure("new", seed=2, **change))
     assert what.keys() == found
     assert all(what.values())
+
+
+def test_one_seed_on_other_data_is_enough_for_an_alarm(measure):
+    accepted, new = measure("accepted"), measure("new")
+    file = next(new.glob("*-s1-*-eval-*/record.json"))
+    found = json.loads(file.read_text())
+    found["must_match"]["data"] = "another"
+    file.write_text(json.dumps(found))
+    assert "data is another" in alarms(accepted, new)["comparable"]
 
 
 def test_a_difference_within_the_margin_is_none(measure):

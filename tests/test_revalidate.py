@@ -25,7 +25,8 @@ if right < 0:
 for seed in wanted["seeds"]:
     config = load("smollm2-qlora", [*words, f"seed={{seed}}"])
     run = record.new_run(config, "eval")
-    rows = [{{"id": str(i), "em": i % 100 < 100 * right, "f1": 1.0, "article": str(i % 37)}} for i in range(1000)]
+    same = {{"text": "", "hit_limit": False, "f1": 1.0}}
+    rows = [{{"id": str(i), "em": i % 100 < 100 * right, "article": str(i % 37), **same}} for i in range(1000)]
     (run / "questions.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
     result = {{"em": 100 * right, "f1": 100.0, "peak": {{"allocated_bytes": 2**30, "rss_bytes": 1}}}}
     record.write(run, config, "eval", Dataset([], "x.json"), {{"name": "a test"}}, result)
