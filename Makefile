@@ -39,7 +39,7 @@ export SQUAD_DIR ?= $(CURDIR)/.cache/squad
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 train eval bench ask bench-train bench-decode sweep runs report revalidate accept certify demo test test-gpu test-published lint format verify-scorer doctor bundle unbundle clean
+.PHONY: help setup smollm2 train eval bench ask bench-train bench-decode sweep runs report revalidate accept certify demo test test-gpu test-page test-published lint format verify-scorer doctor bundle unbundle clean
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
@@ -78,8 +78,8 @@ sweep: $(READY) $(if $(shell grep -ls smollm2 "$(SWEEP)" "configs/sweeps/$(SWEEP
 runs: $(READY) ## all runs of RUNS, or those of which WHERE="kind = 'train' and em > 70" holds
 	@$(PY) -m common.ledger "$(RUNS)" "$$WHERE"
 
-report: $(READY) ## one table of all runs, as Markdown and HTML (RUNS=runs)
-	$(PY) report.py $(RUNS)
+report: $(READY) ## RUNS as one page, HTML and Markdown (ARGS='--usd-per-hour 1.20' adds what queries cost)
+	$(PY) report.py $(RUNS) $(ARGS)
 
 revalidate: $(READY) $(SMOLLM2) ## for cron: measure SWEEP (revalidate) anew, compare with what was accepted; exit 0, 1, 2 or 75
 	exec $(PY) revalidate.py $(if $(filter-out file,$(origin SWEEP)),"$(SWEEP)") runs=$(RUNS) $(ARGS)
@@ -101,6 +101,10 @@ test-gpu: $(READY) $(SMOLLM2) ## what only a GPU can show; fails without one
 
 test-published: $(READY) ## the scorer on published predictions: bert-ensemble, logistic-regression, dev in DATA=folder
 	PUBLISHED="$(DATA)" $(PY) -m pytest -m published
+
+test-page: $(READY) ## the report in a headless Chromium; fails without one
+	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements-page.lock
+	$(PY) -m pytest -m browser
 
 lint: $(READY) ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -1,50 +1,92 @@
-"""From records to one table: Markdown, a plain HTML page, and the paired test of every adapter against its base.
+"""From records to one page: tables, verdicts in words, plots, provenance; as HTML that needs no network, and Markdown.
 
-    python report.py [runs folder]
+    python report.py [runs folder] [--usd-per-hour 1.20]
 
-Of each system and seed it takes the newest evaluation and the newest timing on the same data. Systems with random
-weights have rows of their own, without accuracy. Imports no torch.
+Of each system and seed it takes the newest evaluation and the newest timing on the same data; seeds of one
+configuration make one line. Systems with random weights have lines of their own, without accuracy. Imports no torch.
 """
 
 import argparse
-import html
 import json
+import math
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common import mistakes, record, squad
+from common import mistakes, plots, record, squad
 from common.config import Data
 from common.errors import UserError, one_line_errors
-from common.stats import t_interval
+from common.stats import Bin, clustered, reliability, t_interval, wilson
 from common.verdict import Rows, compare
 
-COLUMNS = ("system", "seed", "EM [95 %]", "F1", "n", "p95 ms", "peak memory", "device", "run")
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>SQuAD: {systems}</title>
-<style>
-:root {{ color-scheme: light dark }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }}
-h1 {{ font-size: 1.6rem }} h2 {{ font-size: 1.2rem; margin-top: 2.5rem }}
-p {{ opacity: .7; overflow-wrap: anywhere }}
-div {{ overflow-x: auto }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-th, td {{ padding: .4rem .8rem; border-bottom: 1px solid color-mix(in srgb, currentColor 25%, transparent);
-  text-align: right; white-space: nowrap }}
-th:first-child, td:first-child, .runs :nth-last-child(-n+2):is(th, td) {{ text-align: left }}
-</style>
-<h1>SQuAD v1.1: exact match, F1, latency, memory</h1>
-{sections}
-"""
+import yaml
+from jinja2 import Environment, FileSystemLoader
+
+COLUMNS = ("system", "seeds", "EM [95 %]", "F1 [95 %]", "n", "p95 ms [95 %]", "peak memory", "J a query", "device")
+PROVENANCE = ("run", "made", "code", "with", "again")
+ROOT = Path(__file__).resolve().parent
+Record = dict[str, Any]
 
 
-def memory(bench: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class Line:
+    """A line of the table: evaluations that differ in their seed alone, and the timings that go with them."""
+
+    evaluations: list[Record]
+    benches: list[Record]
+    rows: dict[str, Rows]  # by the evaluation's folder
+
+    @property
+    def some(self) -> Record:
+        return (self.evaluations or self.benches)[-1]
+
+    @property
+    def name(self) -> str:
+        return self.some["system"] + (" (random weights)" if is_random(self.some) else "")
+
+    @property
+    def bench(self) -> Record | None:
+        return self.benches[-1] if self.benches else None
+
+    @property
+    def scored(self) -> bool:
+        return bool(self.evaluations) and not is_random(self.some)
+
+    def mean(self, name: str) -> tuple[float, tuple[float, float] | None]:
+        """EM or F1 and its interval: whole articles drawn, of the questions' means over the seeds; Wilson's for one."""
+        rows = [self.rows[e["folder"]] for e in self.evaluations]
+        values = {id_: fmean(float(r[id_][name]) for r in rows) for id_ in rows[0]}
+        interval = clustered(values, {id_: row["article"] for id_, row in rows[0].items()})
+        if not interval and name == "em" and len(rows) == 1:
+            interval = wilson(sum(r["em"] for r in rows[0].values()), len(rows[0]))
+        return fmean(e["result"][name] for e in self.evaluations), interval and (100 * interval[0], 100 * interval[1])
+
+
+def is_random(r: Record) -> bool:
+    return r.get("random_weights", False)
+
+
+def lines_of(runs: Mapping[Any, dict[str, Record]]) -> list[Line]:
+    """Of {(system, seed, …): {"eval": record, "bench": record}}, by rising EM; seeds in their order."""
+    alike: dict[str, Line] = {}
+    for _, found in sorted(runs.items()):
+        e, b = found.get("eval"), found.get("bench")
+        config = (e or b or {})["config"]
+        same = {**config, "seed": None, "adapter": None, "runs": None, "kind": "eval" if e else "bench"}
+        line = alike.setdefault(json.dumps(same, sort_keys=True), Line([], [], {}))
+        if e:
+            line.evaluations.append(e)
+            if not is_random(e):
+                line.rows[e["folder"]] = record.read_questions(e)
+        if b:
+            line.benches.append(b)
+    return sorted(alike.values(), key=lambda line: (not line.scored, line.mean("em")[0] if line.scored else 0))
+
+
+def memory(bench: Record) -> str:
     """The gauge that says most: NVML of the process, else torch's reserve, else the resident set."""
     peak, nvml = bench["result"]["peak"], bench["result"]["nvml_peak"] or {}
     for value, gauge in (
@@ -57,70 +99,84 @@ def memory(bench: dict[str, Any]) -> str:
     return "–"
 
 
-def row(evaluation: dict[str, Any] | None, bench: dict[str, Any] | None) -> tuple[str, ...]:
-    """One line of the table, of an evaluation, a timing or both."""
-    some = evaluation or bench
-    assert some is not None
-    r = evaluation["result"] if evaluation else {}
-    scored = r.get("em") is not None
+def brackets(interval: Sequence[float] | None, digits: int = 2) -> str:
+    return f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else ""
+
+
+def cells(line: Line, usd_per_hour: float | None) -> tuple[str, ...]:
+    em, f1 = (line.mean(name) if line.scored else None for name in ("em", "f1"))
+    p95, joules, usd = "–", None, "–"
+    if line.bench:
+        r = line.bench["result"]
+        interval = r["latency"]["p95_interval_ms"]
+        p95 = f"{r['latency']['p95_ms']:.0f}{brackets(interval, 0)} (n {r['n']})"
+        joules = r.get("phases", {}).get("natural", {}).get("energy_j_per_query")
+        if usd_per_hour and "natural" in r:
+            usd = f"{1000 * usd_per_hour / 3600 / r['natural']['queries_per_s']:.4f}"
     return (
-        some["system"] + (" (random weights)" if is_random(some) else ""),
-        str(some["seed"]),
-        f"{r['em']:.2f} [{r['em_interval'][0]:.2f}, {r['em_interval'][1]:.2f}]" if scored else "–",
-        f"{r['f1']:.2f}" if scored else "–",
-        str(r["n"]) if scored else "–",
-        f"{bench['result']['latency']['p95_ms']:.0f} (n {bench['result']['n']})" if bench else "–",
-        memory(bench) if bench else "–",
-        some["may_differ"]["device"]["name"],
-        Path(some["folder"]).name,
+        line.name,
+        ", ".join(str(r["seed"]) for r in line.evaluations or line.benches),
+        f"{em[0]:.2f}{brackets(em[1])}" if em else "–",
+        f"{f1[0]:.2f}{brackets(f1[1])}" if f1 else "–",
+        str(line.some["result"]["n"]) if em else "–",
+        p95,
+        memory(line.bench) if line.bench else "–",
+        f"{joules:.1f}" if joules else "–",
+        line.some["may_differ"]["device"]["name"],
+        *([usd] if usd_per_hour else []),
     )
 
 
-def is_random(r: dict[str, Any]) -> bool:
-    return r.get("random_weights", False)
+def seeds(line: Line) -> list[str]:
+    """Of a system that was evaluated with several seeds: what they come to on average, as a sentence."""
+    means = []
+    for name in ("em", "f1"):
+        values = [e["result"][name] for e in line.evaluations]
+        if interval := t_interval(values):
+            means.append(
+                f"{name.upper()} {fmean(values):.2f}{brackets(interval)} ({min(values):.2f} to {max(values):.2f})"
+            )
+    return [f"{line.name}, mean of {len(line.evaluations)} seeds: {', '.join(means)}"] if means else []
 
 
-def seeds(evaluations: list[dict[str, Any]]) -> list[str]:
-    """Of each system that was evaluated with several seeds, all else equal: their mean EM and F1, as sentences."""
-    alike: dict[str, list[dict[str, Any]]] = {}
-    for e in evaluations:
-        alike.setdefault(json.dumps({**e["config"], "seed": None, "adapter": None, "runs": None}), []).append(e)
+def pairs(lines: Sequence[Line]) -> list[tuple[str, str, Rows, Rows]]:
+    """Every adapter with its own base: of the same seed, or the first, where the base was scored with another."""
     out = []
-    for found in alike.values():
-        means = []
-        for name in ("em", "f1"):
-            values = [e["result"][name] for e in found]
-            if interval := t_interval(values):
-                means.append(
-                    f"{name.upper()} {fmean(values):.2f} [{interval[0]:.2f}, {interval[1]:.2f}] "
-                    f"({min(values):.2f} to {max(values):.2f})"
-                )
-        out += [f"{found[0]['system']}, mean of {len(found)} seeds: {', '.join(means)}"] if means else []
+    for a in (line for line in lines if line.scored and line.some["config"]["lora"]):
+        for b in (line for line in lines if line.scored and not line.some["config"]["lora"]):
+            if record.weights_of(a.some["config"]["base"]) == record.weights_of(b.some["config"]["base"]):
+                by_seed = {e["seed"]: e for e in reversed(b.evaluations)}
+                for e in a.evaluations:
+                    base = by_seed.get(e["seed"], b.evaluations[0])
+                    name = f"{a.name} (seed {e['seed']})"
+                    out.append((name, b.name, a.rows[e["folder"]], b.rows[base["folder"]]))
     return out
 
 
-def mistaken(evaluations: list[dict[str, Any]], rows: dict[str, Rows]) -> list[dict[str, Any]]:
-    """`mistakes.table` of each; none where the data is no longer in the file that it was read from."""
-    if not evaluations or not Path(evaluations[0]["may_differ"]["data_source"]).is_file():
+def mistaken(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """`mistakes.table` of each line's first seed; none where the data is no longer in the file it was read from."""
+    firsts = [line.evaluations[0] for line in lines if line.scored]
+    if not firsts or not Path(firsts[0]["may_differ"]["data_source"]).is_file():
         return []
-    some = evaluations[0]
+    some = firsts[0]
     try:
         data = squad.load(Data(**some["config"]["data"] | {"dev": some["may_differ"]["data_source"]}), "dev")
     except UserError:  # another file has that name now
         return []
     if data.sha256 != some["must_match"]["data"]:
         return []
-    return [mistakes.table(data.examples, rows[evaluation["folder"]]) for evaluation in evaluations]
+    return [mistakes.table(data.examples, line.rows[line.evaluations[0]["folder"]]) for line in lines if line.scored]
 
 
-def mistake_rows(evaluations: list[dict[str, Any]], tables: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A column an evaluation: shares of all questions, then EM class by class."""
+def mistake_rows(lines: Sequence[Line], tables: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A column a system: shares of all questions, then EM class by class."""
 
     def shares(name: str, counts: list[int]) -> tuple[str, ...]:
         return name, *(f"{count} ({count / n:.1%})" for count in counts)
 
     n = sum(tables[0]["kinds"].values())
-    rows: list[tuple[str, ...]] = [("answers", *(f"{e['system']}, seed {e['seed']}" for e in evaluations))]
+    firsts = [(line.name, line.evaluations[0]["seed"]) for line in lines if line.scored]
+    rows: list[tuple[str, ...]] = [("answers", *(f"{name}, seed {seed}" for name, seed in firsts))]
     for kind in tables[0]["kinds"]:
         rows.append(shares(kind, [t["kinds"][kind] for t in tables]))
         if kind == "boundary off":
@@ -138,97 +194,171 @@ def mistake_rows(evaluations: list[dict[str, Any]], tables: list[dict[str, Any]]
     return rows
 
 
+def draw(lines: Sequence[Line], trainings: Sequence[Record]) -> dict[str, str]:
+    """Title → SVG of what these records have something to show of."""
+    out, styles = {}, plots.styles_of([line.name for line in lines])
+    curves = [(t["system"], record.read_metrics(Path(t["folder"]))) for t in trainings if not is_random(t)]
+    if curves := [(name, rows) for name, rows in curves if rows]:
+        out["Learning: exact match of each evaluation, and the loss."] = plots.learning(curves, styles)
+    points = []
+    for line in lines:
+        if line.scored and line.bench:
+            p95 = line.bench["result"]["latency"]
+            points.append((line.name, *line.mean("em"), p95["p95_ms"], p95["p95_interval_ms"]))
+    if points:
+        out["Right answers against waiting: exact match and p95, with 95 % intervals."] = plots.tradeoff(points, styles)
+    waits = {line.name: ms for line in lines if line.bench and (ms := natural(line.bench))}
+    if waits:
+        title = "How long single queries take; the line is at 95 %."
+        out[title] = plots.latencies(waits, styles)
+    trusts = {line.name: bins for line in lines if line.scored and (bins := trust(line))}
+    if trusts:
+        off = ", ".join(f"{name} {100 * gap(bins):.1f}" for name, bins in trusts.items())
+        title = f"Whether a model knows when it is right: mean distance from the line, in points: {off} (first seeds)."
+        out[title] = plots.reliability(trusts, styles)
+    ems = {line.name: [e["result"]["em"] for e in line.evaluations] for line in lines if line.scored}
+    if several := {name: values for name, values in ems.items() if len(values) > 1}:
+        out["What the seed changes: a mark each, above them the mean and its 95 % interval."] = plots.seeds(
+            several, styles
+        )
+    return out
+
+
+def natural(bench: Record) -> list[float]:
+    """ms of all queries of all its processes."""
+    files = sorted(Path(bench["folder"]).glob("process-?.json"))
+    return [1000 * q["total"] for file in files for q in json.loads(file.read_text())["modes"]["natural"]]
+
+
+def trust(line: Line) -> list[Bin]:
+    """`stats.reliability` of its first seed; none where probabilities were not kept."""
+    rows = line.rows[line.evaluations[0]["folder"]]
+    if any(row["logprob"] is None for row in rows.values()):
+        return []
+    return reliability(
+        {id_: math.exp(row["logprob"]) for id_, row in rows.items()}, {id_: row["em"] for id_, row in rows.items()}
+    )
+
+
+def gap(bins: Sequence[Bin]) -> float:
+    """Expected calibration error (https://arxiv.org/abs/1706.04599), of bins of equal size."""
+    return sum(n * abs(p - right) for p, right, _, n in bins) / sum(n for *_, n in bins)
+
+
+def provenance(r: Record) -> tuple[str, ...]:
+    """What made it, and the commands that make it again."""
+    about, folder = r["may_differ"], r["folder"]
+    code = f"{about['commit'][:10]}{', changed since' if about['dirty'] else ''}" if about["commit"] else "not known"
+    versions = about["versions"]
+    adapter = r["result"].get("adapter")
+    again = f"git checkout {code[:10]} && " if about["commit"] else ""
+    again += f"make {r['kind']} MODEL={folder}/config.yaml" + (f" ADAPTER={adapter}" if adapter else "")
+    said = [f"{name} {versions[name]}" for name in ("torch", "transformers", "bitsandbytes") if name in versions]
+    said += [f"{key.replace('_', ' ')} {about[key][:12]}" for key in ("tokenizer", "base_commit") if about.get(key)]
+    if digest := r["result"].get("adapter_sha256"):
+        said.append(f"adapter {digest[:12]}")
+    return folder, r["created"], code, f"{about['device']['name']}; {', '.join(said)}", again
+
+
+def snapshot() -> dict[str, Any]:
+    """The figures of docs/snapshot.yaml, with the interval that so few questions have."""
+    found = yaml.safe_load((ROOT / "docs" / "snapshot.yaml").read_text(encoding="utf-8"))
+    n = found["questions"]
+    rows = [("system", "EM [95 %, Wilson]", "n")]
+    for name, em in found["em"].items():
+        low, high = wilson(round(em * n / 100), n)
+        rows.append((name, f"{em:.2f}{brackets((100 * low, 100 * high))}", str(n)))
+    return {"what": found["what"], "rows": rows}
+
+
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines; the first row is the head."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in rows]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return [lines[0], "| " + " | ".join("---" for _ in rows[0]) + " |", *lines[1:]]
-
-
-def html_table(rows: Sequence[Sequence[str]], kind: str) -> str:
-    lines = []
-    for tag, cells in zip(["th"] + ["td"] * (len(rows) - 1), rows, strict=True):
-        lines.append("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>")
-    return f'<div><table class="{kind}">\n' + "\n".join(lines) + "\n</table></div>\n"
 
 
 def main(argv: list[str]) -> None:
     # ---- settings --------------------------------------------------------------------------------------------------
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="?", default="runs", help="the folder of run folders")
-    root = Path(parser.parse_args(argv).runs)
+    parser.add_argument("--usd-per-hour", type=float, help="price of the device: adds what 1,000 single queries cost")
+    args = parser.parse_args(argv)
+    root, columns = Path(args.runs), COLUMNS + (("USD a 1,000 queries",) if args.usd_per_hour else ())
     records = record.read_all(root)
-    records = [r for r in records if r["kind"] in ("eval", "bench")]
-    if not records:
+    if not any(r["kind"] in ("eval", "bench") for r in records):
         raise UserError(
             f"{root}/: no finished evaluation there yet; make eval MODEL=… makes one, make demo a whole set"
         )
 
     # ---- gather: newest last, so later records win -----------------------------------------------------------------
-    groups: dict[str, dict[tuple[Any, ...], dict[str, dict[str, Any]]]] = {}
+    groups: dict[str, dict[tuple[Any, ...], dict[str, Record]]] = {}
     for r in records:
-        group = groups.setdefault(json.dumps(r["must_match"], sort_keys=True), {})
-        group.setdefault((r["system"], r["seed"], is_random(r)), {})[r["kind"]] = r
+        if r["kind"] in ("eval", "bench"):
+            group = groups.setdefault(json.dumps(r["must_match"], sort_keys=True), {})
+            group.setdefault((r["system"], r["seed"], is_random(r)), {})[r["kind"]] = r
+    trained_in = {f"{r['folder']}/best": r for r in records if r["kind"] == "train"}
 
-    # ---- tables, the freshest last ---------------------------------------------------------------------------------
-    markdown, sections, plain, output = [], [], [], []
-    before: dict[str, Any] | None = None
+    # ---- one part for each group of what may be compared, the freshest last ----------------------------------------
+    parts: list[dict[str, Any]] = []
+    before: Record | None = None
     newest = {key: max(r["created"] for runs in group.values() for r in runs.values()) for key, group in groups.items()}
     for comparable in sorted(groups, key=lambda key: newest[key]):
-        systems = groups[comparable].values()
-        rows = [row(runs.get("eval"), runs.get("bench")) for runs in systems]
-        scored = [runs["eval"] for runs in systems if "eval" in runs and not is_random(runs["eval"])]
-        answered: dict[str, Rows] = {evaluation["folder"]: record.read_questions(evaluation) for evaluation in scored}
-        adapted = [r for r in scored if r["config"]["lora"]]
-        verdicts = compare([
-            (f"{a['system']} (seed {a['seed']})", b["system"], answered[a["folder"]], answered[b["folder"]])
-            for a in adapted
-            for b in scored
-            if not b["config"]["lora"]
-            and record.weights_of(a["config"]["base"]) == record.weights_of(b["config"]["base"])
-        ])  # fmt: skip
-        sentences = [*seeds(scored), *map(str, verdicts)]
-        some = next(r for runs in systems for r in runs.values())
-        must = some["must_match"]
-        window = must["window"]
-        title = f"{some['may_differ']['data_source']}, {must['questions']} questions"
-        cut = f"{window['context']}+{window['question']}+{window['answer']} tokens"
-        same = f"data {must['data'][:12]}, prompt {must['prompt']}, scorer {must['scorer']}, window {cut}"
+        lines = lines_of(groups[comparable])
+        verdicts = compare(pairs(lines))
+        shown = [r for line in lines for r in (*line.evaluations, *line.benches)]
+        adapters = dict.fromkeys(r["result"].get("adapter") for r in shown)
+        trainings = [trained_in[adapter] for adapter in adapters if adapter in trained_in]
+        must, window = shown[0]["must_match"], shown[0]["must_match"]["window"]
+        same = f"data {must['data'][:12]}, prompt {must['prompt']}, scorer {must['scorer']}, window "
+        same += f"{window['context']}+{window['question']}+{window['answer']} tokens"
         if before:
-            same += f"; not comparable with the table above: {', '.join(record.mismatch(before, some))}"
-        before = some
-        wrong = mistaken(scored, answered)
-        markdown += [f"## {title}", "", same, "", *markdown_table([COLUMNS, *rows]), ""]
-        markdown += [*(f"- {sentence}" for sentence in sentences), ""]
-        items = "".join(f"<li>{html.escape(sentence)}</li>\n" for sentence in sentences)
-        section = f"<h2>{html.escape(title)}</h2>\n<p>{html.escape(same)}</p>\n{html_table([COLUMNS, *rows], 'runs')}"
-        section += f"<ul>\n{items}</ul>"
-        if wrong:
-            lines = mistake_rows(scored, wrong)
-            markdown += ["### Right and wrong answers", "", *markdown_table(lines), ""]
-            section += f"\n<h3>Right and wrong answers</h3>\n{html_table(lines, 'mistakes')}"
-        sections.append(section)
-        widths = [max(len(r[i]) for r in (COLUMNS, *rows)) for i in range(len(COLUMNS) - 2)]
-        plain += [title, same]
-        for line in (COLUMNS, *rows):
-            plain.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip())
-        plain += [*sentences, ""]
-        output.append(
-            {
-                "must_match": must,
-                "rows": [dict(zip(COLUMNS, r, strict=True)) for r in rows],
-                "tests": [asdict(v) for v in verdicts],
-                "mistakes": wrong,
-            }
-        )
+            same += f"; not comparable with the table above: {', '.join(record.mismatch(before, shown[0]))}"
+        before = shown[0]
+        wrong = mistaken(lines)
+        parts.append({
+            "title": f"{shown[0]['may_differ']['data_source']}, {must['questions']} questions",
+            "same": same,
+            "must_match": must,
+            "rows": [columns, *(cells(line, args.usd_per_hour) for line in lines)],
+            "sentences": [*(text for line in lines if line.scored for text in seeds(line)), *map(str, verdicts)],
+            "tests": [asdict(v) for v in verdicts],
+            "wrong": wrong,
+            "mistakes": mistake_rows(lines, wrong) if wrong else [],
+            "plots": draw(lines, trainings),
+            "provenance": [PROVENANCE, *(provenance(r) for r in (*trainings, *shown))],
+        })  # fmt: skip
 
     # ---- write -----------------------------------------------------------------------------------------------------
+    first = snapshot()
+    page = Environment(loader=FileSystemLoader(ROOT / "common"), autoescape=True).get_template("page.html")
     names = ", ".join(sorted({r["system"] for r in records}))
-    record.write_text(root / "report.md", "# SQuAD v1.1: exact match, F1, latency, memory\n\n" + "\n".join(markdown))
-    page = PAGE.format(systems=html.escape(names), sections="\n".join(sections))
-    record.write_text(root / "report.html", page)
-    print("\n".join(plain))
+    record.write_text(root / "report.html", page.render(systems=names, parts=parts, snapshot=first))
+    markdown = ["# SQuAD v1.1: exact match, F1, latency, memory", ""]
+    for part in parts:
+        markdown += [f"## {part['title']}", "", part["same"], "", *markdown_table(part["rows"]), ""]
+        markdown += [*(f"- {sentence}" for sentence in part["sentences"]), ""]
+        if part["mistakes"]:
+            markdown += ["### Right and wrong answers", "", *markdown_table(part["mistakes"]), ""]
+        markdown += ["### How each was made", "", *markdown_table(part["provenance"]), ""]
+    markdown += ["## The snapshot this project began with", "", f"{first['what']}. Not measured by this code.", ""]
+    record.write_text(root / "report.md", "\n".join([*markdown, *markdown_table(first["rows"])]) + "\n")
+    for part in parts:
+        print(f"{part['title']}\n{part['same']}")
+        widths = [max(map(len, column)) for column in zip(*part["rows"], strict=True)]
+        for row in part["rows"]:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print("\n".join([*part["sentences"], ""]))
     print(f"{root}/report.md, {root}/report.html")
-    print(json.dumps({"report": str(root / "report.html"), "groups": output}, ensure_ascii=False))
+    groups_out = [
+        {
+            "must_match": part["must_match"],
+            "rows": [dict(zip(columns, row, strict=True)) for row in part["rows"][1:]],
+            "tests": part["tests"],
+            "mistakes": part["wrong"],
+        }
+        for part in parts
+    ]
+    print(json.dumps({"report": str(root / "report.html"), "groups": groups_out}, ensure_ascii=False))
 
 
 if __name__ == "__main__":

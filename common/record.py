@@ -150,7 +150,8 @@ def read_questions(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         kept = ("text", "em", "f1", "hit_limit")
-        return {r["id"]: {key: r[key] for key in kept} | {"article": r.get("article", r["id"])} for r in rows}
+        return {r["id"]: {key: r[key] for key in kept}
+                | {"article": r.get("article", r["id"]), "logprob": r.get("logprob")} for r in rows}  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); evaluate that system again") from error
 

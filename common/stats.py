@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+Bin = tuple[float, float, tuple[float, float], int]  # mean probability, share right, its interval, n
+
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a share, in [0, 1]."""
@@ -135,6 +137,16 @@ def slower(
         ratios.append(np.percentile(b[at], q, axis=1) / np.percentile(a[at], q, axis=1))
     ratio = np.percentile(b, q) / np.percentile(a, q)
     return float(ratio), float(np.quantile(np.concatenate(ratios), alpha))
+
+
+def reliability(probability: Mapping[str, float], right: Mapping[str, bool], bins: int = 10) -> list[Bin]:
+    """Answers by their probability, in `bins` of equal size."""
+    ids = sorted(probability, key=lambda id_: probability[id_])
+    out = []
+    for part in np.array_split(np.arange(len(ids)), min(bins, len(ids))):
+        n, found = len(part), sum(bool(right[ids[i]]) for i in part)
+        out.append((float(np.mean([probability[ids[i]] for i in part])), found / n, wilson(found, n), n))
+    return out
 
 
 def percentile_interval(samples: Sequence[float], q: float, confidence: float = 0.95) -> tuple[float, float] | None:

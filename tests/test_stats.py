@@ -9,6 +9,7 @@ from common.stats import (
     mcnemar,
     percentile,
     percentile_interval,
+    reliability,
     t_interval,
     wilson,
 )
@@ -157,3 +158,12 @@ def test_percentile_intervals_cover_as_often_as_they_say():
     intervals = [percentile_interval(rng.random(100), 90) for _ in range(500)]
     covered = np.mean([low <= 0.9 <= high for low, high in intervals])
     assert covered >= 0.93
+
+
+def test_reliability_sorts_answers_into_bins_of_equal_size():
+    probability = {f"{i:02}": i / 20 for i in range(20)}
+    bins = reliability(probability, {id_: p >= 0.5 for id_, p in probability.items()}, bins=4)
+    assert [(n, right) for _, right, _, n in bins] == [(5, 0.0), (5, 0.0), (5, 1.0), (5, 1.0)]
+    assert [p for p, *_ in bins] == pytest.approx([0.1, 0.35, 0.6, 0.85])
+    assert bins[2][2] == wilson(5, 5)
+    assert sum(n for *_, n in reliability(probability, dict.fromkeys(probability, True), bins=7)) == 20
