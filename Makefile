@@ -39,7 +39,7 @@ export SQUAD_DIR ?= $(CURDIR)/.cache/squad
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 train eval bench ask bench-train bench-decode sweep runs report revalidate accept certify demo test test-gpu test-page test-published lint format verify-scorer doctor bundle unbundle clean
+.PHONY: help setup smollm2 train eval bench ask bench-train bench-decode sweep runs report revalidate accept certify demo test test-gpu test-page test-slurm test-published lint format verify-scorer doctor bundle unbundle clean
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
@@ -105,6 +105,13 @@ test-published: $(READY) ## the scorer on published predictions: bert-ensemble, 
 test-page: $(READY) ## the report in a headless Chromium; fails without one
 	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements-page.lock
 	$(PY) -m pytest -m browser
+
+test-slurm: $(READY) ## a sweep on a real SLURM, started here; as root, on Debian
+	@command -v sbatch slurmctld slurmd munged > /dev/null || { apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install --yes -qq --no-install-recommends munge slurmctld slurmd slurm-client; } || \
+	  { echo "error: SLURM is not installed; as root on Debian: apt install munge slurmctld slurmd" >&2; exit 2; }
+	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements-slurm.lock
+	$(PY) -m pytest -m slurm
 
 lint: $(READY) ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -1,11 +1,12 @@
 """Train, score and time many runs: systems × variants × seeds, each a subprocess of the other scripts.
 
-    python sweep.py seeds [key=value ...] [--workers N] [--dry-run]
+    python sweep.py seeds [key=value ...] [--workers N] [--dry-run] [--plan slurm [--slurm key=value ...]]
 
 `seeds` names a file in configs/sweeps/, or is one; overrides go to every run. First it prints the plan, what is done of
 it and how long the rest should take. Started again, it goes on. On GPUs there is one worker each (`--workers` says
 otherwise). A run that fails is tried once more, unless what is wrong is the user's; the others go on. SIGTERM and
-SIGINT are passed on, and what runs saves itself.
+SIGINT are passed on, and what runs saves itself. `--plan slurm` hands the runs to a cluster that shares this folder: a
+job array, a task a run, each of which is this script with that run alone.
 """
 
 import argparse
@@ -22,10 +23,12 @@ from common import jobs, stopping
 from common.errors import UserError, one_line_errors
 
 import pynvml
+import yaml
 
 ROOT = Path(__file__).resolve().parent
 SCRIPTS = {"train": "train_loop.py", "eval": "eval_loop.py", "bench": "bench_latency.py"}
 TRIES, USERS_MISTAKE = 2, 2  # the latter is an exit code: trying again does not help
+SLURM = {"name": "squad-qlora", "gpus_per_node": 1, "timeout_min": 1440}  # of a task; minutes
 
 
 def main(argv: list[str]) -> None:
@@ -35,8 +38,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--workers", type=int, help="runs at a time; default: one a GPU, or one")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, and run nothing")
+    parser.add_argument("--plan", choices=("local", "slurm"), default="local", help="who runs them")
+    parser.add_argument("--slurm", action="append", default=[], metavar="key=value", help=f"of {', '.join(SLURM)}, …")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # the configuration's hash of one run
     args = parser.parse_intermixed_args(argv)
     planned, sweep = jobs.plan(jobs.find(args.sweep), args.overrides)
+    planned = [job for job in planned if args.only in (None, job.config.hash())]
     gpus = visible_gpus()
     workers = args.workers or len(gpus) or 1
     if workers < 1:
@@ -51,6 +58,10 @@ def main(argv: list[str]) -> None:
     at_once = f"{workers} at a time on {len(gpus)} GPU{'s' * (len(gpus) != 1)}"
     print(f"{len(planned)} runs, {len(planned) - len(waiting)} done; left: {rest if waiting else 'nothing'}; {at_once}")
     if args.dry_run:
+        return
+    if args.plan == "slurm":
+        command = [sys.executable, str(Path(__file__).resolve()), args.sweep, *args.overrides, "--workers=1", "--only"]
+        submit(command, waiting, args.slurm)
         return
 
     # ---- run -------------------------------------------------------------------------------------------------------
@@ -118,6 +129,36 @@ def main(argv: list[str]) -> None:
     print(f"{len(planned) - len(failed)} of {len(planned)} runs are done; make report shows them ({roots})")
     print(json.dumps({"runs": len(planned), "failed": failed}, ensure_ascii=False))
     sys.exit(request.code or bool(failed))
+
+
+def submit(command: list[str], waiting: list[jobs.Job], given: list[str]) -> None:
+    """A job array of `command` with each run's hash; `given` is key=value of submitit's parameters, over `SLURM`."""
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError("--plan slurm needs submitit: .venv/bin/pip install -r requirements-slurm.lock") from error
+    if not waiting:
+        return
+    settings = dict(SLURM)
+    for word in given:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"--slurm {word}: write key=value, like slurm_partition=gpu")
+        settings[key] = yaml.safe_load(value)
+    folder = Path(waiting[0].config.runs).resolve() / "slurm"
+    try:
+        executor = submitit.AutoExecutor(folder, cluster="slurm")
+        executor.update_parameters(**settings)
+        tasks = executor.map_array(
+            submitit.helpers.CommandFunction(command, cwd=ROOT), [job.config.hash() for job in waiting]
+        )
+    except (NameError, TypeError) as error:  # of a parameter's name or value
+        raise UserError(f"--slurm: {error}") from error
+    except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
+        raise UserError(f"SLURM did not take the runs: {error}") from error
+    array = tasks[0].job_id.partition("_")[0]
+    print(f"job array {array}: {len(tasks)} runs; what they say is in {folder}/; the same command then does the rest")
+    print(json.dumps({"array": array, "runs": len(tasks)}))
 
 
 def visible_gpus() -> list[str]:
