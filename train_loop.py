@@ -181,7 +181,13 @@ def main(argv: list[str]) -> None:
     def work(pack: packing.Pack, share: torch.Tensor | float) -> torch.Tensor:
         """Forward and backward of a pack on the device; its loss, each answer token (or question) weighing `share`."""
         logits = logits_of(pack, pack.target_index).float()
-        by_token = F.cross_entropy(logits, pack.target_ids, reduction="none", ignore_index=packing.IGNORED)
+        by_token = F.cross_entropy(
+            logits,
+            pack.target_ids,
+            reduction="none",
+            ignore_index=packing.IGNORED,
+            label_smoothing=train.label_smoothing,
+        )
         loss = (by_token if train.loss == "token" else by_token * pack.target_share).sum() * share
         accelerator.backward(loss)
         return loss.detach()

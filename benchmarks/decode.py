@@ -40,6 +40,8 @@ def main(argv: list[str]) -> None:
     args = arguments.parse_intermixed_args(argv)
     if "=" in args.model:
         args.model, args.overrides = arguments.get_default("model"), [args.model, *args.overrides]
+    if not gpu and args.model == arguments.get_default("model"):
+        args.overrides = ["prompt.order=context", *args.overrides]  # there is nothing to share in the others
     config = load(args.model, args.overrides)
     kinds = args.scripts or (["a", "b", "c"] if config.base.random_weights else ["natural"])
     if config.base.random_weights and "natural" in kinds:

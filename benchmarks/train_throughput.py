@@ -35,7 +35,8 @@ import torch  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
 CPU_DEFAULT = [
-    "train.questions_per_step=32", "--systems", "ours", "hf", "--rounds", "5", "--steps", "7", "--warmup", "1",
+    "train.questions_per_step=32", "train.epochs=1", "train.average=0", "train.label_smoothing=0",
+    "prompt.order=context", "--systems", "ours", "hf", "--rounds", "5", "--steps", "7", "--warmup", "1",
     "--questions", "200", "--whole-process",
 ]  # fmt: skip
 TRAIN_QUESTIONS = 87_599  # of SQuAD v1.1's train set: what an epoch is

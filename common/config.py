@@ -107,6 +107,7 @@ class Train:
     pack_tokens: int | None = None  # tokens of one micro-batch; null: by device, fused and memory_budget_gib
     memory_budget_gib: float | None = None  # fused: peak GPU memory; null: gradient_checkpointing decides
     loss: Literal["token", "question"] = "token"  # mean over a step's answer tokens, or over its questions' own means
+    label_smoothing: float = 0.0  # share of each target that goes to all tokens alike, [0, 1)
     share_prefixes: bool = True  # false: every question reads its paragraph anew, in the same steps; to compare with
     fused: bool = True  # compute Llama layers by common/fused.py; false: by transformers' and PEFT's modules
     warmup: float = 0.03  # share of the steps in which the rate rises, [0, 1]
@@ -125,6 +126,7 @@ class Train:
         _need(0 <= self.warmup <= 1, "warmup", "must be in [0, 1]")
         _need(self.weight_decay >= 0, "weight_decay", "must be ≥ 0")
         _need(0 <= self.average < 1, "average", "must be in [0, 1)")
+        _need(0 <= self.label_smoothing < 1, "label_smoothing", "must be in [0, 1)")
         _need(self.max_steps is None or self.max_steps >= 1, "max_steps", "must be ≥ 1")
         _need(self.memory_budget_gib is None or self.memory_budget_gib > 0, "memory_budget_gib", "must be > 0")
         _need(self.pack_tokens is None or self.pack_tokens >= 64, "pack_tokens", "must be ≥ 64")

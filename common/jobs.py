@@ -26,6 +26,7 @@ class Sweep:
     variants: tuple[str, ...] = ("",)  # each the overrides of one, spaces between; system=… gives it rows of its own
     overrides: tuple[str, ...] = ()  # of all runs
     kinds: tuple[Kind, ...] = ("train", "eval")
+    adapters: str | None = None  # a folder of runs whose trainings answer; null: those of where the sweep's own runs go
     gate: Rules = field(default_factory=Rules)  # of `make revalidate`, which has this measured anew each time
 
     def __post_init__(self) -> None:
@@ -72,6 +73,9 @@ def plan(path: Path, overrides: Iterable[str] = ()) -> tuple[list[Job], Sweep]:
                     seed_word = f"seed={seed}"
                 given = (*words, *own, seed_word)
                 config = load(system, given)
+                if sweep.adapters and config.lora and not config.adapter:
+                    given = (*given, f"adapter={record.trained_adapter(replace(config, runs=sweep.adapters))}")
+                    config = load(system, given)
                 jobs.setdefault(config.hash(), Job(system, " ".join(own), given, config))
     return list(jobs.values()), sweep
 

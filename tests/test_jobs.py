@@ -60,6 +60,18 @@ def test_what_follows_a_training_answers_with_its_adapter_whatever_else_was_trai
     assert [kind for kind, _ in jobs.left(one, chosen.kinds)] == ["eval"]
 
 
+def test_stored_adapters_can_answer(sweep, tmp_path):
+    elsewhere = tmp_path / "runs"
+    tuned = jobs.load(str(sweep().parent / "tuned.yaml"), ["seed=1"])
+    run = finish(tuned, "train")
+    file = sweep(seeds=[1], kinds="[eval, bench]", adapters=str(elsewhere))
+    (raw, found), chosen = jobs.plan(file, [f"runs={tmp_path / 'new'}"])
+    assert (raw.config.adapter, found.config.adapter) == (None, str(run / "best"))
+    assert [words[-1] for _, words in jobs.left(found, chosen.kinds)] == [f"adapter={run / 'best'}"] * 2
+    with pytest.raises(UserError, match=r"seed 0\) has no finished training"):
+        jobs.plan(sweep(kinds="[eval]", adapters=str(elsewhere)))
+
+
 def test_an_unfinished_run_is_still_to_do(sweep):
     (raw, tuned), chosen = jobs.plan(sweep(kinds="[eval]"))
     record.new_run(raw.config, "eval")

@@ -136,6 +136,15 @@ def test_the_loss_is_the_mean_that_was_asked_for(tiny_config, tmp_path, mean):
 
 
 @pytest.mark.parametrize("fused", ["train.fused=false", "train.fused=true"])
+def test_smoothed_labels_give_all_tokens_their_share(tiny_config, tmp_path, fused):
+    few = [str(tiny_config), fused, "train.max_steps=1", "train.eval_every=1"]
+    for share in (0, 0.2):
+        train_loop.main([*few, f"train.label_smoothing={share}", f"runs={tmp_path / str(share)}"])
+    sharp, smooth = (metrics(next((tmp_path / str(share)).iterdir()))[0]["loss"] for share in (0, 0.2))
+    assert smooth > sharp  # against all tokens alike the mean is higher than against the right one
+
+
+@pytest.mark.parametrize("fused", ["train.fused=false", "train.fused=true"])
 def test_the_running_mean_is_kept_while_training_goes_on_with_the_last(tiny_config, tmp_path, fused):
     few = [str(tiny_config), fused, "train.max_steps=2", "train.eval_every=2"]
     train_loop.main([*few, f"runs={tmp_path / 'plain'}"])

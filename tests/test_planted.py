@@ -1,0 +1,111 @@
+"""Regressions planted in the code itself are caught by `make revalidate`, and unchanged code raises no alarm.
+
+On SmolLM2's real weights and demo/, with an adapter that is trained once: `make test-planted` (an hour on 2 cores;
+REPEATS=n unchanged runs, 20). Each regression is a line changed in a copy of the repo.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+import pytest
+
+pytestmark = pytest.mark.planted
+REPEATS = int(os.environ.get("REPEATS", "20"))
+PLANTED = {  # file, line, what it becomes, which check is to raise the alarm
+    "LoRA's alpha is not the adapter's": (
+        "common/model.py",
+        "    peft_model = get_peft_model(model, config)\n    load_weights(",
+        "    config.lora_alpha = 1\n    peft_model = get_peft_model(model, config)\n    load_weights(",
+        "em",
+    ),
+    "contexts are cut": (
+        "common/prompt.py",
+        "_fit(contexts, _CONTEXT, window.context,",
+        "_fit(contexts, _CONTEXT, 90,",
+        "em",
+    ),
+    "another byte in the prompt": (
+        "common/prompt.py",
+        '_CONTEXT = "Context: {}"',
+        '_CONTEXT = "Context:  {}"',
+        "comparable",
+    ),
+    "20 % slower": (
+        "bench_latency.py",
+        "                total = meter.now(device) - began\n",
+        "                __import__('time').sleep(0.2 * (meter.now(device) - began))\n"
+        "                total = meter.now(device) - began\n",
+        "p95",
+    ),
+}  # fmt: skip
+
+
+def run(folder: Path, *command: str, codes: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess:
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode in codes, done.stdout[-2000:] + done.stderr[-2000:]
+    return done
+
+
+def copy(folder: Path) -> Path:
+    """This repo's code, with the weights where they are."""
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    (folder / ".cache").symlink_to(ROOT / ".cache")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def again(tmp_path_factory):
+    """Train once, measure, accept; then: revalidate with the code of a folder, and return its verdict."""
+    home = tmp_path_factory.mktemp("planted")
+    data = [f"data.{split}={ROOT / 'demo' / split}.json" for split in ("train", "dev")]
+    recipe = ["train.lr=2e-3", "train.questions_per_step=16", "train.eval_every=15", "train.epochs=1"]
+    recipe += ["train.average=0", "train.label_smoothing=0", "prompt.order=context"]
+    run(ROOT, "train_loop.py", "smollm2-qlora", *data, *recipe, f"runs={home / 'trained'}")
+    words = [*data, "prompt.order=context", "bench.queries=24", "bench.warmup_queries=2", "bench.processes=1"]
+    file = home / "stored.yaml"
+    file.write_text(
+        "systems: [smollm2-qlora]\nkinds: [eval, bench]\n"
+        f"adapters: {home / 'trained'}\noverrides: {json.dumps(words)}\n"
+    )
+    runs = f"runs={home / 'runs'}"
+
+    def revalidate(folder: Path) -> dict:
+        return json.loads(run(folder, "revalidate.py", str(file), runs, codes=(0, 1)).stdout.splitlines()[-1])
+
+    revalidate(ROOT)
+    run(ROOT, "revalidate.py", "--accept", "the first", runs)
+    return revalidate
+
+
+def test_unchanged_code_raises_no_alarm(again):
+    found = []
+    for _ in range(REPEATS):
+        found.append(again(ROOT))
+        print([(c["what"], c["words"]) for c in found[-1]["checks"]], flush=True)
+    assert [v for v in found if not v["passed"]] == []
+    assert all({c["what"] for c in v["checks"]} >= {"em", "f1", "p95"} for v in found)
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_a_planted_regression_is_caught(again, what, tmp_path):
+    name, line, planted, alarm = PLANTED[what]
+    folder = copy(tmp_path / "repo")
+    text = (folder / name).read_text()
+    assert text.count(line) == 1
+    (folder / name).write_text(text.replace(line, planted))
+    verdict = again(folder)
+    print(what, [(c["what"], c["fine"], c["words"]) for c in verdict["checks"]], flush=True)
+    assert not verdict["passed"]
+    assert alarm in {c["what"] for c in verdict["checks"] if not c["fine"]}
