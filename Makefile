@@ -82,7 +82,7 @@ runs: $(READY) ## all runs of RUNS, or those of which WHERE="kind = 'train' and 
 report: $(READY) ## RUNS as one page, HTML and Markdown (ARGS='--usd-per-hour 1.20' adds what queries cost)
 	$(PY) report.py $(RUNS) $(ARGS)
 
-revalidate: $(READY) $(SMOLLM2) ## for cron: measure SWEEP (revalidate) anew, compare with what was accepted; exit 0, 1, 2 or 75
+revalidate: $(READY) $(SMOLLM2) ## for cron: measure SWEEP (revalidate) anew, compare with what was accepted
 	exec $(PY) revalidate.py $(if $(filter-out file,$(origin SWEEP)),"$(SWEEP)") runs=$(RUNS) $(ARGS)
 
 accept: $(READY) ## make the last revalidation what later ones are compared with: REASON='…'

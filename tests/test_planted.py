@@ -1,7 +1,8 @@
 """Regressions planted in the code itself are caught by `make revalidate`, and unchanged code raises no alarm.
 
-On SmolLM2's real weights and demo/, with an adapter that is trained once: `make test-planted` (an hour on 2 cores;
-REPEATS=n unchanged runs, 20). Each regression is a line changed in a copy of the repo.
+On SmolLM2's real weights, an adapter trained once on demo/, and ten questions of each article of SQuAD's dev set
+(SQUAD_DIR, or the hub's): `make test-planted` (an hour on 2 cores; REPEATS=n unchanged runs, 20). Each regression
+is a line changed in a copy of the repo.
 """
 
 import json
@@ -69,11 +70,17 @@ def copy(folder: Path) -> Path:
 def again(tmp_path_factory):
     """Train once, measure, accept; then: revalidate with the code of a folder, and return its verdict."""
     home = tmp_path_factory.mktemp("planted")
-    data = [f"data.{split}={ROOT / 'demo' / split}.json" for split in ("train", "dev")]
+    demo = [f"data.{split}={ROOT / 'demo' / split}.json" for split in ("train", "dev")]
     recipe = ["train.lr=2e-3", "train.questions_per_step=16", "train.eval_every=15", "train.epochs=1"]
     recipe += ["train.average=0", "train.label_smoothing=0", "prompt.order=context"]
-    run(ROOT, "train_loop.py", "smollm2-qlora", *data, *recipe, f"runs={home / 'trained'}")
-    words = [*data, "prompt.order=context", "bench.queries=24", "bench.warmup_queries=2", "bench.processes=1"]
+    run(ROOT, "train_loop.py", "smollm2-qlora", *demo, *recipe, f"runs={home / 'trained'}")
+    words = [
+        "data.dev_questions=480",
+        "prompt.order=context",
+        "bench.queries=24",
+        "bench.warmup_queries=2",
+        "bench.processes=1",
+    ]
     file = home / "stored.yaml"
     file.write_text(
         "systems: [smollm2-qlora]\nkinds: [eval, bench]\n"
