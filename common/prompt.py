@@ -28,6 +28,10 @@ _ORDERS = {  # of each, the text of context and question
     "question": "Question: {1}\n\nContext: {0}\n\nAnswer:",
     "both": "Question: {1}\n\nContext: {0}\n\nQuestion: {1}\n\nAnswer:",
 }
+_CHAT = (  # where only a chat answers: one message of the user
+    "Answer the question with the shortest span of the context that answers it, copied word for word. Reply with "
+    "nothing else.\n\n{}"
+)
 _SHARED = _CONTEXT + _QUESTION.partition(" {}")[0]  # what all questions of a paragraph begin with
 
 MANY = 5000  # texts: so many take a while
@@ -39,12 +43,18 @@ def fingerprint(options: Prompt = Prompt()) -> str:
     """Changes with any byte of the prompt."""
     parts = [VERSION, _CONTEXT, _QUESTION, _TARGET]
     parts += [_ORDERS[options.order]] if options.order != "context" else []
+    parts += [_CHAT] if options.chat else []
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
 def text(context: str, question: str, order: str = "context") -> str:
     """The prompt of one question, the same bytes for every system."""
     return _ORDERS[order].format(context, question)
+
+
+def message(prompt: str) -> str:
+    """A prompt as the one message of a chat."""
+    return _CHAT.format(prompt)
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,15 @@ def build_trees(
         shared = _tokens_within(encoding, len(_SHARED.format(row.context))) if first else None
         groups.setdefault((row.context, *ids[: shared or n]), []).append(Branch(row.id, ids[:n], answer_ids))
     return Trees([_tree(group) for group in groups.values()], dict(counts))
+
+
+def texts(
+    examples: Iterable[Example], tokenizer: Any, window: Window, options: Prompt = Prompt()
+) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """(id, prompt) of every question, cut to the window, for a model that takes text; counts as of `build_trees`."""
+    counts = Counter(questions=0, truncated=0)
+    rows = list(_rows(list(examples), tokenizer, window, options, False, counts))
+    return [(row.id, row.prompt) for row in rows], dict(counts)
 
 
 def _tree(branches: list[Branch]) -> Tree:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from common import prompt, score
-from common.config import Config
+from common.config import Config, filled
 from common.errors import UserError
 from common.squad import Dataset
 
@@ -71,8 +71,7 @@ def trained_adapter(config: Config) -> Path | None:
         return Path(config.adapter)
 
     def decides(config: dict[str, Any]) -> list[Any]:
-        order = config.get("prompt", {}).get("order", "context")  # it could not always be chosen
-        return [config["system"], config["seed"], weights_of(config["base"]), config["lora"], order]
+        return [config["system"], config["seed"], weights_of(config["base"]), config["lora"], config["prompt"]["order"]]
 
     wanted = decides(config.to_dict())
     trained = [record for record in read_all(Path(config.runs)) if record["kind"] == "train"]
@@ -137,10 +136,11 @@ def read_all(root: Path) -> list[dict[str, Any]]:
 
 
 def read_one(path: Path) -> dict[str, Any]:
-    """A `record.json`; its `folder` is where it is now, moved or not."""
+    """A `record.json`; its `folder` is where it is now, moved or not, and its `config` has all of today's keys."""
     try:
-        return {**json.loads(path.read_text(encoding="utf-8")), "folder": str(path.parent)}
-    except (ValueError, TypeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {**found, "config": filled(found["config"]), "folder": str(path.parent)}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a readable record ({error}); move the folder away") from error
 
 
