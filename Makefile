@@ -40,7 +40,7 @@ export SQUAD_DIR ?= $(CURDIR)/.cache/squad
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 train eval bench ask bench-train bench-decode sweep runs report revalidate accept certify demo test test-gpu test-page test-planted test-slurm test-published lint format verify-scorer doctor bundle unbundle clean
+.PHONY: help setup smollm2 train eval bench ask bench-train bench-decode sweep runs report revalidate accept certify demo test test-gpu test-api test-page test-planted test-slurm test-published lint format verify-scorer doctor bundle unbundle clean
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
@@ -102,6 +102,10 @@ test-gpu: $(READY) $(SMOLLM2) ## what only a GPU can show; fails without one
 
 test-published: $(READY) ## the scorer on published predictions: bert-ensemble, logistic-regression, dev in DATA=folder
 	PUBLISHED="$(DATA)" $(PY) -m pytest -m published
+
+test-api: $(READY) $(SMOLLM2) ## a hosted model by a real server on this machine, which answers as the model itself does
+	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements-server.lock
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -m server
 
 test-page: $(READY) ## the report in a headless Chromium; fails without one
 	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements-page.lock
