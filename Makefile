@@ -58,8 +58,8 @@ demo: $(READY) $(SMOLLM2) ## everything on this machine: score, train, score, ti
 train: $(NEEDS) ## train MODEL's adapter (qlora7b); goes on where it stopped, FRESH=1 starts anew
 	exec $(START) train_loop.py "$(MODEL)" $(SET) $(if $(FRESH),--fresh)
 
-eval: $(NEEDS) ## official EM and F1 of MODEL
-	exec $(START) eval_loop.py "$(MODEL)" $(SET)
+eval: $(NEEDS) ## official EM and F1 of MODEL; of a hosted one, REPLAY=run takes the answers from a run's transcript
+	exec $(START) eval_loop.py "$(MODEL)" $(SET) $(if $(FRESH),--fresh) $(if $(REPLAY),--replay "$(REPLAY)")
 
 bench: $(NEEDS) ## single-query latency and memory of MODEL
 	exec $(PY) bench_latency.py "$(MODEL)" $(SET)
