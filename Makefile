@@ -40,7 +40,7 @@ export SQUAD_DIR ?= $(CURDIR)/.cache/squad
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 train eval bench ask bench-train bench-decode sweep runs report revalidate accept certify demo test test-gpu test-api test-page test-planted test-slurm test-published lint format verify-scorer doctor bundle unbundle clean
+.PHONY: help setup smollm2 train eval bench ask export bench-train bench-decode sweep runs report table revalidate accept certify demo test test-gpu test-api test-page test-planted test-slurm test-published lint format verify-scorer doctor bundle unbundle clean
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
@@ -67,6 +67,9 @@ bench: $(NEEDS) ## single-query latency and memory of MODEL
 ask: $(NEEDS) ## one answer by MODEL: CONTEXT='…' QUESTION='…', or both on stdin, the question as the last line
 	@exec $(PY) ask.py "$(MODEL)" $(SET)
 
+export: $(NEEDS) ## MODEL's adapter merged into its base: a folder OUT=… for any tool, checked, with a model card
+	exec $(PY) export.py "$(MODEL)" "$(OUT)" $(SET)
+
 bench-train: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## training speed beside other stacks, at a size that suits this machine
 	$(PY) benchmarks/train_throughput.py $(OWN_MODEL) $(if $(SEED),seed=$(SEED)) $(ARGS)
 
@@ -81,6 +84,10 @@ runs: $(READY) ## all runs of RUNS, or those of which WHERE="kind = 'train' and 
 
 report: $(READY) ## RUNS as one page, HTML and Markdown (ARGS='--usd-per-hour 1.20' adds what queries cost)
 	$(PY) report.py $(RUNS) $(ARGS)
+
+table: $(READY) ## the four systems side by side: what is missing is run; what can't run here says why (ARGS='api8b:api.url=https://…/v1')
+	-$(PY) sweep.py table $(SET)
+	$(PY) report.py $(RUNS) --systems tinyllama1b raw7b qlora7b api8b
 
 revalidate: $(READY) $(SMOLLM2) ## for cron: measure SWEEP (revalidate) anew, compare with what was accepted
 	exec $(PY) revalidate.py $(if $(filter-out file,$(origin SWEEP)),"$(SWEEP)") runs=$(RUNS) $(ARGS)
@@ -115,7 +122,7 @@ test-planted: $(READY) $(SMOLLM2) ## regressions planted in the code are caught,
 	$(PY) -m pytest -m planted -s
 
 test-slurm: $(READY) ## a sweep on a real SLURM, started here; as root, on Debian
-	@command -v sbatch slurmctld slurmd munged > /dev/null || { apt-get update -qq && \
+	@for p in sbatch slurmctld slurmd munged; do command -v $$p > /dev/null || exit 1; done || { apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install --yes -qq --no-install-recommends munge slurmctld slurmd slurm-client; } || \
 	  { echo "error: SLURM is not installed; as root on Debian: apt install munge slurmctld slurmd" >&2; exit 2; }
 	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements-slurm.lock

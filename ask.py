@@ -19,7 +19,7 @@ from typing import Any
 from common import api, checkpoint, decode, meter, preflight, prompt, record, single
 from common.config import Config, load
 from common.errors import UserError, one_line_errors
-from common.model import load_system, load_tokenizer, load_tokenizers
+from common.model import load_system, load_tokenizers
 from common.squad import Example
 
 
@@ -32,6 +32,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_intermixed_args(argv)
     config = load(args.model, args.overrides)
     context, question = texts(args.context.strip(), args.question.strip())
+    config = prompt.filled(config)
     result = ask_api(config, context, question) if config.api else ask_here(config, context, question)
     text = result["answer"]
     at = context.find(text) if text else -1
@@ -53,7 +54,7 @@ def ask_here(config: Config, context: str, question: str) -> dict[str, Any]:
     model = load_system(config, adapter, device)
     with meter.out_of_memory("a single query does not fit: lower window.context, or base.quant=nf4"):
         stops = decode.stop_ids(tokenizer)
-        engine = single.engine(model, stops, config.window, config.eval)
+        engine = single.engine(model, stops, config.window, config.eval, prompt.beside(tokenizer, config.prompt))
         example = Example("asked", "", context, question, ())
         # the first compiles, and loads kernels
         single.ask(engine, tokenizer, example, config.window, cutter, prompt=config.prompt)
@@ -72,8 +73,7 @@ def ask_here(config: Config, context: str, question: str) -> dict[str, Any]:
 
 def ask_api(config: Config, context: str, question: str) -> dict[str, Any]:
     assert config.api
-    assert config.window.tokenizer
-    cutter = load_tokenizer(config.window.tokenizer)
+    _, cutter = load_tokenizers(config)
     example = Example("asked", "", context, question, ())
     ((_, text),), counts = prompt.texts([example], cutter, config.window, config.prompt)
     with tempfile.TemporaryDirectory() as folder:

@@ -21,7 +21,7 @@ from typing import Any
 from common import api, checkpoint, decode, meter, preflight, prompt, record, single, squad
 from common.config import Config, load
 from common.errors import UserError, one_line_errors
-from common.model import load_system, load_tokenizer, load_tokenizers, sources, tokenizer_sha256
+from common.model import load_system, load_tokenizers, sources
 from common.stats import percentile, percentile_interval
 
 from tqdm import tqdm
@@ -44,6 +44,7 @@ def main(argv: list[str]) -> None:
     if not config.api:
         preflight.check(config.base, config.system)
     adapter = checkpoint.verified(record.trained_adapter(config))
+    config = prompt.filled(config)
     dev = squad.load(config.data, "dev")
     timing = functools.partial(measure_api, config) if config.api else functools.partial(measure, config, adapter)
     if args.measure:
@@ -87,6 +88,8 @@ def main(argv: list[str]) -> None:
         key: max(g[key] or 0 for g in gauges) or None for key in ("process_bytes", "device_bytes")
     } if gauges else None  # fmt: skip
     result["engine"] = found[0]["made_by"]["engine"]
+    result["adapter"] = str(adapter) if adapter else None
+    result["adapter_sha256"] = checkpoint.sha256(adapter / "adapter_model.safetensors") if adapter else None
     described = {"name": config.api.url} if config.api else meter.describe(device)
     record.write(run, config, "bench", dev, described, result, found[0]["made_by"])
     show(config, described["name"], device, result)
@@ -113,7 +116,7 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
         with meter.out_of_memory(
             "a single query does not fit beside the base: lower window.context, or base.quant=nf4"
         ):
-            engine = single.engine(model, stops, config.window, config.eval)
+            engine = single.engine(model, stops, config.window, config.eval, prompt.beside(tokenizer, config.prompt))
             end_phase("load")
 
             def ask(example: squad.Example, mode: str) -> dict[str, Any]:
@@ -146,7 +149,7 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
     nvml = file.with_suffix(".nvml.json")
     record.write_text(file, json.dumps({
         "ids": [e.id for e in queries], "modes": samples, "gauges": gauges,
-        "made_by": {"engine": engine.name, **sources(model, tokenizer)},
+        "made_by": {"engine": engine.name, **sources(model, tokenizer, cutter)},
         "nvml": json.loads(nvml.read_text()) if nvml.exists() else {},
     }) + "\n")  # fmt: skip
 
@@ -157,10 +160,9 @@ def measure_api(config: Config, dev: squad.Dataset, file: Path) -> None:
     A try that failed, and the pause after it, are in `waited`, not in the query's time.
     """
     assert config.api
-    assert config.window.tokenizer
     queries = random.Random(0).sample(some := squad.stratified(dev.examples, config.bench.queries), len(some))
-    cutter = load_tokenizer(config.window.tokenizer)
-    client = api.Client(config, file.with_suffix(".transcript.jsonl"), anew=True)
+    _, cutter = load_tokenizers(config)
+    client = api.Client(config, file.parent / "transcript.jsonl", anew=True)  # of all processes: limits are the run's
 
     def ask(example: squad.Example) -> dict[str, Any]:
         began = time.perf_counter()
@@ -180,7 +182,7 @@ def measure_api(config: Config, dev: squad.Dataset, file: Path) -> None:
     record.write_text(file, json.dumps({
         "ids": [e.id for e in queries], "modes": {"natural": samples},
         "gauges": {"natural": dict.fromkeys(("allocated_bytes", "reserved_bytes", "rss_bytes"))},
-        "made_by": {"engine": "api", "tokenizer": tokenizer_sha256(cutter), "base_commit": None}, "nvml": {},
+        "made_by": {"engine": "api", **sources(None, cutter, cutter)}, "nvml": {},
     }) + "\n")  # fmt: skip
 
 

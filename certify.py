@@ -19,7 +19,7 @@ from typing import Any
 from common import api, checkpoint, decode, meter, preflight, prompt, record, score, squad
 from common.config import Config, flat, load
 from common.errors import UserError, one_line_errors
-from common.model import compute_dtype, load_system, load_tokenizer, load_tokenizers, tokenizer_sha256
+from common.model import compute_dtype, load_system, load_tokenizers, tokenizer_sha256
 
 import torch
 from scipy import stats
@@ -52,9 +52,10 @@ def main(argv: list[str]) -> None:
     other = [f"{key} is {mine.get(key)}, was {value}" for key, value in stored.items() if mine.get(key) != value]
     found["configuration"] = "; ".join(other) or None
     dev = squad.load(config.data, "dev")
+    tokenizer, cutter = load_tokenizers(config)
     now = {
         "data": dev.sha256, "questions": len(dev.examples), "prompt": prompt.fingerprint(config.prompt),
-        "scorer": score.VERSION, "window": config.to_dict()["window"],
+        "scorer": score.VERSION, "window": record.cut_by(config.to_dict()["window"], tokenizer_sha256(cutter)),
     }  # fmt: skip
     for name, (old, new) in record.mismatch(was, {"must_match": now}).items():
         found[name] = f"{new}, was {old}"
@@ -69,14 +70,15 @@ def main(argv: list[str]) -> None:
     here = {"name": config.api.url} if config.api else meter.describe(device)
     some = dev.examples if config.api else random.SystemRandom().sample(dev.examples, min(args.questions, len(texts)))
     if config.api:
-        answers, ids_by = replayed(config, args.run, result, some, found)
+        answers = replayed(config, cutter, args.run, result, some, found)
         exact = True
     else:
         preflight.check(config.base, config.system)
         adapter = Path(config.adapter or result["adapter"]) if result["adapter"] else None
         found["adapter"] = changed(adapter, result["adapter_sha256"]) if adapter else None
-        answers, ids_by = answered_again(config, adapter, device, some)
+        answers = answered_again(config, tokenizer, cutter, adapter, device, some)
         exact = compute_dtype(config.base, device) == torch.float32 and in_fp32(was)
+    ids_by = tokenizer_sha256(tokenizer)
     if was["may_differ"].get("tokenizer", ids_by) != ids_by:  # older records do not say it
         found["tokenizer"] = f"sha256 {ids_by}, was {was['may_differ']['tokenizer']}"
     different = [e.id for e in some if answers[e.id] != texts.get(e.id)]
@@ -101,33 +103,34 @@ def main(argv: list[str]) -> None:
 
 
 def answered_again(
-    config: Config, adapter: Path | None, device: torch.device, some: Sequence[squad.Example]
-) -> tuple[dict[str, str], str]:
-    """(answers by id, the tokenizer's sha256), by the model itself."""
-    tokenizer, cutter = load_tokenizers(config)
+    config: Config, tokenizer: Any, cutter: Any, adapter: Path | None, device: torch.device,
+    some: Sequence[squad.Example],
+) -> dict[str, str]:  # fmt: skip
+    """Answers by id, by the model itself."""
     model = load_system(config, adapter, device)
     trees = prompt.build_trees(
         some, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
     ).trees
     stops = decode.stop_ids(tokenizer)
     answers = decode.predict(model, tokenizer, trees, stops, config.window.answer, config.eval, "answer again")
-    return {id_: answer.text for id_, answer in answers.items()}, tokenizer_sha256(tokenizer)
+    return {id_: answer.text for id_, answer in answers.items()}
 
 
 def replayed(
-    config: Config, run: Path, result: dict[str, Any], examples: Sequence[squad.Example], found: dict[str, str | None]
-) -> tuple[dict[str, str], str]:
+    config: Config, cutter: Any, run: Path, result: dict[str, Any], examples: Sequence[squad.Example],
+    found: dict[str, str | None],
+) -> dict[str, str]:  # fmt: skip
     """The same of a hosted model, by the transcript of what it said; what does not fit of that goes to `found`."""
-    assert config.window.tokenizer
-    cutter = load_tokenizer(config.window.tokenizer)
     folder = Path(result["replayed"]) if result["replayed"] else run
+    if not (folder / "transcript.jsonl").is_file():
+        raise UserError(f"{folder}/transcript.jsonl: no such file, so nothing that was said can be replayed")
     client = api.Client(config, folder / "transcript.jsonl", replay=True)
-    now = checkpoint.sha256(client.transcript)
-    found["transcript"] = (
-        None if now == result["transcript_sha256"] else f"sha256 {now}, was {result['transcript_sha256']}"
-    )
+    now, then = checkpoint.sha256(client.transcript), result["transcript_sha256"]
+    found["transcript"] = None if now == then else f"sha256 {now}, was {then}"
     prompts, _ = prompt.texts(examples, cutter, config.window, config.prompt)
-    return {id_: client.ask(text).text for id_, text in prompts}, tokenizer_sha256(cutter)
+    replies = api.ask_all(client, dict(prompts), progress=None)
+    client.close()
+    return {id_: reply.text for id_, reply in replies.items()}
 
 
 def changed(adapter: Path, sha256: str) -> str | None:

@@ -8,6 +8,7 @@ section is asked over the network: started again, it goes on; `--replay RUN` tak
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from typing import Any
 from common import api, cache, checkpoint, decode, meter, plan, preflight, prompt, ranks, record, squad, stopping
 from common.config import Config, load
 from common.errors import UserError, one_line_errors
-from common.model import load_system, load_tokenizer, load_tokenizers, sources, tokenizer_sha256
+from common.model import load_system, load_tokenizers, sources
 from common.score import score
 from common.stats import clustered, wilson
 
@@ -31,7 +32,7 @@ class Answered:
 
     answers: dict[str, Any]  # by id: text, hit_limit and what else is known of an answer
     truncated: int  # questions whose context was cut, or read in windows
-    seconds: float
+    seconds: float | None
     device: dict[str, Any]
     made_by: dict[str, Any]
     result: dict[str, Any] = field(default_factory=dict)  # what its record says beside what every record does
@@ -49,16 +50,24 @@ def main(argv: list[str]) -> None:
     config = load(args.model, args.overrides)
     if not config.api and (args.replay or args.fresh):
         raise UserError(f"--replay and --fresh are of systems behind an API; {config.system} runs here")
+    if not config.api:
+        preflight.check(config.base, config.system)
 
     # ---- answers ---------------------------------------------------------------------------------------------------
-    if config.api:
-        finished = None if args.replay or args.fresh else record.newest_run(config, "eval")
-        if finished and (finished / "record.json").exists():
-            print(f"{finished} is finished; FRESH=1 asks anew")
-            print(json.dumps(json.loads((finished / "record.json").read_text())["result"]))
-            return
+    config = prompt.filled(config)
     dev = squad.load(config.data, "dev")
-    found = hosted(config, dev, args.replay, args.fresh) if config.api else local(config, dev)
+    if config.api:
+        newest = None if args.replay or args.fresh else record.newest_run(config, "eval")
+        if newest and (newest / "record.json").exists():
+            finished = record.read_one(newest / "record.json")
+            if finished["must_match"]["data"] == dev.sha256:
+                print(f"{newest} is finished; FRESH=1 asks anew")
+                print(json.dumps(finished["result"]))
+                return
+            newest = None  # that was of other data
+        found: Answered | None = hosted(config, dev, newest, args.replay)
+    else:
+        found = local(config, dev)
     if found is None:  # another rank goes on
         return
     answers = found.answers
@@ -92,7 +101,8 @@ def main(argv: list[str]) -> None:
         "run": str(run), **accuracy, "n": n, "random_weights": config.base.random_weights,
         "truncated_share": found.truncated / n,
         "hit_limit_share": sum(answer.hit_limit for answer in answers.values()) / n,
-        "seconds": round(found.seconds, 2), "questions_per_s": round(n / found.seconds, 2), **found.result,
+        "seconds": round(found.seconds, 2) if found.seconds else None,
+        "questions_per_s": round(n / found.seconds, 2) if found.seconds else None, **found.result,
     }  # fmt: skip
     record.write(run, config, "eval", dev, found.device, result, found.made_by)
     adapter = found.result.get("adapter")
@@ -100,14 +110,13 @@ def main(argv: list[str]) -> None:
         f"{config.title}{f' with {adapter}' if adapter else ''} on {dev.source}\n"
         f"{shown}  n {n}\n"
         f"context cut {result['truncated_share']:.2%}, answer ran into the limit {result['hit_limit_share']:.2%}, "
-        f"{result['questions_per_s']} questions/s; {run}/predictions.json"
+        f"{result['questions_per_s'] or 'unknown'} questions/s; {run}/predictions.json"
     )
     print(json.dumps(result))
 
 
 def local(config: Config, dev: squad.Dataset) -> Answered | None:
     """By a model on this machine; None on all ranks but the first."""
-    preflight.check(config.base, config.system)
     adapter = checkpoint.verified(record.trained_adapter(config))
     process = ranks.join()
     device = meter.pick_device()
@@ -133,24 +142,24 @@ def local(config: Config, dev: squad.Dataset) -> Answered | None:
         "adapter_sha256": checkpoint.sha256(adapter / "adapter_model.safetensors") if adapter else None,
         "processes": process.num_processes, "peak": meter.peaks(device),
     }  # fmt: skip
-    made_by = {"engine": decode.engine_of(model, config.eval), **sources(model, tokenizer)}
+    made_by = {"engine": decode.engine_of(model, config.eval), **sources(model, tokenizer, cutter)}
     return Answered(answers, built.counts["truncated"], seconds, meter.describe(device), made_by, result)
 
 
-def hosted(config: Config, dev: squad.Dataset, replay: Path | None, fresh: bool) -> Answered:
-    """By a model behind an API, or by what it once answered."""
+def hosted(config: Config, dev: squad.Dataset, run: Path | None, replay: Path | None) -> Answered:
+    """By a model behind an API, going on with `run`; or by what it once answered, in the run `replay`."""
     assert config.api
-    assert config.window.tokenizer
-    cutter = load_tokenizer(config.window.tokenizer)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("a hosted model is asked by one process: leave PROCESSES out, api.concurrency is what it takes")
+    if replay and not (replay / "transcript.jsonl").is_file():
+        raise UserError(
+            f"{replay}/transcript.jsonl: no such file; --replay names the run of a hosted model's evaluation"
+        )
+    _, cutter = load_tokenizers(config)
     prompts, counts = prompt.texts(dev.examples, cutter, config.window, config.prompt)
-    run = None if replay or fresh else record.newest_run(config, "eval")
-    run = run or record.new_run(config, "eval")
-    transcript = (replay or run) / "transcript.jsonl"
-    if replay and not transcript.is_file():
-        raise UserError(f"{transcript}: no such file; --replay names the run of an evaluation by an API")
-    client = api.Client(config, transcript, replay=bool(replay))
-    before = client.requests
-    began = time.perf_counter()
+    run = None if replay else run or record.new_run(config, "eval")
+    client = api.Client(config, (replay or run or Path()) / "transcript.jsonl", replay=bool(replay))
+    before, began = client.requests, time.perf_counter()
     with stopping.listen() as request:
         try:
             replies = api.ask_all(client, dict(prompts), request.check)
@@ -159,17 +168,20 @@ def hosted(config: Config, dev: squad.Dataset, replay: Path | None, fresh: bool)
             sys.exit(request.code)
         finally:
             client.close()
+    # of one that was gone on with, it is not known how long it took
+    seconds = None if replay or before else time.perf_counter() - began
     result = {
-        "transcript_sha256": checkpoint.sha256(transcript), "replayed": str(replay) if replay else None,
+        "transcript_sha256": checkpoint.sha256(client.transcript), "replayed": str(replay) if replay else None,
         "requests": client.requests, "requests_before": before, "cost_usd": round(client.usd, 6) or None,
         "tokens_read": total(r.read for r in replies.values()),
         "tokens_written": total(r.written for r in replies.values()),
         "waited_s": round(sum(r.waited for r in replies.values()), 2),
+        "adapter": None, "adapter_sha256": None,
+        "peak": dict.fromkeys(("allocated_bytes", "reserved_bytes", "rss_bytes")),
     }  # fmt: skip
-    made_by = {"engine": "api", "tokenizer": tokenizer_sha256(cutter), "base_commit": None}
+    made_by = {"engine": "api", **sources(None, cutter, cutter)}
     answers = {id_: decode.Prediction(id_, r.text, [], None, r.hit_limit) for id_, r in replies.items()}
-    device = {"name": config.api.url}
-    return Answered(answers, counts["truncated"], time.perf_counter() - began, device, made_by, result, run)
+    return Answered(answers, counts["truncated"], seconds, {"name": config.api.url}, made_by, result, run)
 
 
 def total(counts: Iterable[int | None]) -> int | None:

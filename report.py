@@ -1,6 +1,6 @@
 """From records to one page: tables, verdicts in words, plots, provenance; as HTML that needs no network, and Markdown.
 
-    python report.py [runs folder] [--usd-per-hour 1.20]
+    python report.py [runs folder] [--usd-per-hour 1.20] [--systems NAME ...]
 
 Of each system and seed it takes the newest evaluation and the newest timing on the same data; seeds of one
 configuration make one line. Systems with random weights have lines of their own, without accuracy. Imports no torch.
@@ -26,6 +26,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader
 
 COLUMNS = ("system", "seeds", "EM [95 %]", "F1 [95 %]", "n", "p95 ms [95 %]", "peak memory", "J a query", "device")
+SNAPSHOT = "EM in the snapshot"
 PROVENANCE = ("run", "made", "code", "with", "again")
 ROOT = Path(__file__).resolve().parent
 Record = dict[str, Any]
@@ -49,7 +50,7 @@ class Line:
 
     @property
     def bench(self) -> Record | None:
-        return self.benches[-1] if self.benches else None
+        return max(self.benches, key=lambda r: r["created"]) if self.benches else None
 
     @property
     def scored(self) -> bool:
@@ -103,9 +104,9 @@ def brackets(interval: Sequence[float] | None, digits: int = 2) -> str:
     return f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else ""
 
 
-def cells(line: Line, usd_per_hour: float | None) -> tuple[str, ...]:
+def cells(line: Line, columns: Sequence[str], usd_per_hour: float | None, before: Mapping[str, Any]) -> tuple[str, ...]:
     em, f1 = (line.mean(name) if line.scored else None for name in ("em", "f1"))
-    p95, joules, usd = "–", None, "–"
+    p95, joules, usd, em_then = "–", None, "–", before["em"].get(line.some["system"])
     if line.bench:
         r = line.bench["result"]
         interval = r["latency"]["p95_interval_ms"]
@@ -124,6 +125,7 @@ def cells(line: Line, usd_per_hour: float | None) -> tuple[str, ...]:
         f"{joules:.1f}" if joules else "–",
         line.some["may_differ"]["device"]["name"],
         *([usd] if usd_per_hour else []),
+        *([f"{em_then:.2f} (n {before['questions']})" if em_then else "–"] if columns[-1] == SNAPSHOT else []),
     )
 
 
@@ -196,37 +198,41 @@ def mistake_rows(lines: Sequence[Line], tables: Sequence[dict[str, Any]]) -> lis
 
 def draw(lines: Sequence[Line], trainings: Sequence[Record]) -> dict[str, str]:
     """Title → SVG of what these records have something to show of."""
-    out, styles = {}, plots.styles_of([line.name for line in lines])
+    names = [line.name for line in lines]
+    named = {
+        name if names.count(name) == 1 else f"{name}, seed {', '.join(str(r['seed']) for r in line.evaluations)}": line
+        for name, line in zip(names, lines, strict=True)
+    }
+    out, styles = {}, plots.styles_of([*named, *(t["system"] for t in trainings)])
     curves = [(t["system"], record.read_metrics(Path(t["folder"]))) for t in trainings if not is_random(t)]
     if curves := [(name, rows) for name, rows in curves if rows]:
         out["Learning: exact match of each evaluation, and the loss."] = plots.learning(curves, styles)
     points = []
-    for line in lines:
+    for name, line in named.items():
         if line.scored and line.bench:
             p95 = line.bench["result"]["latency"]
-            points.append((line.name, *line.mean("em"), p95["p95_ms"], p95["p95_interval_ms"]))
+            points.append((name, *line.mean("em"), p95["p95_ms"], p95["p95_interval_ms"]))
     if points:
         out["Right answers against waiting: exact match and p95, with 95 % intervals."] = plots.tradeoff(points, styles)
-    waits = {line.name: ms for line in lines if line.bench and (ms := natural(line.bench))}
+    waits = {name: ms for name, line in named.items() if line.bench and (ms := natural(line.bench))}
     if waits:
         title = "How long single queries take; the line is at 95 %."
         out[title] = plots.latencies(waits, styles)
-    trusts = {line.name: bins for line in lines if line.scored and (bins := trust(line))}
+    trusts = {name: bins for name, line in named.items() if line.scored and (bins := trust(line))}
     if trusts:
         off = ", ".join(f"{name} {100 * gap(bins):.1f}" for name, bins in trusts.items())
         title = f"Whether a model knows when it is right: mean distance from the line, in points: {off} (first seeds)."
         out[title] = plots.reliability(trusts, styles)
-    ems = {line.name: [e["result"]["em"] for e in line.evaluations] for line in lines if line.scored}
+    ems = {name: [e["result"]["em"] for e in line.evaluations] for name, line in named.items() if line.scored}
     if several := {name: values for name, values in ems.items() if len(values) > 1}:
-        out["What the seed changes: a mark each, above them the mean and its 95 % interval."] = plots.seeds(
-            several, styles
-        )
+        title = "What the seed changes: a mark each, above them the mean and its 95 % interval."
+        out[title] = plots.seeds(several, styles)
     return out
 
 
 def natural(bench: Record) -> list[float]:
     """ms of all queries of all its processes."""
-    files = sorted(Path(bench["folder"]).glob("process-?.json"))
+    files = [f for f in sorted(Path(bench["folder"]).glob("process-*.json")) if not f.name.endswith(".nvml.json")]
     return [1000 * q["total"] for file in files for q in json.loads(file.read_text())["modes"]["natural"]]
 
 
@@ -252,7 +258,9 @@ def provenance(r: Record) -> tuple[str, ...]:
     versions = about["versions"]
     adapter = r["result"].get("adapter")
     again = f"git checkout {code[:10]} && " if about["commit"] else ""
-    again += f"make {r['kind']} MODEL={folder}/config.yaml" + (f" ADAPTER={adapter}" if adapter else "")
+    again += f"make {r['kind']} MODEL={folder}/config.yaml RUNS={Path(folder).parent}"
+    again += f" ADAPTER={adapter}" if adapter else ""
+    again += " FRESH=1" if r["kind"] == "train" or (r["kind"] == "eval" and r["config"]["api"]) else ""
     said = [f"{name} {versions[name]}" for name in ("torch", "transformers", "bitsandbytes") if name in versions]
     said += [f"{key.replace('_', ' ')} {about[key][:12]}" for key in ("tokenizer", "base_commit") if about.get(key)]
     if digest := r["result"].get("adapter_sha256"):
@@ -260,15 +268,22 @@ def provenance(r: Record) -> tuple[str, ...]:
     return folder, r["created"], code, f"{about['device']['name']}; {', '.join(said)}", again
 
 
+def why_not(root: Path, system: str) -> str:
+    """The last line of what a system's last script said, where that left no record."""
+    logs = sorted((root / "logs").glob(f"{system}-s*.log"), key=lambda path: path.stat().st_mtime)
+    said = logs[-1].read_text(encoding="utf-8", errors="replace").strip().splitlines() if logs else []
+    return said[-1].removeprefix("error: ") if said else "not run"
+
+
 def snapshot() -> dict[str, Any]:
-    """The figures of docs/snapshot.yaml, with the interval that so few questions have."""
+    """The figures of docs/snapshot.yaml: EM by system, and as a table with the interval that so few questions have."""
     found = yaml.safe_load((ROOT / "docs" / "snapshot.yaml").read_text(encoding="utf-8"))
     n = found["questions"]
     rows = [("system", "EM [95 %, Wilson]", "n")]
     for name, em in found["em"].items():
         low, high = wilson(round(em * n / 100), n)
         rows.append((name, f"{em:.2f}{brackets((100 * low, 100 * high))}", str(n)))
-    return {"what": found["what"], "rows": rows}
+    return {**found, "rows": rows}
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -282,13 +297,20 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="?", default="runs", help="the folder of run folders")
     parser.add_argument("--usd-per-hour", type=float, help="price of the device: adds what 1,000 single queries cost")
+    parser.add_argument("--systems", nargs="+", default=[], help="these alone; of one that was not run, the reason")
     args = parser.parse_args(argv)
-    root, columns = Path(args.runs), COLUMNS + (("USD a 1,000 queries",) if args.usd_per_hour else ())
-    records = record.read_all(root)
+    root, first = Path(args.runs), snapshot()
+    records = [r for r in record.read_all(root) if not args.systems or r["system"] in args.systems]
+    absent = {name: why_not(root, name) for name in args.systems if name not in {r["system"] for r in records}}
     if not any(r["kind"] in ("eval", "bench") for r in records):
+        for name, why in absent.items():
+            print(f"{name}: {why}")
         raise UserError(
             f"{root}/: no finished evaluation there yet; make eval MODEL=… makes one, make demo a whole set"
         )
+
+    columns = COLUMNS + (("USD a 1,000 queries",) if args.usd_per_hour else ())
+    columns += (SNAPSHOT,) if any(r["system"] in first["em"] for r in records) else ()
 
     # ---- gather: newest last, so later records win -----------------------------------------------------------------
     groups: dict[str, dict[tuple[Any, ...], dict[str, Record]]] = {}
@@ -319,7 +341,7 @@ def main(argv: list[str]) -> None:
             "title": f"{shown[0]['may_differ']['data_source']}, {must['questions']} questions",
             "same": same,
             "must_match": must,
-            "rows": [columns, *(cells(line, args.usd_per_hour) for line in lines)],
+            "rows": [columns, *(cells(line, columns, args.usd_per_hour, first) for line in lines)],
             "sentences": [*(text for line in lines if line.scored for text in seeds(line)), *map(str, verdicts)],
             "tests": [asdict(v) for v in verdicts],
             "wrong": wrong,
@@ -329,11 +351,12 @@ def main(argv: list[str]) -> None:
         })  # fmt: skip
 
     # ---- write -----------------------------------------------------------------------------------------------------
-    first = snapshot()
     page = Environment(loader=FileSystemLoader(ROOT / "common"), autoescape=True).get_template("page.html")
     names = ", ".join(sorted({r["system"] for r in records}))
-    record.write_text(root / "report.html", page.render(systems=names, parts=parts, snapshot=first))
-    markdown = ["# SQuAD v1.1: exact match, F1, latency, memory", ""]
+    missing = [f"{name} is in no table: {why}" for name, why in absent.items()]
+    html = page.render(systems=names, missing=missing, parts=parts, snapshot=first)
+    record.write_text(root / "report.html", html)
+    markdown = ["# SQuAD v1.1: exact match, F1, latency, memory", "", *(f"- {line}" for line in missing), ""]
     for part in parts:
         markdown += [f"## {part['title']}", "", part["same"], "", *markdown_table(part["rows"]), ""]
         markdown += [*(f"- {sentence}" for sentence in part["sentences"]), ""]
@@ -348,7 +371,7 @@ def main(argv: list[str]) -> None:
         for row in part["rows"]:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         print("\n".join([*part["sentences"], ""]))
-    print(f"{root}/report.md, {root}/report.html")
+    print("\n".join([*missing, f"{root}/report.md, {root}/report.html"]))
     groups_out = [
         {
             "must_match": part["must_match"],

@@ -23,7 +23,6 @@ from common import jobs, stopping
 from common.errors import UserError, one_line_errors
 
 import pynvml
-import yaml
 
 ROOT = Path(__file__).resolve().parent
 SCRIPTS = {"train": "train_loop.py", "eval": "eval_loop.py", "bench": "bench_latency.py"}
@@ -44,6 +43,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_intermixed_args(argv)
     planned, sweep = jobs.plan(jobs.find(args.sweep), args.overrides)
     planned = [job for job in planned if args.only in (None, job.config.hash())]
+    if not planned:
+        raise UserError(f"{args.only}: the sweep has changed since this run was handed out; it has none with this hash")
     gpus = visible_gpus()
     workers = args.workers or len(gpus) or 1
     if workers < 1:
@@ -144,15 +145,15 @@ def submit(command: list[str], waiting: list[jobs.Job], given: list[str]) -> Non
         key, equals, value = word.partition("=")
         if not equals:
             raise UserError(f"--slurm {word}: write key=value, like slurm_partition=gpu")
-        settings[key] = yaml.safe_load(value)
+        settings[key] = int(value) if value.isdigit() else value
     folder = Path(waiting[0].config.runs).resolve() / "slurm"
     try:
         executor = submitit.AutoExecutor(folder, cluster="slurm")
         executor.update_parameters(**settings)
         tasks = executor.map_array(
-            submitit.helpers.CommandFunction(command, cwd=ROOT), [job.config.hash() for job in waiting]
+            submitit.helpers.CommandFunction(command, cwd=Path.cwd()), [job.config.hash() for job in waiting]
         )
-    except (NameError, TypeError) as error:  # of a parameter's name or value
+    except (NameError, TypeError, AssertionError) as error:  # of a parameter's name or value
         raise UserError(f"--slurm: {error}") from error
     except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
         raise UserError(f"SLURM did not take the runs: {error}") from error

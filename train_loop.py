@@ -60,6 +60,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 CPU_PACK_TOKENS, GPU_PACK_TOKENS = 1024, 4096  # of layers that are not fused
+SAVE_SECONDS = 600  # a crash between two evaluations costs no more
 
 
 def rate(step: int, total: int, warmup: float, peak: float) -> float:
@@ -301,6 +302,7 @@ def main(argv: list[str]) -> None:
     began, seconds_before, asked = meter.now(device), state["seconds"], False
     start_seconds = began - started  # until the first step of this process begins
     upcoming: tuple[list[Tree], list[packing.Pack]] | None = None
+    saved = time.monotonic()
     with bar, stopping.listen() as request, (run / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
         while not asked:
             step = state["step"]
@@ -311,7 +313,11 @@ def main(argv: list[str]) -> None:
                     asked = True
                     continue
                 save_last()
+                saved = time.monotonic()
                 log(metrics, row)
+            elif first and time.monotonic() - saved > SAVE_SECONDS:
+                save_last()
+                saved = time.monotonic()
             if step == total or state["waited"] >= stop.patience:
                 break
 
@@ -378,7 +384,7 @@ def main(argv: list[str]) -> None:
         "trained_weights": trained, "frozen_weights": frozen, "peak": meter.peaks(device, state["peak"]),
     }  # fmt: skip
     if first:
-        record.write(run, config, "train", dev_set, meter.describe(device), result, sources(model, tokenizer))
+        record.write(run, config, "train", dev_set, meter.describe(device), result, sources(model, tokenizer, cutter))
     accuracy = "no accuracy" if untrue else f"best EM {result['em']:.2f} F1 {result['f1']:.2f}"
     print(
         f"{config.title}: {accuracy} at step {result['best_step']}; {result['questions_per_s']} questions/s; "

@@ -9,6 +9,7 @@ Answers are streamed, greedy (temperature 0), and end at a line break or after `
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from common import prompt as prompts
 from common.config import Config
@@ -33,7 +34,7 @@ from tqdm import tqdm
 AGAIN = {408, 409, 425, 429, *range(500, 600)}  # HTTP statuses after which another try may help
 BACKOFF = wait_random_exponential(multiplier=0.5, max=60)  # seconds, where the host names none
 LONGEST_WAIT = 300.0  # seconds that a host may ask for; a longer wait is for the user to decide
-LETTERS_A_TOKEN = 2  # at least: what a prompt may cost at most, where its tokens are not known
+LETTERS_A_TOKEN = 2  # of a prompt whose tokens are not known: few, so that a budget is rather kept than passed
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,26 @@ class Client:
     def __init__(self, config: Config, transcript: Path, replay: bool = False, anew: bool = False):
         assert config.api
         self.api, self.config, self.replay, self.anew = config.api, config, replay, anew
-        self.key = os.environ.get(self.api.key, "")
+        self.key = os.environ.get(self.api.key, "").strip()
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise UserError(f"what {self.api.key} holds is no key: it has other characters than keys have")
+        try:
+            httpx2.URL(self.api.url)
+        except httpx2.InvalidURL as error:
+            raise UserError(f"api.url={self.api.url}: {error}") from error
         self.transcript, self.lock, self.stop = transcript, threading.Lock(), threading.Event()
         self.requests, self.usd, self.promised = 0, 0.0, 0.0
         self.known: dict[str, Reply] = {}
-        for line in read_transcript(transcript):
-            self.requests += 1
-            if line["reply"]:
-                self.known[line["key"]] = Reply(**line["reply"])
-                self.usd += self._price(line["request"], self.known[line["key"]])
+        self.file = None if replay else _opened(transcript)
+        for number, line in enumerate(read_transcript(transcript), 1):
+            try:
+                self.requests += 1
+                reply = Reply(**line["reply"]) if line["reply"] else None
+                if reply:
+                    self.known[line["key"]] = reply
+                self.usd += self._price(line["request"], reply) if line["status"] == 200 else 0
+            except (KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{transcript}:{number}: not a line of a transcript; what was changed here?") from error
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         self.http = httpx2.Client(
             headers=headers, timeout=self.api.timeout_s,
@@ -87,6 +99,8 @@ class Client:
     def close(self) -> None:
         self.stop.set()
         self.http.close()
+        if self.file:
+            self.file.close()
 
     def ask(self, prompt: str) -> Reply:
         """The answer to one prompt, from the transcript or the endpoint."""
@@ -125,8 +139,8 @@ class Client:
             reply = self._stream(body, seen, start, waited=start - began)
             return reply
         except (httpx2.HTTPError, httpx2.StreamError, _Again) as error:
-            why = str(error) or type(error).__name__
-            raise _Again(self._hide(why), getattr(error, "after", None)) from None
+            why = self._hide(str(error) or type(error).__name__)
+            raise _Again(why, getattr(error, "after", None)) from None
         except UserError as error:
             why = str(error)
             raise
@@ -135,7 +149,7 @@ class Client:
                 self.promised -= most
                 if reply:
                     self.known[key] = reply
-                    self.usd += self._price(body, reply)
+                self.usd += self._price(body, reply) if seen["status"] == 200 else 0  # what was cut short was paid for
                 self._note({
                     "key": key, "when": datetime.now(UTC).isoformat(timespec="milliseconds"), "url": self.api.url,
                     "request": body, **seen, "error": why or None, "reply": asdict(reply) if reply else None,
@@ -163,14 +177,17 @@ class Client:
                     raise _Again(said, after)
                 raise UserError(f"{self.api.url}: {said}{self._advice(response.status_code)}")
             for event in _events(response):
-                choice = (event.get("choices") or [{}])[0]
-                piece = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+                try:
+                    choice = (event.get("choices") or [{}])[0]
+                    piece = "" + (choice.get("text") or (choice.get("delta") or {}).get("content") or "")
+                    reason = choice.get("finish_reason") or reason
+                    usage = event.get("usage") or usage
+                    server = _server_seconds(event, response.headers) or server
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    raise _Again(f"an event that is none of an answer's: {str(event)[:80]}") from error
                 if piece and first is None:
                     first = time.perf_counter() - start
                 parts.append(piece)
-                reason = choice.get("finish_reason") or reason
-                usage = event.get("usage") or usage
-                server = _server_seconds(event, response.headers) or server
         total = time.perf_counter() - start
         seen["text"] = "".join(parts)
         if reason is None:
@@ -207,8 +224,9 @@ class Client:
         return (read * self.api.usd_per_million_read + written * self.api.usd_per_million_written) / 1e6
 
     def _note(self, line: dict[str, Any]) -> None:
-        with self.transcript.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        assert self.file
+        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.file.flush()
 
     def _sleep(self, seconds: float) -> None:
         if self.stop.wait(seconds):
@@ -260,16 +278,24 @@ def ask_all(
 
 
 def read_transcript(path: Path) -> Iterator[dict[str, Any]]:
-    """Its lines; one that a crash cut short, at the end, is cut off. Raises `UserError` where another is not whole."""
+    """Its lines; one that a crash cut short, at the end, is none. Raises `UserError` where another is not whole."""
     text = path.read_bytes() if path.exists() else b""
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole != text:
-        os.truncate(path, len(whole))
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
         try:
             yield json.loads(line)
         except ValueError as error:
             raise UserError(f"{path}:{number}: not a line of a transcript; what was changed here?") from error
+
+
+def _opened(path: Path) -> TextIO:
+    """To add to, by one process at a time; a line that a crash cut short is cut off."""
+    file = path.open("a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{path}: another process is asking, and writes there; wait until it is done") from error
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return file
 
 
 # ---- what hosts say ------------------------------------------------------------------------------------------------

@@ -37,7 +37,10 @@ def build_trees(
 
     if len(examples) < prompt.MANY:
         return build()
-    decides = hashlib.sha256(repr((prompt.fingerprint(options), window, train, tokenizer.eos_token_id)).encode())
+    template = tokenizer.chat_template if options.chat else None
+    decides = hashlib.sha256(
+        repr((prompt.fingerprint(options), window, train, tokenizer.eos_token_id, template)).encode()
+    )
     code = [Path(module).read_text() for module in (__file__, prompt.__file__)] + [tokenizers.__version__]
     vocabularies = (t.backend_tokenizer.to_str() for t in (tokenizer, window_tokenizer or tokenizer))
     for part in (*code, *vocabularies, *map(repr, examples)):

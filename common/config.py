@@ -93,7 +93,15 @@ class Window:
 @dataclass(frozen=True)
 class Prompt:
     order: Literal["context", "question", "both"] = "context"  # what comes first; both: the question before and after
-    chat: bool = False  # of an API: wrapped as a user's message, to endpoints that know nothing but chats
+    chat: bool = False  # as one message of a user, in the model's own chat template; for models that were tuned to chat
+    shots: int = 0  # questions of train with their answers in front, each with its paragraph, beside the window
+    shots_seed: int = 0  # which ones
+    earlier: bool = False  # the earlier questions of the paragraph and their gold answers before each: another task
+    before: str = ""  # what stands in front of every prompt: the shots, filled in where they are asked for
+
+    def __post_init__(self) -> None:
+        _need(self.shots >= 0, "shots", "must be ≥ 0")
+        _need(not self.earlier or self.order == "context", "earlier", "needs order=context")
 
     def spare(self, window: Window) -> int:
         """Tokens of `window.context` that are not the context's: a second question's, and 4 as seams may cost more."""
@@ -188,6 +196,8 @@ class Api:
         for key in ("concurrency", "tries"):
             _need(getattr(self, key) >= 1, key, "must be ≥ 1")
         _need(self.timeout_s > 0, "timeout_s", "must be > 0")
+        for key in ("usd_per_million_read", "usd_per_million_written", "max_requests", "max_cost_usd"):
+            _need((getattr(self, key) or 0) >= 0, key, "must be ≥ 0")
         priced = self.usd_per_million_read > 0 or self.usd_per_million_written > 0
         _need(self.max_cost_usd is None or priced, "max_cost_usd", "needs the prices: usd_per_million_read, …_written")
 
@@ -221,7 +231,9 @@ class Config:
             self.api is None or self.window.tokenizer is not None, "window.tokenizer", "an api needs one to cut text by"
         )
         _need(self.api is None or self.window.overflow == "truncate", "window.overflow", "an api reads one window")
-        _need(self.api is not None or not self.prompt.chat, "prompt.chat", "is of an api")
+        asked = self.prompt
+        plain = not (asked.chat or asked.shots or asked.earlier or asked.before)
+        _need(self.lora is None or plain, "prompt", "chat, shots and earlier are of models as they are, without lora")
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -264,24 +276,30 @@ def find(name: str) -> Path:
         return Path(name)
     known = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
     if name not in known:
-        raise UserError(f'unknown MODEL "{name}"{_nearest(name, known)}; known: {", ".join(known)}, or a .yaml file')
+        names = f"{', '.join(known)}, a .yaml file, a folder or a hub id"
+        raise UserError(f'unknown MODEL "{name}"{_nearest(name, known)}; known: {names}')
     return known[name]
 
 
 def load(name: str, overrides: typing.Iterable[str] = ()) -> Config:
     """Read the YAML of system `name`, apply `key=value` overrides, check everything.
 
-    Raises `UserError` with file and line (or the override) of the first thing that is wrong.
+    A name that is a hub id, or a folder, is that model as it is, in NF4. Raises `UserError` with file and line (or the
+    override) of the first thing that is wrong.
     """
+    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith((".yaml", ".yml"))
+    if Path(name).is_dir() or hub_id:
+        system = re.sub(r"[^A-Za-z0-9]+", "-", Path(name).name).strip("-")
+        return read(Config, None, [f"system={system}", f"base.path={json.dumps(name)}", *overrides])
     return read(Config, find(name), overrides)
 
 
-def read(cls: type, path: Path, overrides: typing.Iterable[str] = ()) -> Any:
-    """A YAML file as a dataclass like those above, as strictly."""
-    tree = _read(path)
+def read(cls: type, path: Path | None, overrides: typing.Iterable[str] = ()) -> Any:
+    """A YAML file as a dataclass like those above, as strictly; without a file, what the overrides make."""
+    tree = _read(path) if path else {}
     for override in overrides:
         _override(tree, override)
-    return _build(cls, tree, "", str(path), known_keys(cls))
+    return _build(cls, tree, "", str(path or "overrides"), known_keys(cls))
 
 
 # ---- YAML with line numbers: mappings become dicts, everything else a leaf ----------------------------------------

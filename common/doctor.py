@@ -183,7 +183,7 @@ def _endpoint(name: str, api: Any) -> Finding:
     key = f"the key in {api.key} is {'set' if os.environ.get(api.key) else 'not set'}"
     try:
         httpx2.get(f"{api.url}/models", timeout=3)
-    except httpx2.HTTPError as error:
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         return Finding(name, "no", f"{api.url} cannot be reached ({error}); api.url=… names another; {key}")
     return Finding(name, "ok", f"{api.url} answers; {key}")
 

@@ -4,6 +4,7 @@ What is done is what `record.json`s say, so a sweep that was cut off goes on, an
 Imports no torch.
 """
 
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ class Sweep:
     systems: tuple[str, ...]  # names in configs/, or YAML files
     seeds: tuple[int, ...] = (0,)
     variants: tuple[str, ...] = ("",)  # each the overrides of one, spaces between; system=… gives it rows of its own
-    overrides: tuple[str, ...] = ()  # of all runs
+    overrides: tuple[str, ...] = ()  # of all runs, or as SYSTEM:key=value of one system's
     kinds: tuple[Kind, ...] = ("train", "eval")
     adapters: str | None = None  # a folder of runs whose trainings answer; null: those of where the sweep's own runs go
     gate: Rules = field(default_factory=Rules)  # of `make revalidate`, which has this measured anew each time
@@ -64,7 +65,7 @@ def plan(path: Path, overrides: Iterable[str] = ()) -> tuple[list[Job], Sweep]:
     for seed in sweep.seeds:
         for variant in sweep.variants:
             for system in sweep.systems:
-                words, own = [*sweep.overrides, *overrides], variant.split()
+                words, own = _of(system, [*sweep.overrides, *overrides], sweep.systems), variant.split()
                 if load(system).lora is None:
                     own = [word for word in own if not word.startswith(TRAINED)]
                     words = [word for word in words if not word.startswith(TRAINED)]
@@ -78,6 +79,18 @@ def plan(path: Path, overrides: Iterable[str] = ()) -> tuple[list[Job], Sweep]:
                     config = load(system, given)
                 jobs.setdefault(config.hash(), Job(system, " ".join(own), given, config))
     return list(jobs.values()), sweep
+
+
+def _of(system: str, words: Iterable[str], systems: Sequence[str]) -> list[str]:
+    """Of overrides those for all systems, and those for this one, which SYSTEM:key=value says."""
+    out = []
+    for word in words:
+        named = re.match(r"([A-Za-z0-9_-]+):(.*)", word)
+        if named and named[1] not in systems:
+            raise UserError(f"{word}: {named[1]} is none of {', '.join(systems)}")
+        if not named or named[1] == system:
+            out.append(named[2] if named else word)
+    return out
 
 
 def left(job: Job, kinds: Sequence[Kind]) -> list[tuple[Kind, list[str]]]:
@@ -111,7 +124,7 @@ def expected_seconds(jobs: Iterable[Job], kinds: Sequence[Kind]) -> tuple[float,
     jobs = list(jobs)
     for runs in {Path(job.config.runs) for job in jobs}:
         for r in record.read_all(runs):
-            if "seconds" in r["result"]:
+            if r["result"].get("seconds"):
                 took = r["result"]["seconds"] + r["result"].get("start_seconds", 0.0)
                 known.setdefault((r["system"], r["kind"]), []).append(took)
     seconds, unknown = 0.0, 0

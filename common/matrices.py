@@ -57,7 +57,7 @@ class Matrix:
 
     def __call__(self) -> Tensor:
         if self.whole is None:
-            return torch.cat([_alone(w, self.dtype) for w in self.weights])
+            return torch.cat([dense(w, self.dtype) for w in self.weights])
         if self.kernels:
             return self.kernels.dequantised(self.codes, self.shape, self.dtype)
         numbers = _dequantised(self.codes, self.shape[1], self.dtype) if self.codes else self.whole
@@ -137,7 +137,8 @@ def _join_named(holders: list[Any], name: str) -> Tensor:
     return whole
 
 
-def _alone(weight: Any, dtype: torch.dtype) -> Tensor:
+def dense(weight: Any, dtype: torch.dtype) -> Tensor:
+    """A weight as a matrix of `dtype`, dequantised where it has 4 bits."""
     if getattr(weight, "quant_state", None) is not None:
         return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
     return weight.data.to(dtype)

@@ -31,6 +31,9 @@ def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
 def load_tokenizers(config: Config) -> tuple[Any, Any]:
     """(the system's own, the one that cuts the text to the window: the same unless `window.tokenizer` names another)"""
     base, window = config.base, config.window
+    if config.api:  # its own is not known here
+        cutter = load_tokenizer(str(window.tokenizer))
+        return cutter, cutter
     own = load_tokenizer(base.tokenizer) if base.tokenizer else load_tokenizer(base.path, base.revision)
     return own, load_tokenizer(window.tokenizer) if window.tokenizer else own
 
@@ -165,10 +168,13 @@ def load_system(config: Config, adapter: Path | None, device: torch.device) -> A
     return load_adapter(model, adapter, config.base) if adapter else add_lora(model, config.lora, config.seed).eval()
 
 
-def sources(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """For records: which tokenizer it was, and which commit of the base, where a hub gave one."""
-    commit = getattr(model.config, "_commit_hash", None)
-    return {"tokenizer": tokenizer_sha256(tokenizer), "base_commit": commit}
+def sources(model: Any, tokenizer: Any, cutter: Any) -> dict[str, Any]:
+    """For records: which tokenizers (the system's, the window's) and which commit of the base, where a hub gave one.
+
+    Without a model, of one that is elsewhere.
+    """
+    commit = getattr(model.config, "_commit_hash", None) if model else None
+    return {"tokenizer": tokenizer_sha256(tokenizer), "cutter": tokenizer_sha256(cutter), "base_commit": commit}
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

@@ -8,12 +8,14 @@ tokenizer's ids of the whole text, as any other tool would make them; parts are 
 import bisect
 import hashlib
 import math
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from common.config import Prompt, Window
+from common import squad
+from common.config import Config, Prompt, Window
 from common.errors import UserError
 from common.squad import Example
 
@@ -35,6 +37,7 @@ _CHAT = (  # where only a chat answers: one message of the user
 _SHARED = _CONTEXT + _QUESTION.partition(" {}")[0]  # what all questions of a paragraph begin with
 
 MANY = 5000  # texts: so many take a while
+SHOT_WORDS = 120  # of a paragraph that is shown with its answer
 
 Ids = list[int]
 
@@ -44,6 +47,8 @@ def fingerprint(options: Prompt = Prompt()) -> str:
     parts = [VERSION, _CONTEXT, _QUESTION, _TARGET]
     parts += [_ORDERS[options.order]] if options.order != "context" else []
     parts += [_CHAT] if options.chat else []
+    parts += ["earlier"] if options.earlier else []
+    parts += [options.before] if options.before else []
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
@@ -97,6 +102,42 @@ class Trees:
     counts: dict[str, int] = field(default_factory=dict)  # what the window did; see `build_trees`
 
 
+def fill(options: Prompt, train: Iterable[Example]) -> Prompt:
+    """The text of `options.shots`: of as many articles one question each, of paragraphs of at most `SHOT_WORDS`."""
+    rng = random.Random(options.shots_seed)
+    articles: dict[str, list[Example]] = {}
+    for example in train:
+        if len(example.context.split()) <= SHOT_WORDS:
+            articles.setdefault(example.title, []).append(example)
+    if len(articles) < options.shots:
+        raise UserError(f"prompt.shots={options.shots}: train has {len(articles)} articles with short paragraphs")
+    chosen = [rng.choice(articles[title]) for title in rng.sample(sorted(articles), options.shots)]
+    return replace(options, before="".join(
+        text(e.context.strip(), e.question.strip(), options.order) + _TARGET.format(e.answers[0].text.strip()) + "\n\n"
+        for e in chosen
+    ))  # fmt: skip
+
+
+def filled(config: Config) -> Config:
+    """A configuration whose prompt has the text of its shots; as it is, where it has none or has it already."""
+    if not config.prompt.shots or config.prompt.before:
+        return config
+    return replace(config, prompt=fill(config.prompt, squad.load(config.data, "train").examples))
+
+
+def beside(tokenizer: Any, options: Prompt) -> int:
+    """Tokens of every prompt that are beside its window, at most: shots, a chat's template."""
+    around = _chat(tokenizer, options.before) if options.chat else options.before
+    return len(_tokenize(tokenizer, [around])[0]) if around else 0
+
+
+def _chat(tokenizer: Any, prompt: str) -> str:
+    if not tokenizer.chat_template:
+        raise UserError("prompt.chat: this model's tokenizer has no chat template")
+    asked = [{"role": "user", "content": message(prompt)}]
+    return tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+
+
 @dataclass(frozen=True)
 class _Row:
     """One question in one window, as text."""
@@ -129,10 +170,11 @@ def build_trees(
     if train:
         counts.update(dropped_outside=0, dropped_long=0)
     rows = list(_rows(list(examples), window_tokenizer or tokenizer, window, options, train, counts))
+    if options.chat:  # the template has its own BOS
+        rows = [replace(row, prompt=_chat(tokenizer, row.prompt)) for row in rows]
     groups: dict[object, list[Branch]] = {}
-    for row, encoding in zip(
-        rows, _encode(tokenizer, [row.prompt + row.target for row in rows], progress), strict=True
-    ):
+    wholes = _encode(tokenizer, [row.prompt + row.target for row in rows], progress, special=not options.chat)
+    for row, encoding in zip(rows, wholes, strict=True):
         ids = encoding.ids
         n = _tokens_within(encoding, len(row.prompt))
         if n is None or encoding.token_to_chars(len(ids) - 1) is None:
@@ -143,8 +185,9 @@ def build_trees(
             counts["dropped_long"] += 1
             continue
         # a question whose ids differ from the others' in what all begin with gets a tree of its own
-        first = options.order == "context"
-        shared = _tokens_within(encoding, len(_SHARED.format(row.context))) if first else None
+        same = _SHARED.format(row.context) if options.order == "context" else None
+        start = row.prompt.rfind(same) if same else -1
+        shared = _tokens_within(encoding, start + len(same)) if same and start >= 0 else None
         groups.setdefault((row.context, *ids[: shared or n]), []).append(Branch(row.id, ids[:n], answer_ids))
     return Trees([_tree(group) for group in groups.values()], dict(counts))
 
@@ -180,6 +223,7 @@ def _rows(
     windows = dict(zip(contexts, _context_windows(contexts, tokenizer, window), strict=True))
     questions = list(dict.fromkeys(e.question.strip() for e in examples))
     cut = dict(zip(questions, _fit(questions, _QUESTION, window.question, tokenizer), strict=True))
+    answered: dict[str, str] = {}  # a paragraph with the questions so far, and their answers
     for example in examples:
         context, question = example.context.strip(), example.question.strip()
         question = question[: cut[question]].rstrip()
@@ -197,7 +241,12 @@ def _rows(
             target = _TARGET.format(answer.text.strip())
         for a, b in spans:
             part = context[a:b].strip()
-            yield _Row(example.id, part, text(part, question, options.order), target)
+            whole = text(part, question, options.order)
+            if options.earlier:  # which `order=context` goes with
+                answered.setdefault(context, _CONTEXT.format(part))
+                whole = answered[context] + _QUESTION.format(question)
+                answered[context] = whole + _TARGET.format(example.answers[0].text.strip())
+            yield _Row(example.id, part, options.before + whole, target)
 
 
 def _context_windows(contexts: list[str], tokenizer: Any, window: Window) -> list[list[Span]]:

@@ -95,8 +95,12 @@ def write(
     folder: Path, config: Config, kind: str, data: Dataset, device: dict[str, Any], result: dict[str, Any],
     made_by: dict[str, Any] | None = None,
 ) -> dict:  # fmt: skip
-    """Write `record.json` and return it; `made_by` says more of what made the result (engine, tokenizer, …)."""
+    """Write `record.json` and return it; `made_by` says more of what made the result (engine, tokenizer, …).
+
+    Of it, `cutter` is the sha256 of the tokenizer that cut the text: it stands in the window in place of a name.
+    """
     commit, dirty = code()
+    made = dict(made_by or {})
     record = {
         "schema": SCHEMA,
         "kind": kind,
@@ -110,7 +114,7 @@ def write(
             "questions": len(data.examples),
             "prompt": prompt.fingerprint(config.prompt),
             "scorer": score.VERSION,
-            "window": config.to_dict()["window"],
+            "window": cut_by(config.to_dict()["window"], made.pop("cutter", None)),
         },
         "may_differ": {
             "data_source": data.source,
@@ -121,13 +125,18 @@ def write(
             "python": platform.python_version(),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)},
             "device": device,
-            **(made_by or {}),
+            **made,
         },
         "config": config.to_dict(),
         "result": result,
     }
     write_text(folder / "record.json", json.dumps(record, indent=1) + "\n")
     return record
+
+
+def cut_by(window: dict[str, Any], tokenizer_sha256: str | None) -> dict[str, Any]:
+    """A window as two records of it must have alike."""
+    return {**window, "tokenizer": tokenizer_sha256 and tokenizer_sha256[:12]}
 
 
 def read_all(root: Path) -> list[dict[str, Any]]:
@@ -139,6 +148,9 @@ def read_one(path: Path) -> dict[str, Any]:
     """A `record.json`; its `folder` is where it is now, moved or not, and its `config` has all of today's keys."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        must = found["must_match"]
+        if must["window"].get("tokenizer") is None:  # an older one, of which the system's own tokenizer cut the text
+            must["window"] = cut_by(must["window"], found["may_differ"].get("tokenizer"))
         return {**found, "config": filled(found["config"]), "folder": str(path.parent)}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a readable record ({error}); move the folder away") from error

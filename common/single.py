@@ -132,12 +132,15 @@ class Plain:
         return answer
 
 
-def engine(model: Any, stops: Sequence[int], window: Window, options: Eval) -> Single | Plain:
-    """What `options.engine` and the model allow; for prompts and answers of this window. The model is in eval mode."""
+def engine(model: Any, stops: Sequence[int], window: Window, options: Eval, beside: int = 0) -> Single | Plain:
+    """What `options.engine` and the model allow; for prompts and answers of this window, and `beside` tokens more.
+
+    The model is in eval mode.
+    """
     if options.engine == "plain" or unreadable(model):
         return Plain(model, stops, window.answer)
     # another tokenizer cuts the text by its own tokens, of which this one may make more
-    return Single(model, stops, window.answer, window.tokens * (2 if window.tokenizer else 1))
+    return Single(model, stops, window.answer, window.tokens * (2 if window.tokenizer else 1) + beside)
 
 
 def ask(

@@ -63,6 +63,15 @@ def test_what_is_wrong_is_named_with_file_line_and_key(config, text, error):
         config(text)
 
 
+def test_a_hub_id_or_a_folder_is_a_model_as_it_is(tmp_path):
+    config = load("Qwen/Qwen3-0.6B", ["seed=3"])
+    assert (config.system, config.base.path) == ("Qwen3-0-6B", "Qwen/Qwen3-0.6B")
+    assert (config.base.quant, config.lora, config.seed) == ("nf4", None, 3)
+    assert load(str(tmp_path)).base.path == str(tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        load("configs/qlora8b.yaml")
+
+
 def test_a_missing_key_and_a_file_that_is_no_mapping_are_refused(config):
     with pytest.raises(UserError, match=r't\.yaml: missing key "base"'):
         config(head="system: x\n")
@@ -136,9 +145,13 @@ def scalars(cls: type = Config, prefix: str = "") -> list[tuple[str, object]]:
 
 @pytest.mark.parametrize(("key", "value"), scalars())
 def test_the_hash_changes_with_every_key_that_decides_the_result(config, key, value):
-    before = config("", "lora.rank=16").hash()
-    extra = ["lora.rank=16"] if key != "lora.rank" else []
-    changed = config("", *extra, f"{key}={value}")
+    section = key.partition(".")[0]
+    words = ["lora.rank=16"]
+    if section in ("api", "prompt"):  # of models without an adapter
+        words = ["lora=null", "window.tokenizer=any", "api.url=http://any", "api.usd_per_million_read=1"]
+    before = config("", *words).hash()
+    value = "http://another" if key == "api.url" else value
+    changed = config("", *words, f"{key}={value}")
     assert (changed.hash() == before) == (key in ("runs", "tracker"))
 
 

@@ -7,10 +7,10 @@ import sys
 from tests.conftest import ROOT
 
 TORCH_FREE = (
-    "config", "errors", "squad", "prompt", "cache", "plan", "score", "mistakes", "stats", "verdict", "record", "jobs",
-    "ledger", "gate", "nvml",
+    "config", "errors", "squad", "prompt", "cache", "plan", "score", "mistakes", "stats", "verdict", "plots", "api",
+    "record", "jobs", "ledger", "gate", "nvml",
 )  # fmt: skip
-SCRIPTS = ("train_loop", "eval_loop", "bench_latency", "ask", "report", "sweep", "certify", "revalidate")
+SCRIPTS = ("train_loop", "eval_loop", "bench_latency", "ask", "report", "sweep", "certify", "revalidate", "export")
 
 
 def imported(path) -> set[str]:

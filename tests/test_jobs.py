@@ -38,6 +38,15 @@ def test_a_plan_has_every_seed_and_variant_and_what_has_no_adapter_once(sweep):
     assert all(job.config.data.dev_questions == 5 for job in planned)
 
 
+def test_an_override_can_be_of_one_system(sweep):
+    file = sweep(systems="[raw7b, qlora7b]", overrides='["raw7b:base.quant=none"]')
+    (raw, tuned), _ = jobs.plan(file, ["qlora7b:train.lr=1e-3", "data.dev_questions=5"])
+    assert (raw.config.base.quant, tuned.config.base.quant) == ("none", "nf4")
+    assert (tuned.config.train.lr, raw.config.data.dev_questions) == (1e-3, 5)
+    with pytest.raises(UserError, match="raw8b is none of raw7b, qlora7b"):
+        jobs.plan(file, ["raw8b:base.quant=none"])
+
+
 def test_a_variant_that_changes_more_than_training_is_one_of_systems_without_an_adapter_too(sweep):
     planned, _ = jobs.plan(sweep(variants='["", "prompt.order=both train.lr=1e-3"]'))
     assert [(job.config.system, job.config.prompt.order) for job in planned] == [

@@ -1,6 +1,6 @@
 """Regressions planted in the code itself are caught by `make revalidate`, and unchanged code raises no alarm.
 
-On SmolLM2's real weights, an adapter trained once on demo/, and ten questions of each article of SQuAD's dev set
+On SmolLM2's real weights, an adapter trained once on demo/, and two questions of each article of SQuAD's dev set
 (SQUAD_DIR, or the hub's): `make test-planted` (an hour on 2 cores; REPEATS=n unchanged runs, 20). Each regression
 is a line changed in a copy of the repo.
 """
@@ -48,8 +48,7 @@ PLANTED = {  # file, line, what it becomes, which check is to raise the alarm
 
 
 def run(folder: Path, *command: str, codes: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess:
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
     assert done.returncode in codes, done.stdout[-2000:] + done.stderr[-2000:]
     return done
 
@@ -75,9 +74,9 @@ def again(tmp_path_factory):
     recipe += ["train.average=0", "train.label_smoothing=0", "prompt.order=context"]
     run(ROOT, "train_loop.py", "smollm2-qlora", *demo, *recipe, f"runs={home / 'trained'}")
     words = [
-        "data.dev_questions=480",
+        "data.dev_questions=96",
         "prompt.order=context",
-        "bench.queries=24",
+        "bench.queries=16",
         "bench.warmup_queries=2",
         "bench.processes=1",
     ]

@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 from common import prompt
-from common.config import Prompt, Window
+from common.config import Prompt, Window, load
 from common.errors import UserError
+from common.model import load_tokenizer
 from common.prompt import build_trees
 from common.squad import Answer, Example, read
-from tests.conftest import ROOT
+from tests.conftest import ROOT, squad_file
 
 import pytest
 from hypothesis import given
@@ -226,3 +227,80 @@ def test_chunks_cover_the_whole_context_and_training_takes_the_one_that_holds_th
     for word in ("word2", "word50", "word99"):
         (tree,) = build_trees([example(context, word)], tokenizer, chunk, train=True).trees
         assert word in tokenizer.decode(tree.prefix_ids)
+
+
+# ---- controls ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(tmp_path, tiny_base):
+    """(examples of dev, those of train, the tokenizer)"""
+    dev, train = (read(str(squad_file(tmp_path / f"{i}.json", 6, 3, seed=i)), "dev").examples for i in range(2))
+    return dev, train, load_tokenizer(str(tiny_base))
+
+
+def texts_of(built: prompt.Trees, tokenizer) -> dict[str, str]:
+    return {b.id: tokenizer.decode([*t.prefix_ids, *b.prompt_ids]) for t in built.trees for b in t.branches}
+
+
+def test_shots_are_questions_of_other_articles_with_their_answers_before_every_prompt(asked):
+    dev, train, tokenizer = asked
+    options = prompt.fill(Prompt(shots=2, shots_seed=1), train)
+    assert options == prompt.fill(Prompt(shots=2, shots_seed=1), train)
+    others = {prompt.fill(Prompt(shots=2, shots_seed=i), train).before for i in range(8)}
+    assert len(others) > 1
+    assert len({prompt.fingerprint(replace(options, before=b)) for b in others}) == len(others)
+    shown = [e for e in train if f"Question: {e.question}\n\nAnswer: {e.answers[0].text}\n\n" in options.before]
+    assert len({e.title for e in shown}) >= 2
+    plain = prompt.build_trees(dev, tokenizer, Window(), train=False)
+    built = prompt.build_trees(dev, tokenizer, Window(), train=False, options=options)
+    assert len(built.trees) == len(plain.trees) == 6  # shots and paragraph are read once
+    before = texts_of(plain, tokenizer)
+    assert all(
+        text == f"<s>{options.before}{before[id_].removeprefix('<s>')}"
+        for id_, text in texts_of(built, tokenizer).items()
+    )
+    n = len(tokenizer(options.before).input_ids)
+    assert prompt.beside(tokenizer, options) == n
+    with pytest.raises(UserError, match="shots=4: train has 3 articles"):
+        prompt.fill(Prompt(shots=4), train)
+
+
+def test_earlier_questions_of_a_paragraph_come_with_their_answers(asked):
+    dev, _, tokenizer = asked
+    options = Prompt(earlier=True)
+    found = texts_of(prompt.build_trees(dev, tokenizer, Window(), train=False, options=options), tokenizer)
+    first, second, third = dev[:3]
+    asked_as = "\n\nQuestion: {}\n\nAnswer:"
+    one = f"<s>Context: {first.context}" + asked_as.format(first.question)
+    two = f"{one} {first.answers[0].text}" + asked_as.format(second.question)
+    assert found[first.id] == one
+    assert found[second.id] == two
+    assert found[third.id] == f"{two} {second.answers[0].text}" + asked_as.format(third.question)
+    assert found[dev[3].id].count("Question:") == 1  # the next paragraph's
+    assert prompt.fingerprint(options) != prompt.fingerprint()
+
+
+def test_a_chat_is_in_the_models_own_template(asked):
+    dev, _, tokenizer = asked
+    options = Prompt(chat=True)
+    with pytest.raises(UserError, match="no chat template"):
+        prompt.build_trees(dev, tokenizer, Window(), train=False, options=options)
+    tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %} [model]"
+    built = prompt.build_trees(dev, tokenizer, Window(), train=False, options=options)
+    found = texts_of(built, tokenizer)
+    e = dev[0]
+    plain = prompt.text(e.context, e.question)
+    assert found[e.id] == f"<s>[user] {prompt.message(plain)} [model]"
+    assert found[e.id].count("<s>") == 1
+    assert len(built.trees) == 6  # each paragraph once here too
+    assert prompt.beside(tokenizer, options) > 10
+
+
+def test_controls_are_of_models_as_they_are():
+    for word in ("prompt.chat=true", "prompt.shots=1", "prompt.earlier=true"):
+        with pytest.raises(UserError, match="without lora"):
+            load("qlora7b", [word])
+        load("raw7b", [word])
+    with pytest.raises(UserError, match="earlier"):
+        load("raw7b", ["prompt.earlier=true", "prompt.order=both"])

@@ -68,11 +68,11 @@ def test_the_adapter_is_that_of_the_newest_training_of_the_same_system_seed_base
     run, _ = finish(config("train.lr=1e-5"))
     assert record.trained_adapter(config("data.dev_questions=5")) == run / "best"
     with pytest.raises(UserError, match="no finished training"):  # that adapter has learned another prompt
-        record.trained_adapter(config("prompt.order=both"))
+        record.trained_adapter(config("prompt.order=question"))
     written = json.loads((run / "record.json").read_text())
     del written["config"]["prompt"]  # as in records from before there was a choice
     (run / "record.json").write_text(json.dumps(written))
-    assert record.trained_adapter(config()) == run / "best"
+    assert record.trained_adapter(config("prompt.order=context")) == run / "best"
 
 
 def test_every_adapter_of_llama_2_has_the_base_that_it_is_compared_with():

@@ -166,13 +166,30 @@ def test_the_snapshot_stands_apart_with_the_interval_it_has(runs, capsys):
         assert "Not measured by this code" in text
 
 
+def test_asked_for_by_name_a_system_that_was_not_run_says_why(runs, capsys):
+    (runs / "logs").mkdir()
+    (runs / "logs" / "raw7b-s0-12345678-eval.log").write_text("loading\nerror: No CUDA device. raw7b needs one\n")
+    _, page, markdown = made(runs, capsys, "--systems", "smollm2-qlora", "raw7b", "api8b")
+    for text in (page.text, markdown):
+        assert "raw7b is in no table: No CUDA device. raw7b needs one" in text
+        assert "api8b is in no table: not run" in text
+        assert "smollm2-raw" not in text
+
+
+def test_the_snapshots_figure_stands_beside_ours(runs, capsys, tmp_path):
+    assert report.SNAPSHOT not in made(runs, capsys)[0]["groups"][0]["rows"][0]
+    evaluated(tmp_path / "dev.json", runs, "raw7b", 0, 0.5)
+    rows = {row["system"]: row for group in made(runs, capsys)[0]["groups"] for row in group["rows"]}
+    assert rows["raw7b"][report.SNAPSHOT] == "54.33 (n 300)"
+    assert rows["smollm2-raw"][report.SNAPSHOT] == "–"
+
+
 def test_random_weights_have_no_accuracy(runs, capsys, tmp_path):
     config = load("qlora7b", ["base.random_weights=true", f"data.dev={tmp_path / 'dev.json'}", f"runs={runs}"])
     data = squad.load(config.data, "dev")
     record.write(record.new_run(config, "eval"), config, "eval", data, DEVICE, {"em": None, "f1": None, "n": 60})
     out, *_ = made(runs, capsys)
-    row = out["groups"][0]["rows"][-1]
-    assert row["system"] == "qlora7b (random weights)"
+    (row,) = [r for g in out["groups"] for r in g["rows"] if r["system"] == "qlora7b (random weights)"]
     assert (row["EM [95 %]"], row["F1 [95 %]"]) == ("–", "–")
 
 

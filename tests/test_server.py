@@ -1,5 +1,6 @@
 """A hosted model by a real server: `transformers serve` on loopback, with SmolLM2. `make test-api` runs these."""
 
+import contextlib
 import json
 import os
 import socket
@@ -42,7 +43,9 @@ def url(tmp_path_factory):
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.terminate()
-        server.wait(30)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(30)
+        server.kill()
 
 
 def predictions(capsys) -> tuple[dict, dict[str, str]]:

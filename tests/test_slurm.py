@@ -1,5 +1,6 @@
 """A sweep on a real SLURM of one node on this host's loopback. `make test-slurm` runs these, and fails without it."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -100,7 +101,9 @@ def cluster(tmp_path_factory):
     finally:
         for daemon in reversed(daemons):
             daemon.terminate()
-            daemon.wait(20)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                daemon.wait(20)
+            daemon.kill()
         os.environ.clear()
         os.environ.update(before)
 

@@ -1,0 +1,165 @@
+"""Merge an adapter into its base as a folder that any tool loads, and check that it still answers as well.
+
+    python export.py qlora7b FOLDER [key=value ...] [--dtype bf16] [--questions 500]
+
+The base is dequantised, for that is what the adapter was trained on; the adapter's product is added in fp32, and the
+sum stored as safetensors with the tokenizer and a model card. Then a part of dev is answered by both. The last line but
+one says how many of the answers are the same, and whether EM is; where it got worse for sure, the exit code is 1.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common import checkpoint, decode, matrices, meter, preflight, prompt, record, score, squad
+from common.config import Config, load
+from common.errors import UserError, one_line_errors
+from common.model import DTYPES, load_base, load_system, load_tokenizers
+from common.stats import mcnemar
+
+import torch
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM
+
+SURE = 0.01  # p below which a difference is none of chance
+CARD = """\
+---
+base_model: {base}
+datasets: [rajpurkar/squad]
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {system}: {base} with a LoRA adapter for SQuAD v1.1, merged
+
+Made by `python export.py {system}` (code {commit}) from the adapter {adapter} (sha256 {sha256}); stored in {dtype}.
+The adapter was trained on the base in {quant}; the base's numbers here are those, dequantised.
+
+{table}
+
+Prompt, to the byte; answered greedily up to a line break or {limit} tokens, context and question cut to {window}:
+```
+{prompt}
+```
+
+**Licences.** The weights are the base's with a change, so the base's licence holds for them: see {base}. SQuAD v1.1,
+which the adapter was trained on, is CC BY-SA 4.0.
+"""
+
+
+def main(argv: list[str]) -> None:
+    # ---- settings --------------------------------------------------------------------------------------------------
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="a name in configs/, or a YAML file")
+    parser.add_argument("folder", type=Path, help="where the merged model goes; must not exist")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="what the sum is stored in")
+    parser.add_argument("--questions", type=int, default=500, help="of dev, answered before and after")
+    args = parser.parse_intermixed_args(argv)
+    config = load(args.model, args.overrides)
+    if config.lora is None:
+        raise UserError(f"{config.system} has no adapter to merge; try MODEL=qlora7b")
+    if args.folder.exists():
+        raise UserError(f"{args.folder} is there already; name another folder")
+    preflight.check(config.base, config.system)
+    adapter = checkpoint.verified(record.trained_adapter(config))
+    if adapter is None:
+        raise UserError(f"{config.system} has random weights and no trained adapter, so there is nothing to export")
+    device = meter.pick_device()
+    dev = squad.load(config.data, "dev")
+    some = squad.stratified(dev.examples, min(args.questions, len(dev.examples)))
+
+    # ---- merge -----------------------------------------------------------------------------------------------------
+    tokenizer, cutter = load_tokenizers(config)
+    model = load_system(config, adapter, device)
+    weights = merged(model, DTYPES[args.dtype])
+    before = answers(model, tokenizer, cutter, config, some)
+    settings = model.get_base_model().config
+    settings.__dict__.pop("quantization_config", None)
+    settings.dtype = DTYPES[args.dtype]
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(settings)
+    missing, odd = plain.load_state_dict(weights, strict=False, assign=True)
+    plain.tie_weights()
+    assert not odd, odd
+    assert set(missing) <= {"lm_head.weight"}, missing  # tied to the embeddings
+    plain.save_pretrained(args.folder)
+    tokenizer.save_pretrained(args.folder)
+    del model, plain, weights
+
+    # ---- check -----------------------------------------------------------------------------------------------------
+    base = replace(config.base, path=str(args.folder), quant="none", tokenizer=None, random_weights=False)
+    after = answers(load_base(base, device), tokenizer, cutter, config, some)
+    a, b = score.score(some, before), score.score(some, after)
+    lost, gained, p = mcnemar(a.correct, b.correct)
+    same = sum(before[e.id] == after[e.id] for e in some)
+    worse = lost > gained and p < SURE
+    write_card(args, config, adapter, dev, a.em, b.em, len(some))
+    result = {
+        "folder": str(args.folder), "em_before": a.em, "em_after": b.em, "n": len(some), "same_answers": same,
+        "lost": lost, "gained": gained, "p": p, "worse": worse,
+    }  # fmt: skip
+    print(f"{args.folder}: {same} of {len(some)} answers are the same; EM {a.em:.2f} by the adapter, {b.em:.2f} merged "
+          f"(exact McNemar p = {p:.2g}){': WORSE' if worse else ''}")  # fmt: skip
+    print(json.dumps(result))
+    sys.exit(bool(worse))
+
+
+def merged(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The base's state dict on the host, dequantised, the adapter's products added."""
+    out: dict[str, torch.Tensor] = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            base = module.get_base_layer()
+            weight = matrices.dense(base.weight, torch.float32)
+            (active,) = module.active_adapters
+            out[f"{name}.weight"] = (weight + module.get_delta_weight(active).float()).to("cpu", dtype)
+            if base.bias is not None:
+                out[f"{name}.bias"] = base.bias.data.to("cpu", dtype)
+        elif ".lora_" not in name and not name.endswith(".base_layer"):
+            for key, parameter in module.named_parameters(recurse=False):
+                out[f"{name}.{key}"] = matrices.dense(parameter, torch.float32).to("cpu", dtype)
+    return out
+
+
+def answers(model: Any, tokenizer: Any, cutter: Any, config: Config, some: list[squad.Example]) -> dict[str, str]:
+    trees = prompt.build_trees(
+        some, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
+    ).trees
+    found = decode.predict(model, tokenizer, trees, decode.stop_ids(tokenizer), config.window.answer, config.eval)
+    return {id_: answer.text for id_, answer in found.items()}
+
+
+def write_card(
+    args: argparse.Namespace, config: Config, adapter: Path, dev: squad.Dataset, before: float, after: float, n: int
+) -> None:
+    """README.md, with the newest whole evaluation of this adapter, where there is one."""
+    sha256 = checkpoint.sha256(adapter / "adapter_model.safetensors")
+    whole = [
+        r for r in record.read_all(Path(config.runs))
+        if r["kind"] == "eval" and r["result"].get("adapter_sha256") == sha256 and r["must_match"]["data"] == dev.sha256
+    ]  # fmt: skip
+    lines = ["| | EM | F1 | n |", "|---|---|---|---|"]
+    if whole:
+        r = whole[-1]["result"]
+        what = f"the adapter on its {config.base.quant} base, all of dev"
+        lines.append(f"| {what} | {r['em']:.2f} | {r['f1']:.2f} | {r['n']} |")
+    lines.append(f"| the same, a part of dev | {before:.2f} | | {n} |")
+    lines.append(f"| merged, that part | {after:.2f} | | {n} |")
+    commit, dirty = record.code()
+    code = f"{commit[:10]}{', changed since' if dirty else ''}" if commit else "of no known commit"
+    text = CARD.format(
+        base=config.base.path, system=config.system, commit=code, adapter=adapter, sha256=sha256, dtype=args.dtype,
+        quant=config.base.quant, table="\n".join(lines), limit=config.window.answer,
+        window=config.window.context + config.window.question,
+        prompt=prompt.text("{context}", "{question}", config.prompt.order),
+    )  # fmt: skip
+    record.write_text(args.folder / "README.md", text)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])
