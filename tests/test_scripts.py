@@ -219,9 +219,7 @@ def test_the_process_in_the_middle_is_reported(tiny_config, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["train_loop.py", "qlora7B"], 'did you mean "qlora7b"'),
         (["eval_loop.py", "raw7b"], "No CUDA device. raw7b needs one"),
-        (["bench_latency.py", "smollm2-raw", "data.dev=absent.json"], "absent.json: no such file"),
         (["report.py", "absent"], "no finished evaluation"),
     ],
 )
@@ -232,6 +230,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(command, words):
     assert "Traceback" not in result.stderr
     assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "words"),
+    [
+        (train_loop.main, ["qlora7B"], 'did you mean "qlora7b"'),
+        (bench_latency.main, ["smollm2-raw", "data.dev=absent.json"], "absent.json: no such file"),
+    ],
+)
+def test_what_is_wrong_is_named(main, arguments, words):
+    with pytest.raises(UserError, match=words):
+        main(arguments)
 
 
 # ---- make ----------------------------------------------------------------------------------------------------------
