@@ -38,6 +38,8 @@ pipeline_tag: text-generation
 Made by `python export.py {system}` (code {commit}) from the adapter {adapter} (sha256 {sha256}); stored in {dtype}.
 The adapter was trained on the base in {quant}; the base's numbers here are those, dequantised.
 
+Exact match and F1 by the official rules, on {source}:
+
 {table}
 
 Prompt, to the byte; answered greedily up to a line break or {limit} tokens, context and question cut to {window}:
@@ -147,13 +149,13 @@ def write_card(
         r = whole[-1]["result"]
         what = f"the adapter on its {config.base.quant} base, all of dev"
         lines.append(f"| {what} | {r['em']:.2f} | {r['f1']:.2f} | {r['n']} |")
-    lines.append(f"| the same, a part of dev | {before:.2f} | | {n} |")
-    lines.append(f"| merged, that part | {after:.2f} | | {n} |")
+    lines.append(f"| the adapter, {n} questions, spread over the articles | {before:.2f} | | {n} |")
+    lines.append(f"| merged, the same questions | {after:.2f} | | {n} |")
     commit, dirty = record.code()
     code = f"{commit[:10]}{', changed since' if dirty else ''}" if commit else "of no known commit"
     text = CARD.format(
         base=config.base.path, system=config.system, commit=code, adapter=adapter, sha256=sha256, dtype=args.dtype,
-        quant=config.base.quant, table="\n".join(lines), limit=config.window.answer,
+        source=dev.source, quant=config.base.quant, table="\n".join(lines), limit=config.window.answer,
         window=config.window.context + config.window.question,
         prompt=prompt.text("{context}", "{question}", config.prompt.order),
     )  # fmt: skip
