@@ -45,7 +45,7 @@ endif
 help: ## list the targets
 	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "MODEL: $(patsubst configs/%.yaml,%,$(wildcard configs/*.yaml)), or a .yaml file"
+	@echo "MODEL: $(patsubst configs/%.yaml,%,$(wildcard configs/*.yaml)), a .yaml file, a folder or a hub id"
 
 demo: $(READY) $(SMOLLM2) ## everything on this machine: score, train, score, time, report a 135M model (3 to 4 min on 2 cores)
 	$(PY) eval_loop.py smollm2-raw $(DEMO) $(DEMO_EVAL)

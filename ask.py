@@ -32,6 +32,9 @@ def main(argv: list[str]) -> None:
     args = parser.parse_intermixed_args(argv)
     config = load(args.model, args.overrides)
     context, question = texts(args.context.strip(), args.question.strip())
+    preflight.check(config)
+    if config.prompt.earlier:
+        raise UserError("prompt.earlier: a single question has no earlier ones; it is of make eval")
     config = prompt.filled(config)
     result = ask_api(config, context, question) if config.api else ask_here(config, context, question)
     text = result["answer"]
@@ -47,7 +50,6 @@ def main(argv: list[str]) -> None:
 
 
 def ask_here(config: Config, context: str, question: str) -> dict[str, Any]:
-    preflight.check(config.base, config.system)
     adapter = checkpoint.verified(record.trained_adapter(config))
     device = meter.pick_device()
     tokenizer, cutter = load_tokenizers(config)

@@ -41,9 +41,10 @@ def main(argv: list[str]) -> None:
     config = load(args.model, args.overrides)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("single queries are timed by one process; start it without a launcher")
-    if not config.api:
-        preflight.check(config.base, config.system)
+    preflight.check(config)
     adapter = checkpoint.verified(record.trained_adapter(config))
+    if config.prompt.earlier:
+        raise UserError("prompt.earlier: a single question has no earlier ones; it is of make eval")
     config = prompt.filled(config)
     dev = squad.load(config.data, "dev")
     timing = functools.partial(measure_api, config) if config.api else functools.partial(measure, config, adapter)

@@ -2,10 +2,10 @@
 
     python certify.py runs/SYSTEM-s0-HASH-eval-001 [key=value ...] [--questions 50]
 
-Overrides say where things are by now: data.dev, adapter, base.path, base.tokenizer. The last line but one is CERTIFIED,
-with exit code 0, or what does not fit, with 1. What a hosted model said is replayed, all of it. In fp32 every answer
-must be the same; in 16 bits another order of summation may change one where two are about as likely, and so many may
-differ as would by chance if a tenth did.
+Overrides say where things are by now: data.dev, adapter, base.path, base.tokenizer, window.tokenizer. The last line but
+one is CERTIFIED, with exit code 0, or what does not fit, with 1. What a hosted model said is replayed, all of it. In
+fp32 every answer must be the same; in 16 bits another order of summation may change one where two are about as likely,
+and so many may differ as would by chance if a tenth did.
 """
 
 import argparse
@@ -20,12 +20,20 @@ from common import api, checkpoint, decode, meter, preflight, prompt, record, sc
 from common.config import Config, flat, load
 from common.errors import UserError, one_line_errors
 from common.model import compute_dtype, load_system, load_tokenizers, tokenizer_sha256
+from common.prompt import Tree
 
 import torch
 from scipy import stats
 
-MOVED = ("data.dev", "adapter", "base.path", "base.tokenizer", "runs")  # what may have another name by now
-CHANGED_BY_ROUNDING, SURE = 0.1, 0.999
+MOVED = (
+    "data.dev",
+    "adapter",
+    "base.path",
+    "base.tokenizer",
+    "window.tokenizer",
+    "runs",
+)  # what may have another name by now
+CHANGED_BY_ROUNDING, CONFIDENCE = 0.1, 0.999
 
 
 def main(argv: list[str]) -> None:
@@ -51,6 +59,7 @@ def main(argv: list[str]) -> None:
     mine = flat(config.to_dict())
     other = [f"{key} is {mine.get(key)}, was {value}" for key, value in stored.items() if mine.get(key) != value]
     found["configuration"] = "; ".join(other) or None
+    preflight.check(config)
     dev = squad.load(config.data, "dev")
     tokenizer, cutter = load_tokenizers(config)
     now = {
@@ -73,16 +82,15 @@ def main(argv: list[str]) -> None:
         answers = replayed(config, cutter, args.run, result, some, found)
         exact = True
     else:
-        preflight.check(config.base, config.system)
         adapter = Path(config.adapter or result["adapter"]) if result["adapter"] else None
         found["adapter"] = changed(adapter, result["adapter_sha256"]) if adapter else None
-        answers = answered_again(config, tokenizer, cutter, adapter, device, some)
+        answers = answered_again(config, tokenizer, cutter, adapter, device, dev.examples, some)
         exact = compute_dtype(config.base, device) == torch.float32 and in_fp32(was)
     ids_by = tokenizer_sha256(tokenizer)
     if was["may_differ"].get("tokenizer", ids_by) != ids_by:  # older records do not say it
         found["tokenizer"] = f"sha256 {ids_by}, was {was['may_differ']['tokenizer']}"
     different = [e.id for e in some if answers[e.id] != texts.get(e.id)]
-    may = 0 if exact else int(stats.binom.ppf(SURE, len(some), CHANGED_BY_ROUNDING))
+    may = 0 if exact else int(stats.binom.ppf(CONFIDENCE, len(some), CHANGED_BY_ROUNDING))
     shown = ", ".join(f"{id_}: {answers[id_]!r}, was {texts.get(id_)!r}" for id_ in different[:3])
     told = f"{len(different)} of {len(some)} differ"
     found["answers"] = f"{told}, at most {may} may: {shown}" if len(different) > may else None
@@ -104,13 +112,16 @@ def main(argv: list[str]) -> None:
 
 def answered_again(
     config: Config, tokenizer: Any, cutter: Any, adapter: Path | None, device: torch.device,
-    some: Sequence[squad.Example],
+    examples: Sequence[squad.Example], some: Sequence[squad.Example],
 ) -> dict[str, str]:  # fmt: skip
     """Answers by id, by the model itself."""
     model = load_system(config, adapter, device)
-    trees = prompt.build_trees(
-        some, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
+    asked = {e.id for e in some}
+    found = prompt.build_trees(  # of all, since a prompt may hold what was asked before it
+        examples, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
     ).trees
+    own = [Tree(tree.prefix_ids, tuple(b for b in tree.branches if b.id in asked)) for tree in found]
+    trees = [tree for tree in own if tree.branches]
     stops = decode.stop_ids(tokenizer)
     answers = decode.predict(model, tokenizer, trees, stops, config.window.answer, config.eval, "answer again")
     return {id_: answer.text for id_, answer in answers.items()}

@@ -50,8 +50,7 @@ def main(argv: list[str]) -> None:
     config = load(args.model, args.overrides)
     if not config.api and (args.replay or args.fresh):
         raise UserError(f"--replay and --fresh are of systems behind an API; {config.system} runs here")
-    if not config.api:
-        preflight.check(config.base, config.system)
+    preflight.check(config)
 
     # ---- answers ---------------------------------------------------------------------------------------------------
     config = prompt.filled(config)
@@ -157,8 +156,8 @@ def hosted(config: Config, dev: squad.Dataset, run: Path | None, replay: Path | 
         )
     _, cutter = load_tokenizers(config)
     prompts, counts = prompt.texts(dev.examples, cutter, config.window, config.prompt)
-    run = None if replay else run or record.new_run(config, "eval")
-    client = api.Client(config, (replay or run or Path()) / "transcript.jsonl", replay=bool(replay))
+    run = None if replay else run or record.new_run(config, "eval")  # of a replay when all is there
+    client = api.Client(config, (replay or run) / "transcript.jsonl", replay=bool(replay))  # type: ignore[operator]
     before, began = client.requests, time.perf_counter()
     with stopping.listen() as request:
         try:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import checkpoint, decode, matrices, meter, preflight, prompt, record, score, squad
+from common import checkpoint, decode, matrices, memory, meter, preflight, prompt, record, score, squad
 from common.config import Config, load
 from common.errors import UserError, one_line_errors
 from common.model import DTYPES, load_base, load_system, load_tokenizers
@@ -28,7 +28,6 @@ SURE = 0.01  # p below which a difference is none of chance
 CARD = """\
 ---
 base_model: {base}
-datasets: [rajpurkar/squad]
 language: en
 library_name: transformers
 pipeline_tag: text-generation
@@ -47,8 +46,8 @@ Prompt, to the byte; answered greedily up to a line break or {limit} tokens, con
 {prompt}
 ```
 
-**Licences.** The weights are the base's with a change, so the base's licence holds for them: see {base}. SQuAD v1.1,
-which the adapter was trained on, is CC BY-SA 4.0.
+**Licences.** The weights are the base's with a change, so the base's licence holds for them: see {base}. Trained on
+{trained_on}; SQuAD v1.1 is CC BY-SA 4.0.
 """
 
 
@@ -66,7 +65,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{config.system} has no adapter to merge; try MODEL=qlora7b")
     if args.folder.exists():
         raise UserError(f"{args.folder} is there already; name another folder")
-    preflight.check(config.base, config.system)
+    if args.questions < 1:
+        raise UserError("--questions must be 1 or more")
+    preflight.check(config)
     adapter = checkpoint.verified(record.trained_adapter(config))
     if adapter is None:
         raise UserError(f"{config.system} has random weights and no trained adapter, so there is nothing to export")
@@ -88,18 +89,25 @@ def main(argv: list[str]) -> None:
     plain.tie_weights()
     assert not odd, odd
     assert set(missing) <= {"lm_head.weight"}, missing  # tied to the embeddings
-    plain.save_pretrained(args.folder)
-    tokenizer.save_pretrained(args.folder)
-    del model, plain, weights
+    needs = 1.3 * sum(w.numel() * w.element_size() for w in weights.values())
+    with checkpoint.replacing(args.folder) as folder:
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        del model, plain, weights
 
-    # ---- check -----------------------------------------------------------------------------------------------------
-    base = replace(config.base, path=str(args.folder), quant="none", tokenizer=None, random_weights=False)
-    after = answers(load_base(base, device), tokenizer, cutter, config, some)
-    a, b = score.score(some, before), score.score(some, after)
+        # ---- check -------------------------------------------------------------------------------------------------
+        if device.type == "cuda" and needs > memory.free(device):
+            print(
+                "the merged model does not fit this GPU, so it is checked on the CPU; fewer --questions take less time"
+            )
+            device = torch.device("cpu")
+        base = replace(config.base, path=str(folder), quant="none", tokenizer=None, random_weights=False)
+        after = answers(load_base(base, device), tokenizer, cutter, config, some)
+        a, b = score.score(some, before), score.score(some, after)
+        write_card(folder, args, config, adapter, dev, a.em, b.em, len(some))
     lost, gained, p = mcnemar(a.correct, b.correct)
     same = sum(before[e.id] == after[e.id] for e in some)
     worse = lost > gained and p < SURE
-    write_card(args, config, adapter, dev, a.em, b.em, len(some))
     result = {
         "folder": str(args.folder), "em_before": a.em, "em_after": b.em, "n": len(some), "same_answers": same,
         "lost": lost, "gained": gained, "p": p, "worse": worse,
@@ -113,6 +121,11 @@ def main(argv: list[str]) -> None:
 def merged(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The base's state dict on the host, dequantised, the adapter's products added."""
     out: dict[str, torch.Tensor] = {}
+    settings = model.peft_config[model.active_adapter]
+    if settings.use_dora or settings.bias != "none" or settings.modules_to_save:
+        raise UserError(
+            "this adapter is more than two matrices a layer (DoRA, biases, whole modules): PEFT merges those"
+        )
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
             base = module.get_base_layer()
@@ -136,30 +149,49 @@ def answers(model: Any, tokenizer: Any, cutter: Any, config: Config, some: list[
 
 
 def write_card(
-    args: argparse.Namespace, config: Config, adapter: Path, dev: squad.Dataset, before: float, after: float, n: int
-) -> None:
-    """README.md, with the newest whole evaluation of this adapter, where there is one."""
+    folder: Path, args: argparse.Namespace, config: Config, adapter: Path, dev: squad.Dataset, before: float,
+    after: float, n: int,
+) -> None:  # fmt: skip
+    """README.md, with the newest evaluation of this adapter on all of this data, where there is one."""
     sha256 = checkpoint.sha256(adapter / "adapter_model.safetensors")
     whole = [
         r for r in record.read_all(Path(config.runs))
         if r["kind"] == "eval" and r["result"].get("adapter_sha256") == sha256 and r["must_match"]["data"] == dev.sha256
+        and r["must_match"]["prompt"] == prompt.fingerprint(config.prompt)
+        and r["config"]["window"] == config.to_dict()["window"]
+        and record.weights_of(r["config"]["base"]) == record.weights_of(config.to_dict()["base"])
     ]  # fmt: skip
     lines = ["| | EM | F1 | n |", "|---|---|---|---|"]
     if whole:
         r = whole[-1]["result"]
-        what = f"the adapter on its {config.base.quant} base, all of dev"
+        what = f"the adapter on its {config.base.quant} base, all questions"
         lines.append(f"| {what} | {r['em']:.2f} | {r['f1']:.2f} | {r['n']} |")
     lines.append(f"| the adapter, {n} questions, spread over the articles | {before:.2f} | | {n} |")
     lines.append(f"| merged, the same questions | {after:.2f} | | {n} |")
     commit, dirty = record.code()
     code = f"{commit[:10]}{', changed since' if dirty else ''}" if commit else "of no known commit"
     text = CARD.format(
-        base=config.base.path, system=config.system, commit=code, adapter=adapter, sha256=sha256, dtype=args.dtype,
-        source=dev.source, quant=config.base.quant, table="\n".join(lines), limit=config.window.answer,
+        base=config.base.path,
+        system=config.system,
+        commit=code,
+        adapter=adapter,
+        sha256=sha256,
+        dtype=args.dtype,
+        source=dev.source,
+        trained_on=trained_on(adapter),
+        quant=config.base.quant,
+        table="\n".join(lines),
+        limit=config.window.answer,
         window=config.window.context + config.window.question,
         prompt=prompt.text("{context}", "{question}", config.prompt.order),
-    )  # fmt: skip
-    record.write_text(args.folder / "README.md", text)
+    )
+    record.write_text(folder / "README.md", text)
+
+
+def trained_on(adapter: Path) -> str:
+    """The data of the training that made it, by its record."""
+    path = adapter.parent / "record.json"
+    return record.read_one(path)["config"]["data"]["train"] if path.is_file() else "data that is not known here"
 
 
 if __name__ == "__main__":

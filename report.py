@@ -46,7 +46,10 @@ class Line:
 
     @property
     def name(self) -> str:
-        return self.some["system"] + (" (random weights)" if is_random(self.some) else "")
+        quant, hosted = self.some["config"]["base"]["quant"], self.some["config"]["api"]
+        about = ["random weights"] if is_random(self.some) else []
+        about += [] if quant == "nf4" or hosted else ["not quantised" if quant == "none" else quant]
+        return self.some["system"] + (f" ({', '.join(about)})" if about else "")
 
     @property
     def bench(self) -> Record | None:
@@ -106,7 +109,8 @@ def brackets(interval: Sequence[float] | None, digits: int = 2) -> str:
 
 def cells(line: Line, columns: Sequence[str], usd_per_hour: float | None, before: Mapping[str, Any]) -> tuple[str, ...]:
     em, f1 = (line.mean(name) if line.scored else None for name in ("em", "f1"))
-    p95, joules, usd, em_then = "–", None, "–", before["em"].get(line.some["system"])
+    p95, joules, usd = "–", None, "–"
+    em_then = None if is_random(line.some) else before["em"].get(line.some["system"])
     if line.bench:
         r = line.bench["result"]
         interval = r["latency"]["p95_interval_ms"]
@@ -200,7 +204,9 @@ def draw(lines: Sequence[Line], trainings: Sequence[Record]) -> dict[str, str]:
     """Title → SVG of what these records have something to show of."""
     names = [line.name for line in lines]
     named = {
-        name if names.count(name) == 1 else f"{name}, seed {', '.join(str(r['seed']) for r in line.evaluations)}": line
+        name
+        if names.count(name) == 1
+        else f"{name}, seed {', '.join(str(r['seed']) for r in line.evaluations or line.benches)}": line
         for name, line in zip(names, lines, strict=True)
     }
     out, styles = {}, plots.styles_of([*named, *(t["system"] for t in trainings)])
@@ -272,7 +278,7 @@ def why_not(root: Path, system: str) -> str:
     """The last line of what a system's last script said, where that left no record."""
     logs = sorted((root / "logs").glob(f"{system}-s*.log"), key=lambda path: path.stat().st_mtime)
     said = logs[-1].read_text(encoding="utf-8", errors="replace").strip().splitlines() if logs else []
-    return said[-1].removeprefix("error: ") if said else "not run"
+    return said[-1].removeprefix("error: ") if said and not said[-1].startswith("{") else "not run"
 
 
 def snapshot() -> dict[str, Any]:
@@ -301,7 +307,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     root, first = Path(args.runs), snapshot()
     records = [r for r in record.read_all(root) if not args.systems or r["system"] in args.systems]
-    absent = {name: why_not(root, name) for name in args.systems if name not in {r["system"] for r in records}}
+    scored_or_timed = {r["system"] for r in records if r["kind"] in ("eval", "bench")}
+    absent = {name: why_not(root, name) for name in args.systems if name not in scored_or_timed}
     if not any(r["kind"] in ("eval", "bench") for r in records):
         for name, why in absent.items():
             print(f"{name}: {why}")
@@ -317,7 +324,8 @@ def main(argv: list[str]) -> None:
     for r in records:
         if r["kind"] in ("eval", "bench"):
             group = groups.setdefault(json.dumps(r["must_match"], sort_keys=True), {})
-            group.setdefault((r["system"], r["seed"], is_random(r)), {})[r["kind"]] = r
+            weights = json.dumps(record.weights_of(r["config"]["base"]))
+            group.setdefault((r["system"], r["seed"], is_random(r), weights), {})[r["kind"]] = r
     trained_in = {f"{r['folder']}/best": r for r in records if r["kind"] == "train"}
 
     # ---- one part for each group of what may be compared, the freshest last ----------------------------------------

@@ -10,6 +10,7 @@ job array, a task a run, each of which is this script with that run alone.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import queue
@@ -18,6 +19,7 @@ import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 from common import jobs, stopping
 from common.errors import UserError, one_line_errors
@@ -145,7 +147,7 @@ def submit(command: list[str], waiting: list[jobs.Job], given: list[str]) -> Non
         key, equals, value = word.partition("=")
         if not equals:
             raise UserError(f"--slurm {word}: write key=value, like slurm_partition=gpu")
-        settings[key] = int(value) if value.isdigit() else value
+        settings[key] = typed(value)
     folder = Path(waiting[0].config.runs).resolve() / "slurm"
     try:
         executor = submitit.AutoExecutor(folder, cluster="slurm")
@@ -160,6 +162,14 @@ def submit(command: list[str], waiting: list[jobs.Job], given: list[str]) -> Non
     array = tasks[0].job_id.partition("_")[0]
     print(f"job array {array}: {len(tasks)} runs; what they say is in {folder}/; the same command then does the rest")
     print(json.dumps({"array": array, "runs": len(tasks)}))
+
+
+def typed(text: str) -> Any:
+    """true and false, numbers, and all else as it stands: 24:00:00 is a time, which YAML would take for a number."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return {"true": True, "false": False}.get(text, text)
 
 
 def visible_gpus() -> list[str]:

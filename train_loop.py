@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
     train, stop, untrue = config.train, config.early_stop, config.base.random_weights
     if config.lora is None:
         raise UserError(f"{config.system} has no lora section, so there is nothing to train; try MODEL=qlora7b")
-    preflight.check(config.base, config.system)
+    preflight.check(config)
     process = ranks.join()
     first, rank, n_ranks = process.is_main_process, process.process_index, process.num_processes
     set_seed(config.seed)

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     kinds = args.scripts or (["a", "b", "c"] if config.base.random_weights else ["natural"])
     if config.base.random_weights and "natural" in kinds:
         raise UserError("random weights never end an answer: --scripts a, b or c")
-    preflight.check(config.base, config.system)
+    preflight.check(config)
     with tempfile.TemporaryDirectory(prefix="decode-") as folder:
         job, examples = job_of(config, args, kinds, Path(folder))
         if config.base.random_weights and set(args.systems) - {"ours"}:

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     base, same = config.base, ("nf4", True, "auto", 0)
     if (base.quant, base.double_quant, base.dtype, config.lora.dropout) != same:
         raise UserError("the stacks are compared with base.quant=nf4, double quantisation, base.dtype=auto, no dropout")
-    preflight.check(config.base, config.system)
+    preflight.check(config)
 
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         work = Path(folder)

@@ -139,7 +139,7 @@ class Client:
             reply = self._stream(body, seen, start, waited=start - began)
             return reply
         except (httpx2.HTTPError, httpx2.StreamError, _Again) as error:
-            why = self._hide(str(error) or type(error).__name__)
+            why = self._hide(str(error) or type(error).__name__)[:300]  # hidden first: a cut may fall into a key
             raise _Again(why, getattr(error, "after", None)) from None
         except UserError as error:
             why = str(error)
@@ -166,8 +166,8 @@ class Client:
             seen["status"] = response.status_code
             if response.status_code != 200:
                 response.read()
-                seen["text"] = self._hide(response.text[:2000])
-                said = f"HTTP {response.status_code}: {self._hide(_message(response.text))}"
+                seen["text"] = self._hide(response.text)[:2000]
+                said = f"HTTP {response.status_code}: {_message(self._hide(response.text))}"
                 after = _retry_after(response.headers.get("retry-after"))
                 if after and after > LONGEST_WAIT:
                     raise UserError(
@@ -184,19 +184,19 @@ class Client:
                     usage = event.get("usage") or usage
                     server = _server_seconds(event, response.headers) or server
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
-                    raise _Again(f"an event that is none of an answer's: {str(event)[:80]}") from error
+                    raise _Again(f"an event that is none of an answer's: {event}") from error
                 if piece and first is None:
                     first = time.perf_counter() - start
                 parts.append(piece)
         total = time.perf_counter() - start
-        seen["text"] = "".join(parts)
+        seen["text"] = said = self._hide("".join(parts))
         if reason is None:
             raise _Again("an answer that was cut short")
         connect = max(
             (marks[n] for n in marks if n.endswith((".connect_tcp.complete", ".start_tls.complete"))), default=0
         )
         return Reply(
-            "".join(parts).partition("\n")[0].strip(), reason == "length", usage.get("prompt_tokens"),
+            said.partition("\n")[0].strip(), reason == "length", usage.get("prompt_tokens"),
             usage.get("completion_tokens"), connect - start if connect else None, first or total, total, server, waited,
         )  # fmt: skip
 
@@ -309,9 +309,9 @@ def _events(response: httpx2.Response) -> Iterator[dict[str, Any]]:
         try:
             found = json.loads(event.data)
         except ValueError as error:
-            raise _Again(f"an answer that is no JSON: {event.data[:80]!r}") from error
+            raise _Again(f"an answer that is no JSON: {event.data!r}") from error
         if not isinstance(found, dict) or found.get("error"):
-            raise _Again(f"an error in the answer: {event.data[:200]}")
+            raise _Again(f"an error in the answer: {event.data}")
         yield found
 
 

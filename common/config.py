@@ -232,6 +232,7 @@ class Config:
         )
         _need(self.api is None or self.window.overflow == "truncate", "window.overflow", "an api reads one window")
         asked = self.prompt
+        _need(not asked.earlier or self.window.overflow == "truncate", "prompt.earlier", "reads one window: truncate")
         plain = not (asked.chat or asked.shots or asked.earlier or asked.before)
         _need(self.lora is None or plain, "prompt", "chat, shots and earlier are of models as they are, without lora")
 
@@ -288,9 +289,11 @@ def load(name: str, overrides: typing.Iterable[str] = ()) -> Config:
     override) of the first thing that is wrong.
     """
     hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith((".yaml", ".yml"))
-    if Path(name).is_dir() or hub_id:
+    known = not name or (CONFIGS / f"{name}.yaml").is_file()
+    if not known and (Path(name).is_dir() or hub_id):
         system = re.sub(r"[^A-Za-z0-9]+", "-", Path(name).name).strip("-")
-        return read(Config, None, [f"system={system}", f"base.path={json.dumps(name)}", *overrides])
+        words = [f"system={json.dumps(system)}", f"base.path={json.dumps(name)}"]
+        return read(Config, None, [*words, *overrides])
     return read(Config, find(name), overrides)
 
 

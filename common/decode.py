@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from common import fused, memory, meter, plan, stream
 from common.config import Eval
+from common.errors import UserError
 from common.packing import Pack, logits, pack, pack_logits
 from common.prompt import Ids, Tree
 from common.reader import Reader
@@ -79,6 +80,9 @@ def predict(
     between passes; what it raises ends the work. `scripts`: by question, the tokens to draw whatever the model says,
     for timing models whose answers mean nothing.
     """
+    check_positions(
+        model, max((len(t.prefix_ids) + max(map(len, t.branches)) for t in trees), default=0) + max_new_tokens
+    )
     training = model.training
     model.eval()
     n = sum(len(tree.branches) for tree in trees)
@@ -92,6 +96,15 @@ def predict(
     finally:
         model.train(training)
     return merge(answers)
+
+
+def check_positions(model: Any, tokens: int) -> None:
+    """Raises `UserError` where a prompt and its answer take more tokens than the model has positions."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most and tokens > most:
+        raise UserError(
+            f"{tokens} tokens of a prompt and its answer, and this model has {most} positions: fewer prompt.shots"
+        )
 
 
 def engine_of(model: Any, options: Eval) -> Literal["plain", "stream"]:

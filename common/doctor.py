@@ -168,10 +168,14 @@ def systems() -> Iterator[Finding]:
         except UserError as error:
             yield Finding(name, "no", str(error).removesuffix(preflight.TRY).strip())
             continue
-        if config.base.path in reachable:
-            yield Finding(name, "ok", "can run")
-        else:
+        if config.base.path not in reachable:
             yield Finding(name, "no", f"needs the weights of {config.base.path}")
+            continue
+        try:
+            preflight.check(config)
+            yield Finding(name, "ok", "can run")
+        except UserError as error:
+            yield Finding(name, "no", str(error).removesuffix(preflight.TRY).strip())
     for name, config in hosted.items():
         yield _endpoint(name, config.api)
 

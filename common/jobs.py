@@ -4,14 +4,13 @@ What is done is what `record.json`s say, so a sweep that was cut off goes on, an
 Imports no torch.
 """
 
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from common import record
+from common import prompt, record
 from common.config import CONFIGS, Config, load, read
 from common.errors import UserError
 from common.gate import Rules
@@ -22,7 +21,7 @@ TRAINED = ("train.", "lora.", "early_stop.")  # keys that change nothing about a
 
 @dataclass(frozen=True)
 class Sweep:
-    systems: tuple[str, ...]  # names in configs/, or YAML files
+    systems: tuple[str, ...]  # names in configs/, YAML files, folders or hub ids
     seeds: tuple[int, ...] = (0,)
     variants: tuple[str, ...] = ("",)  # each the overrides of one, spaces between; system=… gives it rows of its own
     overrides: tuple[str, ...] = ()  # of all runs, or as SYSTEM:key=value of one system's
@@ -73,7 +72,7 @@ def plan(path: Path, overrides: Iterable[str] = ()) -> tuple[list[Job], Sweep]:
                 else:
                     seed_word = f"seed={seed}"
                 given = (*words, *own, seed_word)
-                config = load(system, given)
+                config = prompt.filled(load(system, given))
                 if sweep.adapters and config.lora and not config.adapter:
                     given = (*given, f"adapter={record.trained_adapter(replace(config, runs=sweep.adapters))}")
                     config = load(system, given)
@@ -85,11 +84,11 @@ def _of(system: str, words: Iterable[str], systems: Sequence[str]) -> list[str]:
     """Of overrides those for all systems, and those for this one, which SYSTEM:key=value says."""
     out = []
     for word in words:
-        named = re.match(r"([A-Za-z0-9_-]+):(.*)", word)
-        if named and named[1] not in systems:
-            raise UserError(f"{word}: {named[1]} is none of {', '.join(systems)}")
-        if not named or named[1] == system:
-            out.append(named[2] if named else word)
+        name, colon, _ = word.partition("=")[0].partition(":")
+        if colon and name not in systems:
+            raise UserError(f"{word}: {name} is none of {', '.join(systems)}")
+        if not colon or name == system:
+            out.append(word.removeprefix(f"{name}:") if colon else word)
     return out
 
 

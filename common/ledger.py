@@ -41,7 +41,7 @@ COLUMNS = {  # of each, its type and how it is found in a record
     "config": ("text", lambda r: json.dumps(r["config"])),
 }
 SHOWN = ("created", "kind", "system", "seed", "em", "f1", "n", "chosen_on", "p95_ms", "peak_gib", "folder")
-NOT_COMPARED = ("system", "seed", "adapter", "runs", "tracker")  # shown anyway, or of no interest
+NOT_COMPARED = ("system", "seed", "adapter", "runs", "tracker", "prompt.before")  # shown anyway, or of no interest
 
 
 def make(runs: Path) -> Path:

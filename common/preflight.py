@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from common.config import Base
+from common.config import Base, Config
 from common.errors import UserError
 
 import huggingface_hub
@@ -14,10 +14,23 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 TRY = "To try everything on this machine: make demo"
 
 
-def check(base: Base, system: str) -> None:
+def check(config: Config) -> None:
     """Raises `UserError` saying what stands in the way and what to do. Downloads nothing."""
-    gpu(base, system)
-    weights(base)
+    if not config.api:
+        gpu(config.base, config.system)
+        weights(config.base)
+    if config.window.tokenizer:
+        tokenizer(config.window.tokenizer)
+
+
+def tokenizer(path: str) -> None:
+    """May `window.tokenizer` be had?"""
+    here = huggingface_hub.try_to_load_from_cache(path, "tokenizer.json") if "/" in path else None
+    if not Path(path).is_dir() and not isinstance(here, str):
+        try:
+            _licence(Base(path))
+        except UserError as error:
+            raise UserError(f"window.tokenizer={error}") from error
 
 
 def gpu(base: Base, system: str) -> None:

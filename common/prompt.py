@@ -119,8 +119,8 @@ def fill(options: Prompt, train: Iterable[Example]) -> Prompt:
 
 
 def filled(config: Config) -> Config:
-    """A configuration whose prompt has the text of its shots; as it is, where it has none or has it already."""
-    if not config.prompt.shots or config.prompt.before:
+    """A configuration whose prompt has the text of its shots."""
+    if not config.prompt.shots:
         return config
     return replace(config, prompt=fill(config.prompt, squad.load(config.data, "train").examples))
 
@@ -245,7 +245,8 @@ def _rows(
             if options.earlier:  # which `order=context` goes with
                 answered.setdefault(context, _CONTEXT.format(part))
                 whole = answered[context] + _QUESTION.format(question)
-                answered[context] = whole + _TARGET.format(example.answers[0].text.strip())
+                gold = example.answers[0].text.strip() if example.answers else ""
+                answered[context] = whole + _TARGET.format(gold)
             yield _Row(example.id, part, options.before + whole, target)
 
 

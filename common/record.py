@@ -6,6 +6,7 @@
         metrics.jsonl     train: a line per logged step and evaluation
         predictions.json  train, eval: {id: text}, the official format
         questions.jsonl   eval: a line per question
+        transcript.jsonl  eval, bench of a hosted model: every request and its answer
         process-N.*       bench: what each process measured
         best/ last/       train: checkpoints
 
@@ -149,7 +150,7 @@ def read_one(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         must = found["must_match"]
-        if must["window"].get("tokenizer") is None:  # an older one, of which the system's own tokenizer cut the text
+        if must["window"].get("tokenizer") is None:  # an older one, whose own tokenizer cut the text
             must["window"] = cut_by(must["window"], found["may_differ"].get("tokenizer"))
         return {**found, "config": filled(found["config"]), "folder": str(path.parent)}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -192,6 +193,8 @@ def _stem(config: Config, kind: str) -> str:
 def mismatch(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What two records must have alike to be compared, and have not, of both; nothing where they may be."""
     mine, other = a["must_match"], b["must_match"]
+    if None in (mine["window"]["tokenizer"], other["window"]["tokenizer"]):  # an older one does not say
+        mine, other = ({**m, "window": cut_by(m["window"], None)} for m in (mine, other))
     return {key: (mine[key], other[key]) for key in mine if mine[key] != other[key]}
 
 

@@ -48,7 +48,7 @@ class Single:
 
     def __init__(self, model: Any, stops: Sequence[int], limit: int, most_tokens: int):
         # a draft may reach beyond the last token, and padding goes to a slot of its own
-        self.reader = Reader(model, most_tokens + DRAFT + 1)
+        self.model, self.reader = model, Reader(model, most_tokens + DRAFT + 1)
         self.stops, self.limit, self.most_prompt = set(stops), limit, most_tokens - limit
         self.prompts: list[_Recorded] = []  # rising; none where there are no graphs
         self.drafts: list[_Recorded] = []  # likewise
@@ -151,6 +151,7 @@ def ask(
     """From text to text: the answer, what it took (the most probable first, where the context is read in windows), and
     whether the context was longer than the window."""
     built = build_trees([example], tokenizer, window, train=False, options=prompt, window_tokenizer=window_tokenizer)
+    decode.check_positions(engine.model, max(map(len, built.trees)) + window.answer)
     prompts = [tree.prefix_ids + tree.branches[0].prompt_ids for tree in built.trees]
     found = [engine.answer(ids, script, to_the_limit, tick) for ids in prompts]
     found.sort(key=lambda answer: (answer.logprob, answer.token_ids), reverse=True)

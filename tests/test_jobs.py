@@ -1,6 +1,6 @@
 """A sweep's runs are what its file says, each once, and what is done is what records say."""
 
-from common import jobs, record
+from common import jobs, prompt, record
 from common.errors import UserError
 from common.squad import Dataset
 
@@ -45,6 +45,16 @@ def test_an_override_can_be_of_one_system(sweep):
     assert (tuned.config.train.lr, raw.config.data.dev_questions) == (1e-3, 5)
     with pytest.raises(UserError, match="raw8b is none of raw7b, qlora7b"):
         jobs.plan(file, ["raw8b:base.quant=none"])
+
+
+def test_shots_are_filled_in_as_the_scripts_do(sweep, tmp_path, train_file):
+    file = sweep(
+        kinds="[eval]", overrides=f'["data.train={train_file}", "prompt.shots=1"]', systems=f"[{tmp_path / 'raw.yaml'}]"
+    )
+    (job,), chosen = jobs.plan(file)
+    assert "Answer:" in job.config.prompt.before
+    finish(prompt.filled(jobs.load(job.system, job.overrides)), "eval")
+    assert jobs.left(job, chosen.kinds) == []
 
 
 def test_a_variant_that_changes_more_than_training_is_one_of_systems_without_an_adapter_too(sweep):

@@ -1,10 +1,11 @@
 """What stands in the way is said before anything is downloaded, with what to do."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 from common import preflight
-from common.config import Base, load
+from common.config import Base, Config, Window, load
 from common.errors import UserError
 
 import httpx2
@@ -52,26 +53,26 @@ def refusal(kind: type[Exception]) -> Exception:
 def test_no_gpu_is_said_first_with_the_way_out(hub, monkeypatch):
     set_gpu(monkeypatch, None)
     with pytest.raises(UserError, match=r"No CUDA device. qlora7b needs one with ≥ 8 GiB.*make demo"):
-        preflight.check(LLAMA, "qlora7b")
+        preflight.check(Config("qlora7b", LLAMA))
     hub.auth_check.assert_not_called()
 
 
 def test_a_gpu_that_is_too_small_is_named(hub, monkeypatch):
     set_gpu(monkeypatch, 6)
     with pytest.raises(UserError, match=r"Some GPU has 6.0 GiB. qlora7b needs ≥ 8 GiB"):
-        preflight.check(LLAMA, "qlora7b")
+        preflight.check(Config("qlora7b", LLAMA))
 
 
 def test_a_gated_licence_names_the_page_and_the_variable(hub):
     hub.auth_check.side_effect = refusal(GatedRepoError)
     with pytest.raises(UserError, match=r"gated.*https://huggingface.co/meta-llama/Llama-2-7b-hf.*HF_TOKEN"):
-        preflight.check(LLAMA, "qlora7b")
+        preflight.check(Config("qlora7b", LLAMA))
 
 
 def test_an_unknown_model_is_said_to_be_unknown(hub):
     hub.auth_check.side_effect = refusal(RepositoryNotFoundError)
     with pytest.raises(UserError, match="knows no such model"):
-        preflight.check(LLAMA, "qlora7b")
+        preflight.check(Config("qlora7b", LLAMA))
 
 
 @pytest.mark.parametrize(
@@ -80,40 +81,48 @@ def test_an_unknown_model_is_said_to_be_unknown(hub):
 def test_a_hub_out_of_reach_says_how_to_go_without(hub, error):
     hub.auth_check.side_effect = error
     with pytest.raises(UserError, match=r"hub cannot be reached.*base.path"):
-        preflight.check(LLAMA, "qlora7b")
+        preflight.check(Config("qlora7b", LLAMA))
 
 
 def test_a_full_disk_is_said_before_the_download(hub):
     file = SimpleNamespace(rfilename="model-00001-of-00002.safetensors", size=10**18)
     hub.model_info.return_value = SimpleNamespace(siblings=[file])
     with pytest.raises(UserError, match=r"takes .* GiB .*HF_HOME"):
-        preflight.check(LLAMA, "qlora7b")
+        preflight.check(Config("qlora7b", LLAMA))
 
 
 def test_what_fits_passes_and_cached_weights_need_no_hub(hub):
-    preflight.check(LLAMA, "qlora7b")
+    preflight.check(Config("qlora7b", LLAMA))
     hub.auth_check.assert_called_once()
     hub.try_to_load_from_cache.return_value = "/cache/config.json"
     hub.auth_check.side_effect = LocalEntryNotFoundError("unreachable")
-    preflight.check(LLAMA, "qlora7b")
+    preflight.check(Config("qlora7b", LLAMA))
 
 
 def test_a_model_folder_needs_neither_hub_nor_gpu(hub, monkeypatch, tiny_base):
     set_gpu(monkeypatch, None)
     hub.auth_check.side_effect = AssertionError("asks the hub")
-    preflight.check(Base(str(tiny_base)), "tiny")
+    preflight.check(Config("tiny", Base(str(tiny_base))))
 
 
 def test_a_missing_model_folder_says_what_makes_it(hub, tmp_path):
     with pytest.raises(UserError, match="no such model folder"):
-        preflight.check(Base(str(tmp_path / "absent")), "x")
+        preflight.check(Config("x", Base(str(tmp_path / "absent"))))
     with pytest.raises(UserError, match="make smollm2"):
-        preflight.check(Base("./.cache/other/smollm2"), "x")
+        preflight.check(Config("x", Base("./.cache/other/smollm2")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no config\.json"):
-        preflight.check(Base(str(tmp_path / "empty")), "x")
+        preflight.check(Config("x", Base(str(tmp_path / "empty"))))
 
 
 def test_the_systems_of_seven_billion_weights_ask_for_a_gpu():
     assert load("qlora7b").base.min_gpu_gib == 7.5
     assert load("raw7b").base.min_gpu_gib > 0
+
+
+def test_the_tokenizer_that_cuts_the_text_must_be_had_too(hub, tmp_path, tiny_base):
+    config = Config("x", Base(str(tiny_base)), window=Window(tokenizer="meta-llama/Llama-2-7b-hf"))
+    hub.auth_check.side_effect = refusal(GatedRepoError)
+    with pytest.raises(UserError, match=r"window.tokenizer=meta-llama/Llama-2-7b-hf is gated"):
+        preflight.check(config)
+    preflight.check(replace(config, window=Window(tokenizer=str(tiny_base))))

@@ -240,10 +240,17 @@ def asked(tmp_path, tiny_base):
 
 
 def texts_of(built: prompt.Trees, tokenizer) -> dict[str, str]:
-    return {b.id: tokenizer.decode([*t.prefix_ids, *b.prompt_ids]) for t in built.trees for b in t.branches}
+    """The text of every prompt, whose ids are those of the whole text."""
+    out = {}
+    for tree in built.trees:
+        for branch in tree.branches:
+            ids = [*tree.prefix_ids, *branch.prompt_ids]
+            out[branch.id] = tokenizer.decode(ids)
+            assert tokenizer(out[branch.id], add_special_tokens=False).input_ids == ids
+    return out
 
 
-def test_shots_are_questions_of_other_articles_with_their_answers_before_every_prompt(asked):
+def test_shots_are_questions_of_different_articles_with_their_answers_before_every_prompt(asked):
     dev, train, tokenizer = asked
     options = prompt.fill(Prompt(shots=2, shots_seed=1), train)
     assert options == prompt.fill(Prompt(shots=2, shots_seed=1), train)
@@ -302,5 +309,6 @@ def test_controls_are_of_models_as_they_are():
         with pytest.raises(UserError, match="without lora"):
             load("qlora7b", [word])
         load("raw7b", [word])
-    with pytest.raises(UserError, match="earlier"):
-        load("raw7b", ["prompt.earlier=true", "prompt.order=both"])
+    for word in ("prompt.order=both", "window.overflow=chunk"):
+        with pytest.raises(UserError, match="earlier"):
+            load("raw7b", ["prompt.earlier=true", word])

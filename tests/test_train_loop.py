@@ -82,8 +82,12 @@ def test_evaluation_scores_the_kept_adapter_as_training_did(tiny_config, tmp_pat
     assert json.loads((only_run(tmp_path, "*-eval-*") / "predictions.json").read_text()) == kept
 
 
-@pytest.mark.parametrize("how", ["lora.dropout=0.5", "train.fused=false", "train.fused=true", "train.average=0.7"])
+@pytest.mark.parametrize(
+    "how", ["lora.dropout=0.5", "train.fused=false", "train.fused=true", "train.average=0.7", "seed=1"]
+)
 def test_an_interrupted_run_goes_on_to_the_same_end(tiny_config, tmp_path, monkeypatch, how):
+    often = how == "seed=1"  # saved after every step, not only with evaluations
+    monkeypatch.setattr(train_loop, "SAVE_SECONDS", -1 if often else 600)
     arguments = [str(tiny_config), how, "train.epochs=2"]
     train_loop.main([*arguments, f"runs={tmp_path / 'whole'}"])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -91,7 +95,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tiny_config, tmp_path, monke
         train_loop.main([*arguments, f"runs={tmp_path / 'cut'}"])
     (cut,) = (tmp_path / "cut").iterdir()
     assert not (cut / "record.json").exists()
-    assert checkpoint.load_state(cut / "last")["step"] == 4
+    assert checkpoint.load_state(cut / "last")["step"] == (5 if often else 4)
     with (cut / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')  # the cut fell in the middle of a line
     train_loop.main([*arguments, f"runs={tmp_path / 'cut'}"])
