@@ -123,14 +123,15 @@ def test_random_weights_have_the_shapes_and_the_form_of_real_ones(tiny_base):
 def test_random_weights_need_no_more_than_a_folders_config(tiny_base, tmp_path):
     shutil.copy(tiny_base / "config.json", tmp_path)
     base = replace(nf4(tmp_path), random_weights=True, tokenizer=str(tiny_base))
-    preflight.check(base, "tiny")
+    preflight.check(Config("tiny", base))
     first, again = (load_base(base, CPU).state_dict() for _ in range(2))
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
-def test_the_shapes_of_llama_2_7b_are_at_hand():
-    _, _, weights = random_weights(Base("configs/shapes/llama-2-7b"))
-    assert sum(w.numel() for w in weights.values()) == 6_738_415_616
+@pytest.mark.parametrize(("name", "size"), [("llama-2-7b", 6_738_415_616), ("tinyllama-1.1b", 1_100_048_384)])
+def test_the_shapes_of_gated_and_large_models_are_at_hand(name, size):
+    _, _, weights = random_weights(Base(f"configs/shapes/{name}"))
+    assert sum(w.numel() for w in weights.values()) == size
     assert len({w.untyped_storage().data_ptr() for w in weights.values() if w.dim() > 1}) == 1  # one buffer for all
 
 
