@@ -5,7 +5,7 @@ import shutil
 from dataclasses import replace
 
 from common import decode, preflight
-from common.config import Base, Lora, load
+from common.config import Base, Config, Lora, load
 from common.errors import UserError
 from common.model import (
     add_lora,
