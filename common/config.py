@@ -245,9 +245,10 @@ class Config:
         return f"{self.system} (random weights)" if self.base.random_weights else self.system
 
     def hash(self) -> str:
-        """8 hex digits of the whole configuration but `runs` and `tracker`."""
+        """8 hex digits of what decides a result: not `runs`, not `tracker`, and of `api` only whom it asks."""
         decides = self.to_dict()
         del decides["runs"], decides["tracker"]
+        decides["api"] = self.api and self.api.url  # a run that met a limit goes on with a higher one
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
 
 

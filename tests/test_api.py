@@ -387,6 +387,15 @@ def test_a_hosted_model_is_scored_goes_on_is_not_paid_twice_and_is_replayed(host
     assert KEY not in written
 
 
+def test_a_run_that_met_a_limit_goes_on_with_a_higher_one(hosted, capsys):
+    host, _, arguments = hosted
+    with pytest.raises(UserError, match="max_requests=5 is reached"):
+        eval_loop.main([*arguments, "api.max_requests=5"])
+    eval_loop.main([*arguments, "api.max_requests=50"])
+    assert last_json(capsys)["requests_before"] == 5
+    assert len(host.answered) == 12
+
+
 def test_a_hosted_models_prompts_are_the_bytes_that_others_read(hosted, capsys, dev_file, tiny_base):
     host, _, arguments = hosted
     eval_loop.main(arguments)
