@@ -118,7 +118,7 @@ test-page: $(READY) ## the report in a headless Chromium; fails without one
 	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements-page.lock
 	$(PY) -m pytest -m browser
 
-test-planted: $(READY) $(SMOLLM2) ## regressions planted in the code are caught, 20 unchanged runs raise no alarm (an hour on 2 cores)
+test-planted: $(READY) $(SMOLLM2) ## regressions planted in the code are caught, 20 unchanged runs raise no alarm; for a machine left alone
 	$(PY) -m pytest -m planted -s
 
 test-slurm: $(READY) ## a sweep on a real SLURM, started here; as root, on Debian

@@ -38,7 +38,7 @@ def test_a_merged_model_answers_as_its_adapter_does(tiny_config, trained, tmp_pa
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["em"] == result["em_after"]
     card = (tmp_path / "merged" / "README.md").read_text()
     assert f"| merged, the same questions | {result['em_after']:.2f} | | 12 |" in card
-    assert "all of dev" in card
+    assert "| the adapter on its nf4 base, all questions | " in card
     assert "CC BY-SA 4.0" in card
     with pytest.raises(UserError, match="is there already"):
         export.main([str(tiny_config), str(tmp_path / "merged")])

@@ -4,6 +4,7 @@ their own, grouped heads, biases, norms, windows, tied embeddings."""
 from common import decode
 from common.config import Base, Eval
 from common.decode import predict, stop_ids
+from common.errors import UserError
 from common.model import load_base, load_tokenizer
 from tests.test_decode import CPU, LIMIT, demo_trees, generated
 
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
@@ -34,7 +36,11 @@ FAMILIES = {  # configuration, whether the tokenizer adds BOS, the engine
     "qwen3": (Qwen3Config(**SIZES, num_key_value_heads=2), False, "plain"),
     "mistral": (MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4096), True, "plain"),
     "gemma": (GemmaConfig(**SIZES, num_key_value_heads=1), True, "plain"),
-    "gemma-2": (Gemma2Config(**SIZES, num_key_value_heads=2, sliding_window=4096), True, "plain"),
+    "gemma-3": (
+        Gemma3TextConfig(**SIZES, num_key_value_heads=2, sliding_window=4096, tie_word_embeddings=False),
+        True,
+        "plain",
+    ),
 }
 
 
@@ -74,3 +80,10 @@ def test_four_bits_of_every_family_answer(family):
     answers = predict(model, tokenizer, demo_trees(tokenizer, 1), stop_ids(tokenizer), LIMIT, progress=None)
     assert len(answers) == 5
     assert all(answer.token_ids for answer in answers.values()), name
+
+
+def test_what_cannot_attend_over_trees_is_refused(tiny_base, tmp_path):
+    config = Gemma2Config(**SIZES, num_key_value_heads=2, vocab_size=500, pad_token_id=2)  # it caps its scores
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="Gemma2ForCausalLM does not support"):
+        load_base(Base(str(tmp_path), quant="none", dtype="fp32"), CPU)
