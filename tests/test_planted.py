@@ -19,31 +19,32 @@ import pytest
 pytestmark = pytest.mark.planted
 GPU = shutil.which("nvidia-smi")
 REPEATS = int(os.environ.get("REPEATS", "20"))
-PLANTED = {  # file, line, what it becomes, which check is to raise the alarm
+ANSWERS = {"em", "f1"}
+PLANTED = {  # file, line, what it becomes, which checks may raise the alarm
     "LoRA's alpha is not the adapter's": (
         "common/model.py",
         "    peft_model = get_peft_model(model, config)\n    load_weights(",
         "    config.lora_alpha = 1\n    peft_model = get_peft_model(model, config)\n    load_weights(",
-        "em",
+        ANSWERS,
     ),
     "contexts are cut": (
         "common/prompt.py",
         "_fit(contexts, _CONTEXT, window.context,",
         "_fit(contexts, _CONTEXT, 90,",
-        "em",
+        ANSWERS,
     ),
     "another byte in the prompt": (
         "common/prompt.py",
         '_CONTEXT = "Context: {}"',
         '_CONTEXT = "Context:  {}"',
-        "comparable",
+        {"comparable"},
     ),
     "20 % slower": (
         "bench_latency.py",
         "                total = meter.now(device) - began\n",
         "                __import__('time').sleep(0.2 * (meter.now(device) - began))\n"
         "                total = meter.now(device) - began\n",
-        "p95",
+        {"p95"},
     ),
 }  # fmt: skip
 
@@ -107,12 +108,12 @@ def test_unchanged_code_raises_no_alarm(again, kind, checks):
 
 @pytest.mark.parametrize("what", PLANTED)
 def test_a_planted_regression_is_caught(again, what, tmp_path):
-    name, line, planted, alarm = PLANTED[what]
+    name, line, planted, alarms = PLANTED[what]
     folder = copy(tmp_path / "repo")
     text = (folder / name).read_text()
     assert text.count(line) == 1
     (folder / name).write_text(text.replace(line, planted))
-    verdict = again("bench" if alarm == "p95" else "eval", folder)
+    verdict = again("bench" if alarms == {"p95"} else "eval", folder)
     print(what, said(verdict), flush=True)
     assert not verdict["passed"]
-    assert alarm in {c["what"] for c in verdict["checks"] if not c["fine"]}
+    assert alarms & {c["what"] for c in verdict["checks"] if not c["fine"]}
