@@ -97,11 +97,16 @@ def main(argv: list[str]) -> None:
     print(json.dumps(result))
 
 
+def drawn(config: Config, dev: squad.Dataset) -> list[squad.Example]:
+    """What is asked: spread over the articles, shuffled, the same for every system."""
+    queries = squad.stratified(dev.examples, config.bench.queries)
+    return random.Random(0).sample(queries, len(queries))
+
+
 def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path) -> None:
     """One process: load, warm up, time every query in every mode, write all samples and gauges."""
     device = meter.pick_device()
-    queries = squad.stratified(dev.examples, config.bench.queries)
-    queries = random.Random(0).sample(queries, len(queries))  # shuffled, the same for every system
+    queries = drawn(config, dev)
     tokenizer, cutter = load_tokenizers(config)
     gauges: dict[str, Any] = {}
 
@@ -161,7 +166,7 @@ def measure_api(config: Config, dev: squad.Dataset, file: Path) -> None:
     A try that failed, and the pause after it, are in `waited`, not in the query's time.
     """
     assert config.api
-    queries = random.Random(0).sample(some := squad.stratified(dev.examples, config.bench.queries), len(some))
+    queries = drawn(config, dev)
     _, cutter = load_tokenizers(config)
     client = api.Client(config, file.parent / "transcript.jsonl", anew=True)  # of all processes: limits are the run's
 

@@ -25,14 +25,8 @@ from common.prompt import Tree
 import torch
 from scipy import stats
 
-MOVED = (
-    "data.dev",
-    "adapter",
-    "base.path",
-    "base.tokenizer",
-    "window.tokenizer",
-    "runs",
-)  # what may have another name by now
+# what may have another name by now
+MOVED = ("data.dev", "adapter", "base.path", "base.tokenizer", "window.tokenizer", "runs")
 CHANGED_BY_ROUNDING, CONFIDENCE = 0.1, 0.999
 
 

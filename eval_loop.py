@@ -36,7 +36,7 @@ class Answered:
     device: dict[str, Any]
     made_by: dict[str, Any]
     result: dict[str, Any] = field(default_factory=dict)  # what its record says beside what every record does
-    run: Path | None = None  # where its transcript is
+    run: Path | None = None  # its folder, where there is one already
 
 
 def main(argv: list[str]) -> None:
@@ -156,14 +156,14 @@ def hosted(config: Config, dev: squad.Dataset, run: Path | None, replay: Path | 
         )
     _, cutter = load_tokenizers(config)
     prompts, counts = prompt.texts(dev.examples, cutter, config.window, config.prompt)
-    run = None if replay else run or record.new_run(config, "eval")  # of a replay when all is there
-    client = api.Client(config, (replay or run) / "transcript.jsonl", replay=bool(replay))  # type: ignore[operator]
+    folder = replay or run or record.new_run(config, "eval")
+    client = api.Client(config, folder / "transcript.jsonl", replay=bool(replay))
     before, began = client.requests, time.perf_counter()
     with stopping.listen() as request:
         try:
             replies = api.ask_all(client, dict(prompts), request.check)
         except stopping.Stopped:
-            print(f"stopped; the same command goes on from {run}")
+            print(f"stopped; the same command goes on from {folder}")
             sys.exit(request.code)
         finally:
             client.close()
@@ -180,7 +180,9 @@ def hosted(config: Config, dev: squad.Dataset, run: Path | None, replay: Path | 
     }  # fmt: skip
     made_by = {"engine": "api", **sources(None, cutter, cutter)}
     answers = {id_: decode.Prediction(id_, r.text, [], None, r.hit_limit) for id_, r in replies.items()}
-    return Answered(answers, counts["truncated"], seconds, {"name": config.api.url}, made_by, result, run)
+    return Answered(
+        answers, counts["truncated"], seconds, {"name": config.api.url}, made_by, result, None if replay else folder
+    )
 
 
 def total(counts: Iterable[int | None]) -> int | None:

@@ -1,24 +1,19 @@
-"""The configuration of one system: dataclasses, strict YAML, `key=value` overrides.
+"""The configuration of one system: every key, its unit, its default and its limits. `common.strict` reads it.
 
-Strict: an unknown, repeated or wrongly typed key fails with file, line and the nearest known key. Types come from the
-dataclasses, not from YAML's guesses, so `2e-4` is a float; where YAML would read a bare word as something else (`off`,
-`016`), it is refused rather than guessed.
+Imports no torch.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
-import types
-import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import UserError
-
-import yaml
+from common.strict import nearest, read
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -252,7 +247,7 @@ class Config:
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def filled(config: dict[str, Any]) -> dict[str, Any]:
+def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     """A record's configuration with today's keys: those that it is older than are at their defaults."""
     today = Config(system="any", base=Base(path="any")).to_dict()
     return {
@@ -279,11 +274,11 @@ def find(name: str) -> Path:
     known = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
     if name not in known:
         names = f"{', '.join(known)}, a .yaml file, a folder or a hub id"
-        raise UserError(f'unknown MODEL "{name}"{_nearest(name, known)}; known: {names}')
+        raise UserError(f'unknown MODEL "{name}"{nearest(name, known)}; known: {names}')
     return known[name]
 
 
-def load(name: str, overrides: typing.Iterable[str] = ()) -> Config:
+def load(name: str, overrides: Iterable[str] = ()) -> Config:
     """Read the YAML of system `name`, apply `key=value` overrides, check everything.
 
     A name that is a hub id, or a folder, is that model as it is, in NF4. Raises `UserError` with file and line (or the
@@ -296,166 +291,3 @@ def load(name: str, overrides: typing.Iterable[str] = ()) -> Config:
         words = [f"system={json.dumps(system)}", f"base.path={json.dumps(name)}"]
         return read(Config, None, [*words, *overrides])
     return read(Config, find(name), overrides)
-
-
-def read(cls: type, path: Path | None, overrides: typing.Iterable[str] = ()) -> Any:
-    """A YAML file as a dataclass like those above, as strictly; without a file, what the overrides make."""
-    tree = _read(path) if path else {}
-    for override in overrides:
-        _override(tree, override)
-    return _build(cls, tree, "", str(path or "overrides"), known_keys(cls))
-
-
-# ---- YAML with line numbers: mappings become dicts, everything else a leaf ----------------------------------------
-
-
-@dataclass(frozen=True)
-class _Leaf:
-    node: yaml.Node
-    where: str  # "file:line", or the override
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"{path}:{mark.line + 1 if mark else '?'}: not valid YAML ({_reason(error)})") from error
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path}: expected `key: value` lines")
-    return _mapping(root, "", str(path))
-
-
-def _mapping(node: yaml.MappingNode, prefix: str, source: str) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in node.value:
-        where = f"{source}:{key.start_mark.line + 1}"
-        name = prefix + str(key.value)
-        if key.value in out:
-            raise UserError(f'{where}: key "{name}" stands here twice')
-        out[key.value] = (
-            _mapping(value, name + ".", source) if isinstance(value, yaml.MappingNode) else _Leaf(value, where)
-        )
-    return out
-
-
-def _override(tree: dict[str, Any], text: str) -> None:
-    where = f"override {text}"
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise UserError(f'"{text}": an override looks like train.lr=1e-4')
-    try:
-        node = yaml.compose(value, Loader=yaml.SafeLoader) or yaml.ScalarNode("tag:yaml.org,2002:null", "")
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML ({_reason(error)})") from error
-    *sections, name = key.split(".")
-    for section in sections:
-        inner = tree.get(section)
-        if not isinstance(inner, dict):  # absent, or `lora: null` in the file
-            inner = tree[section] = {}
-        tree = inner
-    tree[name] = _mapping(node, key + ".", where) if isinstance(node, yaml.MappingNode) else _Leaf(node, where)
-
-
-# ---- dicts of leaves into dataclasses ------------------------------------------------------------------------------
-
-
-def _build(cls: type, tree: dict[str, Any], prefix: str, source: str, known: list[str]) -> Any:
-    hints = typing.get_type_hints(cls)
-    sections = [name for name in hints if not prefix]
-    for key, value in tree.items():
-        if key not in hints:
-            where = value.where if isinstance(value, _Leaf) else _first_where(value, source)
-            raise UserError(f'{where}: unknown key "{prefix}{key}"{_nearest(prefix + key, [*known, *sections])}')
-    values = {}
-    for name, hint in hints.items():
-        if name in tree:
-            values[name] = _value(tree[name], hint, prefix + name, source, known)
-        elif all(
-            f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(cls) if f.name == name
-        ):
-            raise UserError(f'{source}: missing key "{prefix}{name}"')
-    try:
-        return cls(**values)
-    except ValueError as error:
-        key = str(error).partition(":")[0]
-        where = tree[key].where if isinstance(tree.get(key), _Leaf) else source
-        raise UserError(f"{where}: {prefix}{error}") from error
-
-
-def _value(value: Any, hint: Any, key: str, source: str, known: list[str]) -> Any:
-    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    optional = type(None) in choices
-    (hint,) = [choice for choice in choices if choice is not type(None)]
-    if isinstance(value, dict):
-        if not dataclasses.is_dataclass(hint):
-            raise UserError(f'{_first_where(value, source)}: "{key}" takes a value, not a section')
-        return _build(typing.cast(type, hint), value, key + ".", source, known)
-    if optional and _tag(value.node) == "null":
-        return None
-    if dataclasses.is_dataclass(hint):
-        raise UserError(
-            f'{value.where}: "{key}" is a section; set one of its keys, such as {key}.'
-            f"{dataclasses.fields(hint)[0].name}"
-        )
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value.node, yaml.SequenceNode):
-            raise UserError(f'{value.where}: "{key}" takes a list, such as [a, b]')
-        return tuple(_scalar(_Leaf(item, value.where), typing.get_args(hint)[0], key) for item in value.node.value)
-    return _scalar(value, hint, key)
-
-
-def _scalar(leaf: _Leaf, hint: Any, key: str) -> Any:
-    if not isinstance(leaf.node, yaml.ScalarNode):
-        raise UserError(f'{leaf.where}: "{key}" takes one value, not a list')
-    text, tag = leaf.node.value, _tag(leaf.node)
-    if typing.get_origin(hint) is Literal:
-        words = typing.get_args(hint)
-        if text not in words or (tag != "str" and leaf.node.style is None and text != "none"):
-            raise UserError(f'{leaf.where}: "{key}" is one of {", ".join(words)}, not "{text}"{_nearest(text, words)}')
-        return text
-    if hint is str:
-        if tag != "str":
-            raise UserError(
-                f'{leaf.where}: "{key}" takes a word, and YAML reads {text or "nothing"} as {tag}; quote it'
-            )
-        return text
-    if leaf.node.style is None:  # a plain scalar: numbers and truth values are never quoted
-        if hint is bool and text in ("true", "false"):
-            return text == "true"
-        if hint is int and re.fullmatch(r"[+-]?(0|[1-9][0-9]*)", text):
-            return int(text)
-        if hint is float and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
-            return float(text)
-    want = {bool: "true or false", int: "a whole number", float: "a number"}[hint]
-    raise UserError(f'{leaf.where}: "{key}" takes {want}, not "{text}"')
-
-
-def _tag(node: yaml.Node) -> str:
-    return node.tag.rpartition(":")[2]
-
-
-def _first_where(tree: dict[str, Any], source: str) -> str:
-    for value in tree.values():
-        return value.where if isinstance(value, _Leaf) else _first_where(value, source)
-    return source
-
-
-def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
-    """Every dotted key that a YAML file or an override may set."""
-    keys = []
-    for name, hint in typing.get_type_hints(cls).items():
-        inner = [h for h in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(h)]
-        keys += known_keys(typing.cast(type, inner[0]), f"{prefix}{name}.") if inner else [prefix + name]
-    return keys
-
-
-def _reason(error: yaml.YAMLError) -> str:
-    return getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__
-
-
-def _nearest(word: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), 1, cutoff=0.5)
-    return f' — did you mean "{close[0]}"?' if close else ""

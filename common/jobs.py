@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from common import prompt, record
-from common.config import CONFIGS, Config, load, read
+from common.config import CONFIGS, Config, load
 from common.errors import UserError
 from common.gate import Rules
+from common.strict import read
 
 Kind = Literal["train", "eval", "bench"]
 TRAINED = ("train.", "lora.", "early_stop.")  # keys that change nothing about a system without an adapter

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from common import prompt, score
-from common.config import Config, filled
+from common.config import Config, with_defaults
 from common.errors import UserError
 from common.squad import Dataset
 
@@ -152,7 +152,7 @@ def read_one(path: Path) -> dict[str, Any]:
         must = found["must_match"]
         if must["window"].get("tokenizer") is None:  # an older one, whose own tokenizer cut the text
             must["window"] = cut_by(must["window"], found["may_differ"].get("tokenizer"))
-        return {**found, "config": filled(found["config"]), "folder": str(path.parent)}
+        return {**found, "config": with_defaults(found["config"]), "folder": str(path.parent)}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a readable record ({error}); move the folder away") from error
 

@@ -4,8 +4,9 @@ import ast
 import dataclasses
 import typing
 
-from common.config import CONFIGS, Base, Config, known_keys, load
+from common.config import CONFIGS, Base, Config, load
 from common.errors import UserError
+from common.strict import known_keys
 from tests.conftest import ROOT
 
 import pytest
@@ -127,7 +128,7 @@ def scalars(cls: type = Config, prefix: str = "") -> list[tuple[str, object]]:
     """Every key with a value that differs from its default."""
     other = {int: 300, float: 0.4321, bool: None, str: "another"}
     out: list[tuple[str, object]] = []
-    for key in known_keys():
+    for key in known_keys(Config):
         hint: object = Config
         default: object = Config("x", Base("some/model"))
         for part in key.split("."):
@@ -172,5 +173,5 @@ def test_every_key_is_read_by_some_code():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and not (path.name == "config.py" and node.attr != "revision"):
                 read.add(node.attr)
-    unread = [key for key in known_keys() if key.rpartition(".")[2] not in read]
+    unread = [key for key in known_keys(Config) if key.rpartition(".")[2] not in read]
     assert not unread

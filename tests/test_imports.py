@@ -7,8 +7,8 @@ import sys
 from tests.conftest import ROOT
 
 TORCH_FREE = (
-    "config", "errors", "squad", "prompt", "cache", "plan", "score", "mistakes", "stats", "verdict", "plots", "api",
-    "record", "jobs", "ledger", "gate", "nvml",
+    "config", "strict", "errors", "squad", "prompt", "cache", "plan", "score", "mistakes", "stats", "verdict",
+    "plots", "api", "record", "jobs", "ledger", "gate", "nvml",
 )  # fmt: skip
 SCRIPTS = ("train_loop", "eval_loop", "bench_latency", "ask", "report", "sweep", "certify", "revalidate", "export")
 
