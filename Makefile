@@ -11,8 +11,7 @@ SMOLLM2 := .cache/smollm2-135m-instruct/SHA256SUMS
 NEEDS   = $(READY) $(if $(findstring smollm2,$(MODEL)),$(SMOLLM2))
 SET     = runs=$(RUNS) $(if $(SEED),seed=$(SEED)) $(if $(ADAPTER),adapter=$(ADAPTER)) $(ARGS)
 # PROCESSES=n shares training and evaluation out: a process a GPU, or on CPUs. `exec`, so that a signal to make arrives.
-LAUNCH  = $(VENV)/bin/accelerate launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no
-START   = $(if $(filter-out 1,$(PROCESSES)),$(LAUNCH) --num_processes $(PROCESSES),$(PY))
+START   = $(PY) $(if $(filter-out 1,$(PROCESSES)),-m common.launch $(PROCESSES))
 # of bench-train and bench-decode, which choose a model themselves where none is named
 OWN_MODEL = $(if $(filter-out file,$(origin MODEL)),$(MODEL))
 GPU     = $(shell command -v nvidia-smi)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import api, cache, checkpoint, decode, meter, plan, preflight, prompt, ranks, record, squad, stopping
+from common import api, cache, checkpoint, decode, meter, preflight, prompt, ranks, record, squad, stopping
 from common.config import Config, load
 from common.errors import UserError, one_line_errors
 from common.model import load_system, load_tokenizers, sources
@@ -121,15 +121,15 @@ def local(config: Config, dev: squad.Dataset) -> Answered | None:
     device = meter.pick_device()
     tokenizer, cutter = load_tokenizers(config)
     model = load_system(config, adapter, device)
-    built = cache.build_trees(
-        dev.examples, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
-    )
+    with process.local_main_process_first():  # the others then find the trees in the cache
+        built = cache.build_trees(
+            dev.examples, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
+        )
     stops = decode.stop_ids(tokenizer)
     meter.reset_peaks(device)
     began = meter.now(device)
-    mine = plan.share(built.trees, process.num_processes)[process.process_index]
     own = decode.predict(
-        model, tokenizer, mine, stops, config.window.answer, config.eval,
+        model, tokenizer, built.trees, stops, config.window.answer, config.eval,
         "decode" if process.is_main_process else None,
     )  # fmt: skip
     answers = decode.merge(gather_object(list(own.values())))

@@ -123,12 +123,13 @@ def main(argv: list[str]) -> None:
         train_examples, stop_examples = squad.hold_out(train_examples, stop.heldout_share)
     stop_examples = squad.stratified(stop_examples, stop.questions or len(stop_examples))
     tokenizer, cutter = load_tokenizers(config)
-    built = cache.build_trees(
-        train_examples, tokenizer, config.window, train=True, options=config.prompt, window_tokenizer=cutter
-    )
-    stop_trees = cache.build_trees(
-        stop_examples, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
-    ).trees
+    with process.local_main_process_first():  # the others then find the trees in the cache
+        built = cache.build_trees(
+            train_examples, tokenizer, config.window, train=True, options=config.prompt, window_tokenizer=cutter
+        )
+        stop_trees = cache.build_trees(
+            stop_examples, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
+        ).trees
     trees = plan.bounded(built.trees, train.questions_per_step)
     if not trees:
         raise UserError(f"{train_set.source}: no question is left to train on ({built.counts})")
@@ -267,11 +268,10 @@ def main(argv: list[str]) -> None:
     def evaluate(request: stopping.Request) -> dict[str, Any] | None:
         """Score the weights as they are, and keep them if they are the best; None where someone asked to stop."""
         evaluation_began, step = meter.now(device), state["step"]
-        mine = plan.share(stop_trees, n_ranks)[rank]
         try:
             answers = decode.predict(
-                model, tokenizer, mine, stops, config.window.answer, evaluating, "evaluate" if first else None,
-                request.check,
+                model, tokenizer, stop_trees, stops, config.window.answer, evaluating, "evaluate" if first else None,
+                request.check, round_=f"evaluation at {step}",
             )  # fmt: skip
         except stopping.Stopped:
             answers = None
@@ -300,6 +300,7 @@ def main(argv: list[str]) -> None:
     model.train()
     bar = tqdm(total=total, initial=state["step"], desc="train", unit="step", disable=not first)
     began, seconds_before, asked = meter.now(device), state["seconds"], False
+    evaluated_before, busy = state["evaluation_seconds"], 0.0
     start_seconds = began - started  # until the first step of this process begins
     upcoming: tuple[list[Tree], list[packing.Pack]] | None = None
     saved = time.monotonic()
@@ -331,10 +332,14 @@ def main(argv: list[str]) -> None:
             total_loss = torch.zeros((), device=device)
             tokens = float(sum(pack.n_tokens for pack in packs))
             with meter.out_of_memory(f"{knob}. What {run} holds is whole"):
+                work_began = meter.mark(device)
                 for pack in packs:
                     total_loss += compute(pack, weight)
+                work_ended = meter.mark(device)
+                sums = ranks.sum_gradients(weights, total_loss, tokens, request.code > 0)
                 upcoming = prepare(step + 1) if step + 1 < total else None  # while a GPU computes
-                loss, tokens, signals = ranks.sum_gradients(weights, total_loss.item(), tokens, request.code > 0)
+                loss, tokens, signals = sums.tolist()
+            busy += meter.between(work_began, work_ended)
             grad_norm = float(accelerator.clip_grad_norm_(weights, train.max_grad_norm))
             # fp16's scaler skips steps of its own accord when a gradient overflows
             if not math.isfinite(loss) or (accelerator.scaler is None and not math.isfinite(grad_norm)):
@@ -365,6 +370,7 @@ def main(argv: list[str]) -> None:
         if asked:
             save_last()
             accelerator.wait_for_everyone()  # a launcher ends the others as soon as one is gone
+    works = 0.0 if asked else sum(gather_object([busy])) / n_ranks  # else a rank waits, sums, updates, saves
     accelerator.end_training()
     if asked:
         print(f"stopped after step {state['step']}; the same command goes on from {run}")
@@ -373,6 +379,7 @@ def main(argv: list[str]) -> None:
     # ---- record ----------------------------------------------------------------------------------------------------
     seconds = seconds_before + meter.now(device) - began
     questions = sum(row.get("questions", 0) for row in record.read_metrics(run))
+    training_seconds = seconds - seconds_before - (state["evaluation_seconds"] - evaluated_before)  # of this process
     result = {
         "run": str(run), "identity": identity, "em": state["best_em"], "f1": state["best_f1"],
         "random_weights": untrue, "selected_on": stop.split, "n": len(stop_examples), "best_step": state["best_step"],
@@ -381,6 +388,7 @@ def main(argv: list[str]) -> None:
         "questions_per_s": round(questions / (seconds - state["evaluation_seconds"]), 2), "window_counts": built.counts,
         "start_seconds": round(start_seconds, 1), "pack_tokens": pack_tokens, "kept_layers": keep_layers,
         "recomputed": recomputed, "counted_bytes": counted,
+        "idle_share": round(1 - works / training_seconds, 4) if works else None,
         "trained_weights": trained, "frozen_weights": frozen, "peak": meter.peaks(device, state["peak"]),
     }  # fmt: skip
     if first:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from common import fused, memory, meter, plan, stream
+from common import fused, memory, meter, plan, ranks, stream
 from common.config import Eval
 from common.errors import UserError
 from common.packing import Pack, logits, pack, pack_logits
@@ -73,8 +73,11 @@ def predict(
     progress: str | None = "decode",
     check: Callable[[], None] = lambda: None,
     scripts: Mapping[str, Ids] | None = None,
+    round_: str = "evaluation",
 ) -> dict[str, Prediction]:
-    """Answer every question of `trees`. The model is put into eval mode and back.
+    """Answer the questions of `trees`, or this rank's part of them. The model is put into eval mode and back.
+
+    Several ranks take trees from the same sequence as they go; `round_` names this time (`ranks.take`).
 
     A question read in several windows (`overflow: chunk`) keeps its most probable answer (`merge`). `check` is called
     between passes; what it raises ends the work. `scripts`: by question, the tokens to draw whatever the model says,
@@ -85,12 +88,12 @@ def predict(
     )
     training = model.training
     model.eval()
-    n = sum(len(tree.branches) for tree in trees)
+    share = sum(len(tree.branches) for tree in trees) // ranks.count()
     engine = {"plain": _by_packs, "stream": _by_stream}[engine_of(model, options)]
     answers: list[Prediction] = []
     try:
-        with tqdm(total=n, desc=progress, unit="question", disable=progress is None) as bar:
-            for answer in engine(model, tokenizer, trees, stops, max_new_tokens, options, check, scripts or {}):
+        with tqdm(total=share, desc=progress, unit="question", disable=progress is None) as bar:
+            for answer in engine(model, tokenizer, trees, stops, max_new_tokens, options, check, scripts or {}, round_):
                 answers.append(answer)
                 bar.update()
     finally:
@@ -114,13 +117,14 @@ def engine_of(model: Any, options: Eval) -> Literal["plain", "stream"]:
 
 def _by_stream(
     model: Any, tokenizer: Any, trees: Sequence[Tree], stops: Sequence[int], limit: int, options: Eval,
-    check: Callable[[], None], scripts: Mapping[str, Ids],
+    check: Callable[[], None], scripts: Mapping[str, Ids], round_: str,
 ) -> Iterator[Prediction]:  # fmt: skip
     device, ended = next(model.parameters()).device, set(stops)
     room = memory.decoding(options, memory.Shapes.of(model, fused.adapter_size(model)), device)
     with meter.out_of_memory(f"lower eval.memory_budget_gib (now {options.memory_budget_gib:g})"):
         reader = Reader(model, room.arena_tokens)
-        for a in stream.answers(reader, trees, stops, limit, room.pass_tokens, scripts, check):
+        mine = ranks.take(sorted(trees, key=len, reverse=True), round_)
+        for a in stream.answers(reader, mine, stops, limit, room.pass_tokens, scripts, check):
             hit_limit = a.token_ids[-1] not in ended
             text = to_text(tokenizer, a.token_ids)
             yield Prediction(a.branch.id, text, a.token_ids, a.logprob, hit_limit, a.ties)
@@ -128,7 +132,7 @@ def _by_stream(
 
 def _by_packs(
     model: Any, tokenizer: Any, trees: Sequence[Tree], stops: Sequence[int], limit: int, options: Eval,
-    check: Callable[[], None], scripts: Mapping[str, Ids],
+    check: Callable[[], None], scripts: Mapping[str, Ids], round_: str,
 ) -> Iterator[Prediction]:  # fmt: skip
     if scripts:
         raise ValueError("the plain engine follows no scripts")
@@ -136,7 +140,7 @@ def _by_packs(
     pack_tokens = options.pass_tokens or (CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS)
     ends = torch.tensor(stops, device=device)
     with meter.out_of_memory(f"lower eval.pass_tokens (now {pack_tokens})"):
-        for members in plan.fill(trees, pack_tokens):
+        for members in ranks.take(plan.fill(trees, pack_tokens), round_):
             check()
             yield from _answers(model, tokenizer, pack(members).to(device), ends, limit)
 

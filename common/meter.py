@@ -56,6 +56,20 @@ def peaks(device: torch.device, before: dict[str, int | None] | None = None) -> 
     return {name: max(value, (before or {}).get(name) or 0) if value else None for name, value in found.items()}
 
 
+def mark(device: torch.device) -> Any:
+    """A point in what the device computes, which the host does not wait for: see `between`."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(began: Any, ended: Any) -> float:
+    """Seconds from one mark to another, both of which the device has passed."""
+    return float(ended - began) if isinstance(began, float) else began.elapsed_time(ended) / 1000
+
+
 @contextmanager
 def out_of_memory(advice: str) -> Iterator[None]:
     """Running out of memory in the body becomes a `UserError` that ends with `advice`: which knob to turn."""

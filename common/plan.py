@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from common.prompt import Tree
 
+EVEN = 0.002  # of the mean: what nobody would notice
+
 
 def bounded(trees: Sequence[Tree], max_questions: int) -> list[Tree]:
     """Split trees of more questions than one step has; the rest stays as it is."""
@@ -36,13 +38,33 @@ def epoch(trees: Sequence[Tree], seed: int, epoch: int, questions_per_step: int)
 
 
 def share(trees: Sequence[Tree], ranks: int) -> list[list[Tree]]:
-    """Divide `trees` so that no rank has many more tokens than another: the largest first, each to who has least."""
+    """Divide `trees` so that no rank has many more tokens than another.
+
+    The largest first, each to who has least; then whoever has most gives a tree, or changes one for a smaller one, as
+    long as that makes the most less and it is not within `EVEN` of the mean.
+    """
     shares: list[list[Tree]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
     for tree in sorted(trees, key=len, reverse=True):
         least = tokens.index(min(tokens))
         shares[least].append(tree)
         tokens[least] += len(tree)
+    while ranks > 1 and max(tokens) > (1 + EVEN) * sum(tokens) / ranks:
+        giver = tokens.index(max(tokens))
+        most, taker, given, taken = min(
+            (max(tokens[giver] - len(a) + len(b or ()), tokens[i] + len(a) - len(b or ())), i, j, k)
+            for i in range(ranks)
+            for j, a in enumerate(shares[giver])
+            for k, b in [(-1, None), *enumerate(shares[i])]
+            if i != giver
+        )
+        if most >= tokens[giver]:
+            break
+        tree = shares[giver].pop(given)
+        shares[giver] += [shares[taker].pop(taken)] if taken >= 0 else []
+        shares[taker].append(tree)
+        for rank in (giver, taker):
+            tokens[rank] = sum(map(len, shares[rank]))
     return shares
 
 

@@ -1,17 +1,21 @@
 """Several processes, one result. A single process is the case of one rank.
 
-Every rank runs the same lines on the same plan and holds the same adapter; what they exchange are sums and answers.
+Every rank runs the same lines on the same plan and holds the same adapter; what they exchange are sums and answers, and
+which of them answers what.
 """
 
 import atexit
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from common.errors import UserError
 
 import torch
 from accelerate import PartialState
+
+Item = TypeVar("Item")
 
 
 def join() -> PartialState:
@@ -31,19 +35,48 @@ def join() -> PartialState:
     return state
 
 
-def sum_gradients(weights: Sequence[torch.nn.Parameter], *numbers: float) -> list[float]:
-    """Sum the gradients of all ranks in place, and `numbers` with them, in one all-reduce; returns the numbers' sums.
+def count() -> int:
+    """How many processes there are."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
-    A rank that had nothing to do adds zeros. The sum, not the mean: each rank's loss is its share of the step's.
+
+def take(items: Sequence[Item], name: str) -> Iterator[Item]:
+    """This rank's items, each taken when it is asked for, in order: a faster rank takes more, each item is of one.
+
+    `name`: the same on all ranks for the same items, and of no other round.
     """
-    if PartialState().num_processes == 1:
-        return list(numbers)
-    parts = [(torch.zeros_like(w) if w.grad is None else w.grad).flatten() for w in weights]
-    flat = torch.cat([*parts, torch.tensor(numbers, device=parts[0].device)])
-    torch.distributed.all_reduce(flat)
-    *sums, totals = flat.split([*map(len, parts), len(numbers)])
-    for weight, part in zip(weights, sums, strict=True):
-        if weight.grad is None:
-            weight.grad = torch.empty_like(weight)
-        weight.grad.copy_(part.view_as(weight))
-    return totals.tolist()
+    if count() == 1:
+        yield from items
+        return
+    store = torch.distributed.distributed_c10d._get_default_store()  # what the ranks found each other by
+    while (taken := store.add(name, 1)) <= len(items):
+        yield items[taken - 1]
+
+
+def sum_gradients(weights: Sequence[torch.nn.Parameter], *numbers: torch.Tensor | float) -> torch.Tensor:
+    """Sum the gradients of all ranks in place; returns the sums of `numbers`, fp32 on the device.
+
+    On a GPU this only queues the sums, behind what computes the gradients: the host waits when it reads the result. A
+    rank that had nothing to do adds zeros. The sum, not the mean: each rank's loss is its share of the step's. Raises
+    `UserError` where another rank has gone.
+    """
+    device = weights[0].device
+    sums = torch.stack([n if isinstance(n, torch.Tensor) else torch.tensor(float(n), device=device) for n in numbers])
+    if count() == 1:
+        return sums
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    # the fused layers' is one tensor already
+    flat = gradients[0] if len(gradients) == 1 else torch.cat([gradient.flatten() for gradient in gradients])
+    try:
+        torch.distributed.all_reduce(flat)
+        torch.distributed.all_reduce(sums)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UserError(f"another rank of this run has gone, for a reason of its own: {error}") from error
+    if len(gradients) > 1:
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+    return sums

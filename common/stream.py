@@ -9,8 +9,7 @@ The host lays the next pass out while the device computes the last one, so it le
 ended; that answer's one token too many is dropped.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from common.errors import UserError
@@ -77,32 +76,35 @@ class Arena:
 
 
 def answers(
-    reader: Reader, trees: Sequence[Tree], stops: Sequence[int], limit: int, pass_tokens: int,
+    reader: Reader, trees: Iterable[Tree], stops: Sequence[int], limit: int, pass_tokens: int,
     scripts: Mapping[str, Ids] | None = None, check: Callable[[], None] = lambda: None,
 ) -> Iterator[Answer]:  # fmt: skip
     """Every question's answer as it ends: at a stop token, or at `limit` tokens.
 
+    A tree is asked for no earlier than there may be room for it, so several readers can share them out as they go.
     A pass has at most `pass_tokens` tokens, or one question's alone. `scripts`: by question, what is drawn in place of
     the most probable tokens. `check` is called between passes; what it raises ends the work.
     """
     if limit < 1:
         raise ValueError("an answer has one token at least")
     most = min(pass_tokens, reader.arena_tokens)
-    parts = [part for tree in trees for part in tree.split(max_tokens=most)]
-    waiting = deque(part for tree in parts for part in _that_fit(tree, reader.arena_tokens, limit))
+    parts = (part for tree in trees for part in tree.split(max_tokens=most))
+    fitting = (part for tree in parts for part in _that_fit(tree, reader.arena_tokens, limit))
+    upcoming = next(fitting, None)
     arena, ended = Arena(reader.arena_tokens), set(stops)
     reading: list[Reading] = []
     before: tuple[Drawn, Drawn, list[Answer], torch.cuda.Event | None] | None = None
-    while waiting or reading:
+    while upcoming or reading:
         check()
         growing = sum(_grows(a, limit) for r in reading for a in r.answers)
         new: list[Reading] = []
-        while waiting and (growing + len(waiting[0]) <= pass_tokens or not growing):
-            admitted = _admit(waiting[0], arena, limit, scripts or {})
+        while upcoming and (growing + len(upcoming) <= pass_tokens or not growing):
+            admitted = _admit(upcoming, arena, limit, scripts or {})
             if admitted is None:
                 break
             new.append(admitted)
-            growing += len(waiting.popleft())
+            growing += len(upcoming)
+            upcoming = next(fitting, None)
         asked, laid_out = _lay_out(reader.device, new, reading, limit)
         now = None
         if laid_out is not None:

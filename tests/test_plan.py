@@ -56,7 +56,19 @@ def test_ranks_share_every_tree_once_and_no_one_has_a_whole_tree_more_than_anoth
     assert Counter(ids(shares)) == Counter(ids([trees]))
     tokens = [sum(map(len, members)) for members in shares]
     assert max(tokens) - min(tokens) <= max(map(len, trees))
+    most = max(tokens)
+    giver = tokens.index(most)
+    for i, others in enumerate(shares):
+        for a in shares[giver] if i != giver and most > (1 + plan.EVEN) * sum(tokens) / ranks else ():
+            changed = [(most - len(a) + len(b), tokens[i] + len(a) - len(b)) for b in [(), *others]]
+            assert min(map(max, changed)) >= most, "a tree given or changed for another would have made the most less"
     assert plan.share(trees, 1) == [sorted(trees, key=len, reverse=True)]
+
+
+def test_ranks_get_the_same_where_that_is_possible():
+    trees = [tree(i, 1, prefix) for i, prefix in enumerate((26, 26, 16, 16, 16))]  # and 4 tokens each
+    assert sorted(sum(map(len, members)) for members in plan.share(trees, 2)) == [60, 60]
+    assert plan.fill([], 100) == []
 
 
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(1, 10))

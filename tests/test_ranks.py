@@ -2,33 +2,43 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import eval_loop
 import train_loop
 from common import checkpoint, ranks
 from common.errors import UserError
 from tests.conftest import ROOT
-from tests.test_train_loop import last_json, metrics
+from tests.test_train_loop import interrupt_at_evaluation, last_json, metrics
 
 import pytest
 import torch
 
-LAUNCH = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
+OURS = ("common.launch", "2")
 
 
-def launch(*command: str, several: str = "--multi_gpu") -> subprocess.CompletedProcess:
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    port = ("--main_process_port", "0")
-    return subprocess.run(
-        [sys.executable, *LAUNCH, "--dynamo_backend", "no", several, *port, *command],
+def start(launcher: tuple[str, ...], *command: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, *command],
         cwd=ROOT,
-        env=env,
-        capture_output=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
     )
+
+
+def launch(launcher: tuple[str, ...], *command: str) -> list[str]:
+    """What it printed."""
+    process = start(launcher, *command)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out.splitlines()
 
 
 @pytest.fixture
@@ -36,15 +46,20 @@ def arguments(tiny_config) -> list[str]:
     return [str(tiny_config), "early_stop.patience=2", "train.epochs=4", "train.pack_tokens=100"]
 
 
-def test_two_processes_take_the_steps_of_one_and_stop_together(arguments, tmp_path, capsys):
+def test_two_processes_go_on_with_the_run_of_one_take_its_steps_and_stop_together(
+    arguments, tmp_path, monkeypatch, capsys
+):
     train_loop.main([*arguments, f"runs={tmp_path / 'one'}"])
     alone = last_json(capsys)
-    done = launch("train_loop.py", *arguments, f"runs={tmp_path / 'two'}")
-    assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]  # only the first rank speaks
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at_evaluation(patch, 2)
+        train_loop.main([*arguments, f"runs={tmp_path / 'two'}"])
+    said = launch(ACCELERATE, "train_loop.py", *arguments, f"runs={tmp_path / 'two'}")
+    (line,) = [line for line in said if line.startswith("{")]  # only the first rank speaks
     shared = json.loads(line)
     assert (alone["processes"], shared["processes"]) == (1, 2)
     assert shared["stopped_early"]
+    assert 0 < shared["idle_share"] < 1
     same = ("em", "f1", "n", "steps", "best_step", "stopped_early", "questions")
     assert {key: shared[key] for key in same} == {key: alone[key] for key in same}
     (one,), (two,) = ((tmp_path / name).iterdir() for name in ("one", "two"))
@@ -62,24 +77,54 @@ def test_two_processes_take_the_steps_of_one_and_stop_together(arguments, tmp_pa
 
 def test_two_processes_answer_every_question_as_one_does(tiny_config, tmp_path, capsys):
     eval_loop.main([str(tiny_config), "lora=null", f"runs={tmp_path / 'one'}"])
-    done = launch("eval_loop.py", str(tiny_config), "lora=null", f"runs={tmp_path / 'two'}")
-    assert done.returncode == 0, done.stderr
+    said = launch(OURS, "eval_loop.py", str(tiny_config), "lora=null", f"runs={tmp_path / 'two'}")
     one, two = (json.loads((next((tmp_path / n).iterdir()) / "predictions.json").read_text()) for n in ("one", "two"))
     assert one == two
-    assert json.loads(done.stdout.splitlines()[-1])["processes"] == 2
+    assert json.loads(said[-1])["processes"] == 2
 
 
-def test_a_launcher_that_starts_one_process_in_place_of_two_is_noticed(tiny_config):
-    done = launch("eval_loop.py", str(tiny_config), "lora=null", several="--cpu")
-    assert "error: accelerate launch started one process, not several; add --multi_gpu" in done.stderr
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, 137), (signal.SIGTERM, 143)])
+def test_all_end_when_one_is_killed_and_all_save_when_the_launcher_is_told_to_end(arguments, tmp_path, number, code):
+    launcher = start(OURS, "train_loop.py", *arguments, "train.epochs=5000", "train.eval_every=5000")
+    while not (lines := list(tmp_path.glob("runs/*/metrics.jsonl"))) or not lines[0].stat().st_size:
+        assert launcher.poll() is None, launcher.communicate()[1]
+        time.sleep(0.1)
+    ranks_ids = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+    assert len(ranks_ids) == 2
+    os.kill(int(ranks_ids[-1]) if number == signal.SIGKILL else launcher.pid, number)
+    _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == code
+    if number == signal.SIGKILL:
+        assert "rank 1 of 2 ended by SIGKILL, and the others with it" in err
+    else:
+        checkpoint.verify(lines[0].parent / "last")
+
+
+def test_a_launcher_that_starts_one_process_in_place_of_two_is_noticed(monkeypatch):
+    for name in ("ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"):  # as `accelerate launch --num_processes 2 --cpu` does
+        monkeypatch.setenv(name, "set")
+    with pytest.raises(UserError, match="started one process, not several; add --multi_gpu"):
+        ranks.join()
 
 
 def test_one_process_keeps_its_gradients_and_numbers():
     ranks.join()
     weight = torch.nn.Parameter(torch.ones(3))
     weight.sum().backward()
-    assert ranks.sum_gradients([weight], 1.5, 2) == [1.5, 2]
+    assert ranks.sum_gradients([weight], torch.tensor(1.5), 2).tolist() == [1.5, 2]
     assert weight.grad.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("turns", ["abab", "aaaab", "abbbbbb", "b"])
+def test_whoever_asks_takes_the_next_item_and_each_item_is_of_one(monkeypatch, turns):
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    both = {name: ranks.take("vwxyz", "a round") for name in "ab"}
+    taken = [item for name in turns for item in [next(both[name], None)] if item]
+    rest = [*both["b"], *both["a"]]
+    assert "".join(taken + rest) == "vwxyz"
+    assert "".join(ranks.take("vwxyz", "another")) == "vwxyz"
 
 
 def test_single_queries_are_not_timed_by_several_processes(tiny_config, monkeypatch):

@@ -6,12 +6,14 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import sweep
 from common import record
 from common.errors import UserError
+from tests.conftest import ROOT
 
 import pytest
 
@@ -155,6 +157,17 @@ def test_a_cancelled_task_is_gone_on_with(cluster, tiny_config, tmp_path, capsys
     until(lambda: ended(second["array"]), "the rest", 180)
     assert [r["kind"] for r in record.read_all(tmp_path / "runs")] == ["train", "eval"]
     assert "going on after step" in "".join(p.read_text() for p in (tmp_path / "runs" / "logs").glob("*train.log"))
+
+
+def test_hosts_train_together(cluster, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.setenv("PORT", str(free_port()))
+    two = ("--nodes=1", "--ntasks-per-node=2", f"--output={tmp_path / 'out'}")  # two launchers, as two hosts have
+    script = str(ROOT / "docs" / "several-hosts.sbatch")
+    array = said("sbatch", "--parsable", *two, f"--chdir={ROOT}", script, "train_loop.py", str(tiny_config)).strip()
+    until(lambda: ended(array), "the training", 180)
+    (trained,) = record.read_all(tmp_path / "runs")
+    assert trained["result"]["processes"] == 2, (tmp_path / "out").read_text()
 
 
 def test_what_slurm_does_not_take_is_one_line(cluster, file, capsys):
