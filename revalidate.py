@@ -4,9 +4,11 @@
     python revalidate.py --accept "why" [--run FOLDER]
 
 SWEEP names a file in configs/sweeps/ (revalidate), or is one; its section `gate` has the rules. Each time gets a folder
-of its own, RUNS/revalidate/NUMBER; one that was cut off is gone on with. The verdict is in its verdict.json, and where
-it is no pass it goes to COMMAND's stdin. Exit codes: 0 as good as accepted, 1 a regression, 2 set-up, 75 another one is
-running. `--accept` makes the last one (or FOLDER) what later ones are compared with; accepted.json keeps the history.
+of its own, RUNS/revalidate/NUMBER; one that was cut off is gone on with. Where p95 raises an alarm it is measured once
+more, for something else may have run on the machine, and the alarm stands if that raises one too. The verdict is in the
+folder's verdict.json, and where it is no pass it goes to COMMAND's stdin. Exit codes: 0 as good as accepted, 1 a
+regression, 2 set-up, 75 another one is running. `--accept` makes the last one (or FOLDER) what later ones are compared
+with; accepted.json keeps the history.
 """
 
 import argparse
@@ -22,6 +24,8 @@ from typing import Any
 
 from common import gate, jobs, record, stopping
 from common.errors import UserError, one_line_errors
+
+import yaml
 
 ROOT = Path(__file__).resolve().parent
 SWEEP = ROOT / "sweep.py"
@@ -46,7 +50,7 @@ def main(argv: list[str]) -> None:
     root.mkdir(parents=True, exist_ok=True)
     accepted = root / "accepted.json"
     history: list[dict[str, Any]] = json.loads(accepted.read_text()) if accepted.exists() else []
-    rules = jobs.plan(file, overrides)[1].gate
+    sweep = jobs.plan(file, overrides)[1]
 
     # ---- one at a time ---------------------------------------------------------------------------------------------
     with alone(root):
@@ -60,24 +64,26 @@ def main(argv: list[str]) -> None:
         folder = numbers[-1] if going_on else root / f"{int(numbers[-1].name) + 1 if numbers else 1:04}"
         folder.mkdir(exist_ok=True)
         print(f"{folder}{': going on' if going_on else ''}", flush=True)
-        command = [sys.executable, str(SWEEP), str(file), *overrides, f"runs={folder}"]
-        with stopping.listen() as request:
-            measuring = subprocess.Popen(command, start_new_session=True)  # Ctrl-C is for us, and we pass it on
-            passed_on = False
-            while (code := ended(measuring)) is None:
-                if request.code and not passed_on:
-                    measuring.terminate()
-                    passed_on = True
-        if code:
-            print(f"error: measuring ended with {code}; the same command goes on in {folder}", file=sys.stderr)
-            sys.exit(request.code or 2)
+        measure(file, overrides, folder)
 
         # ---- compare -----------------------------------------------------------------------------------------------
         if not history:
             verdict: dict[str, Any] = {"folder": str(folder), "passed": True, "accepted": None, "checks": []}
             line = f"nothing is accepted yet: look at {folder}, then make accept REASON='…'"
         else:
-            checks = gate.compare(Path(history[-1]["folder"]), folder, rules)
+            before = Path(history[-1]["folder"])
+            checks = gate.compare(before, folder, sweep.gate)
+            if any(check.what == "p95" and not check.fine for check in checks):
+                print("p95 is too long; once more, for something else may have run on this machine", flush=True)
+                again = folder.with_name(f"{folder.name}-again")
+                again.mkdir(exist_ok=True)
+                timing = yaml.safe_load(file.read_text()) | {
+                    "kinds": ["bench"],
+                    "adapters": sweep.adapters or str(folder),
+                }
+                record.write_text(again / "sweep.yaml", json.dumps(timing))  # which is YAML too
+                measure(again / "sweep.yaml", overrides, again)
+                checks = gate.confirmed(checks, gate.compare(before, again, sweep.gate, ("bench",)))
             alarms = [check for check in checks if not check.fine]
             for check in checks:
                 print(f"{'ok   ' if check.fine else 'ALARM'} {check.system}, {check.what}: {check.words}")
@@ -105,6 +111,21 @@ def alone(root: Path) -> Iterator[None]:
             print(f"another revalidation is running in {root}; this one does nothing", file=sys.stderr)
             sys.exit(BUSY)
         yield
+
+
+def measure(file: Path, overrides: list[str], folder: Path) -> None:
+    """Do what is left of the sweep in `folder`; exits where it fails."""
+    command = [sys.executable, str(SWEEP), str(file), *overrides, f"runs={folder}"]
+    with stopping.listen() as request:
+        measuring = subprocess.Popen(command, start_new_session=True)  # Ctrl-C is for us, and we pass it on
+        passed_on = False
+        while (code := ended(measuring)) is None:
+            if request.code and not passed_on:
+                measuring.terminate()
+                passed_on = True
+    if code:
+        print(f"error: measuring ended with {code}; the same command goes on in {folder}", file=sys.stderr)
+        sys.exit(request.code or 2)
 
 
 def ended(process: subprocess.Popen) -> int | None:

@@ -4,7 +4,8 @@
 
 A run is two systems, each evaluated on 10,570 questions of 48 articles and timed with 400 queries. Simulated are code
 that has not changed, in which a few answers flip by rounding and the whole machine is a little faster or slower each
-time; and, where alarms must come as often as the power says, code that has become worse.
+time, or now and then twice as slow because something else runs on it; and, where alarms must come as often as the power
+says, code that has become worse.
 """
 
 import argparse
@@ -19,18 +20,22 @@ import numpy as np
 from tqdm import tqdm
 
 QUESTIONS, ARTICLES, QUERIES, SYSTEMS, TESTS = 10_570, 48, 400, 2, 3  # tests of a system: EM, F1, p95
-CASES = {  # shares of answers that flip, and that turn wrong; drift of the machine, standard deviation; slowdown
-    "unchanged, the same card": (0.005, 0.0, 0.01, 1.0),
-    "unchanged, a machine that drifts": (0.02, 0.0, 0.03, 1.0),
-    "0.5 EM worse, 10 % slower: all that is allowed": (0.005, 0.005, 0.0, 1.1),
-    "1 EM worse": (0.005, 0.01, 0.01, 1.0),
-    "2 EM worse": (0.005, 0.02, 0.01, 1.0),
-    "15 % slower": (0.005, 0.0, 0.01, 1.15),
-    "20 % slower": (0.005, 0.0, 0.01, 1.2),
+BUSY = 2.0  # times as long, beside other work
+CASES = {  # shares of answers that flip, and that turn wrong; drift of the machine, standard deviation; slowdown; busy
+    "unchanged, the same card": (0.005, 0.0, 0.01, 1.0, 0.0),
+    "unchanged, a machine that drifts": (0.02, 0.0, 0.03, 1.0, 0.0),
+    "unchanged, one timing in 20 beside other work": (0.005, 0.0, 0.01, 1.0, 0.05),
+    "0.5 EM worse, 10 % slower: all that is allowed": (0.005, 0.005, 0.0, 1.1, 0.0),
+    "1 EM worse": (0.005, 0.01, 0.01, 1.0, 0.0),
+    "2 EM worse": (0.005, 0.02, 0.01, 1.0, 0.0),
+    "15 % slower": (0.005, 0.0, 0.01, 1.15, 0.0),
+    "20 % slower": (0.005, 0.0, 0.01, 1.2, 0.0),
 }
 
 
-def alarmed(rng: np.random.Generator, rules: Rules, flips: float, lost: float, drift: float, slowdown: float) -> bool:
+def alarmed(
+    rng: np.random.Generator, rules: Rules, flips: float, lost: float, drift: float, slowdown: float, busy: float
+) -> bool:
     """One revalidation: whether any test of any system raises an alarm."""
     alpha = rules.false_alarms / (SYSTEMS * TESTS)
     article = {str(i): str(a) for i, a in enumerate(np.sort(rng.integers(ARTICLES, size=QUESTIONS)))}
@@ -41,8 +46,15 @@ def alarmed(rng: np.random.Generator, rules: Rules, flips: float, lost: float, d
             if worse(dict(zip(article, values.tolist(), strict=True)), article, margin / 100) < alpha:
                 return True
         usual = rng.lognormal(0, 0.3, QUERIES)
-        old, new = (usual * rng.normal(1, drift) * rng.normal(1, 0.02, QUERIES) for _ in range(2))
-        if slower(old.tolist(), (new * slowdown).tolist(), 95, alpha, draws=1000)[1] > rules.p95_ratio:
+
+        def timed(usual: np.ndarray = usual) -> np.ndarray:
+            machine = rng.normal(1, drift) * (BUSY if rng.random() < busy else 1)
+            return usual * machine * rng.normal(1, 0.02, QUERIES)
+
+        old = timed().tolist()
+        if all(  # an alarm is measured again
+            slower(old, (timed() * slowdown).tolist(), 95, alpha, draws=1000)[1] > rules.p95_ratio for _ in range(2)
+        ):
             return True
     return False
 

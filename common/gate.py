@@ -6,7 +6,8 @@ allocates at the peak is no random quantity, and what must match for a compariso
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +17,7 @@ from common.errors import UserError
 from common.stats import differences, slower, worse
 
 MIB = 2**20
+KINDS = ("eval", "bench")
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,12 @@ def measured(runs: Path) -> Measured:
     """The newest evaluations and timings below a folder."""
     out: Measured = {}
     for r in record.read_all(runs):
-        if r["kind"] in ("eval", "bench"):
+        if r["kind"] in KINDS:
             out.setdefault((r["system"], r["kind"]), {})[r["seed"]] = r
     return out
 
 
-def compare(accepted: Path, new: Path, rules: Rules) -> list[Check]:
+def compare(accepted: Path, new: Path, rules: Rules, kinds: Sequence[str] = KINDS) -> list[Check]:
     """All checks of what was accepted against what is new. Raises `UserError` where something was not measured anew."""
     was, now = measured(accepted), measured(new)
     if not was:
@@ -61,6 +63,8 @@ def compare(accepted: Path, new: Path, rules: Rules) -> list[Check]:
     checks: list[Check] = []
     alpha = rules.false_alarms / max(1, sum(2 if kind == "eval" else 1 for _, kind in was))
     for (system, kind), by_seed in was.items():
+        if kind not in kinds:
+            continue
         if missing := sorted(by_seed.keys() - now.get((system, kind), {}).keys()):
             raise UserError(f"{new}: {kind} of {system} is missing for seed {', '.join(map(str, missing))}")
         pairs = [(r, now[system, kind][seed]) for seed, r in by_seed.items()]
@@ -73,6 +77,17 @@ def compare(accepted: Path, new: Path, rules: Rules) -> list[Check]:
             checks += _latency(system, pairs, rules, alpha)
         checks += _memory(system, kind, pairs, rules)
     return checks
+
+
+def confirmed(checks: Sequence[Check], again: Sequence[Check]) -> list[Check]:
+    """`checks`, of which an alarm of p95 stands only if the one `again` is an alarm too."""
+    second = {check.system: check for check in again if check.what == "p95"}
+    return [
+        replace(check, fine=other.fine, words=f"{check.words}; measured again: {other.words}")
+        if check.what == "p95" and not check.fine and (other := second.get(check.system))
+        else check
+        for check in checks
+    ]
 
 
 Pairs = list[tuple[dict[str, Any], dict[str, Any]]]  # (accepted, new), seed by seed

@@ -1,6 +1,7 @@
 """Load a frozen base (NF4, FP4 or plain; real or random weights), put a LoRA adapter on it, new or trained."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+PROBE = (
+    "The 1,234th café — naïve “quotes”, don't; 3.14% of $5e-6!  Two spaces,\ttab\nline.\n\nContext: Ἀθῆναι Москва "
+    "東京 القاهرة नई दिल्ली 🏛️ e\u0301 C++/x_y=[z]{w} <tag> #1 @home antidisestablishmentarianism\nAnswer:"
+)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -178,7 +183,13 @@ def sources(model: Any, tokenizer: Any, cutter: Any) -> dict[str, Any]:
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    """Of the vocabulary, and of how a text with something of everything is split and put together again.
+
+    Not of its file: that has another form in another version of transformers, and answers are the same.
+    """
+    ids = tokenizer(PROBE).input_ids
+    does = [sorted(tokenizer.get_vocab().items()), ids, tokenizer.decode(ids), tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(does).encode()).hexdigest()
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:

@@ -15,13 +15,14 @@ from common.model import (
     load_tokenizer,
     parameter_counts,
     random_weights,
+    tokenizer_sha256,
 )
 from tests.test_packing import gradient, lora_model, packed_loss, trees_of
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 CPU = torch.device("cpu")
@@ -133,6 +134,22 @@ def test_the_shapes_of_gated_and_large_models_are_at_hand(name, size):
     _, _, weights = random_weights(Base(f"configs/shapes/{name}"))
     assert sum(w.numel() for w in weights.values()) == size
     assert len({w.untyped_storage().data_ptr() for w in weights.values() if w.dim() > 1}) == 1  # one buffer for all
+
+
+def test_a_tokenizers_fingerprint_is_of_what_it_does_and_not_of_its_file(tiny_base):
+    tokenizer = load_tokenizer(str(tiny_base))
+    before = tokenizer_sha256(tokenizer)
+    backend = tokenizer.backend_tokenizer
+    form, splits = backend.to_str(), backend.pre_tokenizer
+    backend.decoder = decoders.Sequence([backend.decoder])
+    assert backend.to_str() != form
+    assert tokenizer_sha256(tokenizer) == before
+    backend.pre_tokenizer = pre_tokenizers.Sequence([splits, pre_tokenizers.Digits(individual_digits=True)])
+    split = tokenizer_sha256(tokenizer)
+    backend.pre_tokenizer = splits
+    assert tokenizer_sha256(tokenizer) == before
+    tokenizer.eos_token = "the"
+    assert len({before, split, tokenizer_sha256(tokenizer)}) == 3
 
 
 def test_a_tokenizer_of_more_tokens_than_the_base_embeds_is_refused(tiny_base, smollm2_base):

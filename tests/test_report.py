@@ -208,6 +208,22 @@ def test_a_report_explains_no_mistakes_by_other_data_than_was_answered(runs, cap
     assert "Right and wrong answers" not in page.text
 
 
+def test_a_report_of_runs_from_elsewhere_explains_mistakes_by_the_data_that_is_here(
+    runs, capsys, tmp_path, monkeypatch
+):
+    dev, here = tmp_path / "dev.json", tmp_path / "here"
+    for path in runs.glob("*-eval-*/record.json"):
+        was = json.loads(path.read_text())
+        was["config"]["data"]["dev"], was["may_differ"]["data_source"] = "rajpurkar/squad", "/elsewhere/dev-v1.1.json"
+        path.write_text(json.dumps(was))
+    monkeypatch.delenv("SQUAD_DIR", raising=False)
+    assert "Right and wrong answers" not in made(runs, capsys)[1].text
+    here.mkdir()
+    dev.rename(here / "dev-v1.1.json")
+    monkeypatch.setenv("SQUAD_DIR", str(here))
+    assert "Right and wrong answers" in made(runs, capsys)[1].text
+
+
 def test_a_report_escapes_what_it_did_not_write(runs, capsys):
     for path in runs.glob("*-eval-*/record.json"):
         path.write_text(path.read_text().replace("dev.json", "<script>.json"))

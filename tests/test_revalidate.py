@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 
 import pytest
 
-# in place of the sweep: evaluations of the accuracy that a file beside it says, or none
+# in place of the sweep: evaluations of the accuracy that a file beside it says, or none; timings of the next pace there
 FAKE = """\
 import json, sys, yaml
 from pathlib import Path
@@ -22,7 +22,17 @@ wanted = yaml.safe_load(Path(plan).read_text())
 right = float(Path(__file__).with_name("accuracy").read_text())
 if right < 0:
     sys.exit(1)
-for seed in wanted["seeds"]:
+paces = Path(__file__).with_name("paces")
+if "bench" in wanted["kinds"]:
+    pace, *rest = json.loads(paces.read_text())
+    paces.write_text(json.dumps(rest))
+    config = load("smollm2-qlora", words)
+    run = record.new_run(config, "bench")
+    queries = [{{"total": pace * (1 + i % 7 / 10)}} for i in range(200)]
+    (run / "process-0.json").write_text(json.dumps({{"modes": {{"natural": queries}}}}))
+    result = {{"peak": {{"allocated_bytes": 2**30, "rss_bytes": 1}}}}
+    record.write(run, config, "bench", Dataset([], "x.json"), {{"name": "a test"}}, result)
+for seed in wanted["seeds"] if "eval" in wanted["kinds"] else ():
     config = load("smollm2-qlora", [*words, f"seed={{seed}}"])
     run = record.new_run(config, "eval")
     same = {{"text": "", "hit_limit": False, "f1": 1.0}}
@@ -77,6 +87,26 @@ def test_what_was_accepted_is_what_later_ones_are_compared_with(again, tmp_path)
     assert history[0]["folder"].endswith("0001")
     folders = sorted(path.name for path in (tmp_path / "runs" / "revalidate").iterdir() if path.is_dir())
     assert folders == ["0001", "0002", "0003", "0004"]
+
+
+@pytest.mark.parametrize(("second", "code"), [(1.0, 0), (1.5, 1)])
+def test_an_alarm_of_p95_stands_if_it_comes_again(again, tmp_path, second, code):
+    file = tmp_path / "revalidate.yaml"
+    file.write_text(file.read_text().replace("[eval]", "[eval, bench]"))
+    (tmp_path / "paces").write_text(json.dumps([1.0, 1.0, 1.5, second]))
+    again(0.7)
+    accept(tmp_path, "the first")
+    assert again(0.7)[2]["passed"]
+    ended, out, verdict = again(0.7)
+    assert ended == code
+    (p95,) = [check for check in verdict["checks"] if check["what"] == "p95"]
+    assert "p95 1.500 times as long" in p95["words"]
+    assert f"measured again: p95 {second:.3f} times as long" in p95["words"]
+    assert "once more, for something else may have run" in out
+    timed = json.loads((tmp_path / "runs" / "revalidate" / "0003-again" / "sweep.yaml").read_text())
+    assert (timed["kinds"], timed["adapters"]) == (["bench"], str(tmp_path / "runs" / "revalidate" / "0003"))
+    (tmp_path / "paces").write_text("[1.0]")
+    assert again(0.7)[2]["folder"].endswith("0004")
 
 
 def test_what_was_cut_off_is_gone_on_with(again, tmp_path):
