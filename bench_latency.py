@@ -88,6 +88,7 @@ def main(argv: list[str]) -> None:
     result["nvml_peak"] = {
         key: max(g[key] or 0 for g in gauges) or None for key in ("process_bytes", "device_bytes")
     } if gauges else None  # fmt: skip
+    result["host"] = {"cores": os.cpu_count(), "load": [p["load"] for p in found]} if not config.api else None
     result["engine"] = found[0]["made_by"]["engine"]
     result["adapter"] = str(adapter) if adapter else None
     result["adapter_sha256"] = checkpoint.sha256(adapter / "adapter_model.safetensors") if adapter else None
@@ -105,7 +106,7 @@ def drawn(config: Config, dev: squad.Dataset) -> list[squad.Example]:
 
 def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path) -> None:
     """One process: load, warm up, time every query in every mode, write all samples and gauges."""
-    device = meter.pick_device()
+    device, load = meter.pick_device(), os.getloadavg()[0]
     queries = drawn(config, dev)
     tokenizer, cutter = load_tokenizers(config)
     gauges: dict[str, Any] = {}
@@ -154,7 +155,7 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
                 end_phase(mode)
     nvml = file.with_suffix(".nvml.json")
     record.write_text(file, json.dumps({
-        "ids": [e.id for e in queries], "modes": samples, "gauges": gauges,
+        "ids": [e.id for e in queries], "modes": samples, "gauges": gauges, "load": load,
         "made_by": {"engine": engine.name, **sources(model, tokenizer, cutter)},
         "nvml": json.loads(nvml.read_text()) if nvml.exists() else {},
     }) + "\n")  # fmt: skip
@@ -262,6 +263,8 @@ def show(config: Config, name: str, device: Any, result: dict[str, Any]) -> None
         )
     if config.api:
         return
+    load = ", ".join(f"{value:.1f}" for value in result["host"]["load"])
+    print(f"host: {load} processes at work in the minute before each of ours, {result['host']['cores']} cores")
     if device.type == "cpu":
         rss = result["peak"]["rss_bytes"] / 2**20
         print(f"no GPU, so no VRAM was measured; peak RSS {rss:.0f} MiB, loading included")

@@ -119,7 +119,15 @@ def _latency(system: str, pairs: Pairs, rules: Rules, alpha: float) -> list[Chec
     old, new = (_totals([pair[side] for pair in pairs]) for side in (0, 1))
     ratio, low = slower(old, new, 95, alpha)
     words = f"p95 {ratio:.3f} times as long, surely {low:.3f}; {rules.p95_ratio:g} is allowed"
+    then, now = (max(_loads([pair[side] for pair in pairs]), default=None) for side in (0, 1))
+    if then is not None and now is not None:
+        words += f"; load of the host up to {now:.1f}, then {then:.1f}"
     return [Check(system, "p95", low <= rules.p95_ratio, words)]
+
+
+def _loads(timings: list[dict[str, Any]]) -> list[float]:
+    """How many processes were at work on the host before each timing; older records do not say."""
+    return [load for r in timings for load in (r["result"].get("host") or {"load": []})["load"]]
 
 
 def _totals(timings: list[dict[str, Any]]) -> list[float]:

@@ -24,7 +24,15 @@ def measure(tmp_path):
     hard = rng.random(N)  # of each question, the same every time
     usual = rng.lognormal(0, 0.3, 400)
 
-    def make(name: str, em: float = 0.7, ms: float = 25.0, mib: int = 4000, words: tuple[str, ...] = (), seed: int = 1):
+    def make(
+        name: str,
+        em: float = 0.7,
+        ms: float = 25.0,
+        mib: int = 4000,
+        words: tuple[str, ...] = (),
+        seed: int = 1,
+        busy: float | None = None,
+    ):
         noise = np.random.default_rng(seed)
         for s in (0, 1):
             config = load("smollm2-qlora", [f"runs={tmp_path / name}", f"seed={s}", *words])
@@ -43,10 +51,23 @@ def measure(tmp_path):
                 totals = ms / 1000 * usual * noise.normal(1, 0.02, 400)
                 samples = {"modes": {"natural": [{"total": t} for t in totals]}}
                 (run / f"process-{process}.json").write_text(json.dumps(samples))
-            record.write(run, config, "bench", Dataset([], "x.json"), {"name": "a card"}, {"peak": peak})
+            record.write(
+                run,
+                config,
+                "bench",
+                Dataset([], "x.json"),
+                {"name": "a card"},
+                {"peak": peak} | ({"host": {"load": [busy, 0.1]}} if busy else {}),
+            )
         return tmp_path / name
 
     return make
+
+
+def test_a_timings_words_say_how_busy_the_host_was(measure):
+    quiet, busy, older = measure("quiet", busy=1.0), measure("busy", ms=50, busy=35.0), measure("older", ms=50)
+    assert alarms(quiet, busy)["p95"].endswith("; load of the host up to 35.0, then 1.0")
+    assert alarms(quiet, older)["p95"].endswith("is allowed")
 
 
 def alarms(accepted, new) -> dict[str, str]:
