@@ -53,6 +53,7 @@ def main(argv: list[str]) -> None:
         return
 
     # ---- fresh processes -------------------------------------------------------------------------------------------
+    busy = os.getloadavg()[0]
     run, device = record.new_run(config, "bench"), meter.pick_device()
     found = []
     for number in range(config.bench.processes):
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> None:
     result["nvml_peak"] = {
         key: max(g[key] or 0 for g in gauges) or None for key in ("process_bytes", "device_bytes")
     } if gauges else None  # fmt: skip
-    result["host"] = {"cores": os.cpu_count(), "load": [p["load"] for p in found]} if not config.api else None
+    result["host"] = {"cores": os.cpu_count(), "load": busy}
     result["engine"] = found[0]["made_by"]["engine"]
     result["adapter"] = str(adapter) if adapter else None
     result["adapter_sha256"] = checkpoint.sha256(adapter / "adapter_model.safetensors") if adapter else None
@@ -106,7 +107,7 @@ def drawn(config: Config, dev: squad.Dataset) -> list[squad.Example]:
 
 def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path) -> None:
     """One process: load, warm up, time every query in every mode, write all samples and gauges."""
-    device, load = meter.pick_device(), os.getloadavg()[0]
+    device = meter.pick_device()
     queries = drawn(config, dev)
     tokenizer, cutter = load_tokenizers(config)
     gauges: dict[str, Any] = {}
@@ -155,7 +156,7 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
                 end_phase(mode)
     nvml = file.with_suffix(".nvml.json")
     record.write_text(file, json.dumps({
-        "ids": [e.id for e in queries], "modes": samples, "gauges": gauges, "load": load,
+        "ids": [e.id for e in queries], "modes": samples, "gauges": gauges,
         "made_by": {"engine": engine.name, **sources(model, tokenizer, cutter)},
         "nvml": json.loads(nvml.read_text()) if nvml.exists() else {},
     }) + "\n")  # fmt: skip
@@ -263,8 +264,8 @@ def show(config: Config, name: str, device: Any, result: dict[str, Any]) -> None
         )
     if config.api:
         return
-    load = ", ".join(f"{value:.1f}" for value in result["host"]["load"])
-    print(f"host: {load} processes at work in the minute before each of ours, {result['host']['cores']} cores")
+    host = result["host"]
+    print(f"host: {host['load']:.1f} processes at work on {host['cores']} cores in the minute before")
     if device.type == "cpu":
         rss = result["peak"]["rss_bytes"] / 2**20
         print(f"no GPU, so no VRAM was measured; peak RSS {rss:.0f} MiB, loading included")

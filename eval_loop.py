@@ -121,7 +121,7 @@ def local(config: Config, dev: squad.Dataset) -> Answered | None:
     device = meter.pick_device()
     tokenizer, cutter = load_tokenizers(config)
     model = load_system(config, adapter, device)
-    with process.local_main_process_first():  # the others then find the trees in the cache
+    with ranks.local_first():  # the others find the trees in the cache
         built = cache.build_trees(
             dev.examples, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
         )

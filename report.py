@@ -166,7 +166,7 @@ def mistaken(lines: Sequence[Line]) -> list[dict[str, Any]]:
     if not firsts:
         return []
     some, source = firsts[0], firsts[0]["may_differ"]["data_source"]
-    if not Path(source).is_file() and "SQUAD_DIR" not in os.environ:
+    if not Path(source).is_file() and not os.environ.get("SQUAD_DIR"):
         return []
     try:
         data = squad.load(Data(**some["config"]["data"] | ({"dev": source} if Path(source).is_file() else {})), "dev")

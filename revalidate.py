@@ -18,14 +18,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from common import gate, jobs, record, stopping
 from common.errors import UserError, one_line_errors
-
-import yaml
 
 ROOT = Path(__file__).resolve().parent
 SWEEP = ROOT / "sweep.py"
@@ -75,13 +74,10 @@ def main(argv: list[str]) -> None:
             checks = gate.compare(before, folder, sweep.gate)
             if any(check.what == "p95" and not check.fine for check in checks):
                 print("p95 is too long; once more, for something else may have run on this machine", flush=True)
-                again = folder.with_name(f"{folder.name}-again")
+                again = gate.once_more(folder)
                 again.mkdir(exist_ok=True)
-                timing = yaml.safe_load(file.read_text()) | {
-                    "kinds": ["bench"],
-                    "adapters": sweep.adapters or str(folder),
-                }
-                record.write_text(again / "sweep.yaml", json.dumps(timing))  # which is YAML too
+                timing = replace(sweep, kinds=("bench",), adapters=sweep.adapters or str(folder))
+                record.write_text(again / "sweep.yaml", json.dumps(asdict(timing)))  # which is YAML too
                 measure(again / "sweep.yaml", overrides, again)
                 checks = gate.confirmed(checks, gate.compare(before, again, sweep.gate, ("bench",)))
             alarms = [check for check in checks if not check.fine]

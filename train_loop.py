@@ -123,7 +123,7 @@ def main(argv: list[str]) -> None:
         train_examples, stop_examples = squad.hold_out(train_examples, stop.heldout_share)
     stop_examples = squad.stratified(stop_examples, stop.questions or len(stop_examples))
     tokenizer, cutter = load_tokenizers(config)
-    with process.local_main_process_first():  # the others then find the trees in the cache
+    with ranks.local_first():  # the others find the trees in the cache
         built = cache.build_trees(
             train_examples, tokenizer, config.window, train=True, options=config.prompt, window_tokenizer=cutter
         )
@@ -217,6 +217,8 @@ def main(argv: list[str]) -> None:
         else:
             ways += ", no CUDA graphs (an evaluation would not fit beside them)"
     optimizer = accelerator.prepare(bnb.optim.PagedAdamW8bit(weights, lr=train.lr, weight_decay=train.weight_decay))
+    if accelerator.scaler:  # it begins with the first loss, which a rank without trees would not have
+        accelerator.scaler.scale(torch.zeros((), device=device))
     average = Average(weights, train.average) if train.average else None
     parts = {"optimizer": optimizer, "scaler": accelerator.scaler, "average": average}
     training = {name: part for name, part in parts.items() if part is not None}

@@ -46,18 +46,24 @@ class Check:
 Measured = dict[tuple[str, str], dict[int, dict[str, Any]]]  # (system, kind) → seed → record
 
 
-def measured(runs: Path) -> Measured:
-    """The newest evaluations and timings below a folder."""
+def measured(runs: Path, again: bool = False) -> Measured:
+    """The newest evaluations and timings below a folder; with `again` those measured once more, where there are any."""
     out: Measured = {}
-    for r in record.read_all(runs):
+    more = record.read_all(once_more(runs)) if again else []
+    for r in [*record.read_all(runs), *more]:
         if r["kind"] in KINDS:
             out.setdefault((r["system"], r["kind"]), {})[r["seed"]] = r
     return out
 
 
+def once_more(folder: Path) -> Path:
+    """Where what raised an alarm in `folder` is measured again."""
+    return folder.with_name(f"{folder.name}-again")
+
+
 def compare(accepted: Path, new: Path, rules: Rules, kinds: Sequence[str] = KINDS) -> list[Check]:
     """All checks of what was accepted against what is new. Raises `UserError` where something was not measured anew."""
-    was, now = measured(accepted), measured(new)
+    was, now = measured(accepted, again=True), measured(new)
     if not was:
         raise UserError(f"{accepted}: what was accepted is gone; accept another one")
     checks: list[Check] = []
@@ -126,8 +132,8 @@ def _latency(system: str, pairs: Pairs, rules: Rules, alpha: float) -> list[Chec
 
 
 def _loads(timings: list[dict[str, Any]]) -> list[float]:
-    """How many processes were at work on the host before each timing; older records do not say."""
-    return [load for r in timings for load in (r["result"].get("host") or {"load": []})["load"]]
+    """How many processes were at work on the host before each timing, ours included; older records do not say."""
+    return [host["load"] for r in timings if (host := r["result"].get("host"))]
 
 
 def _totals(timings: list[dict[str, Any]]) -> list[float]:

@@ -52,7 +52,7 @@ class Graphed:
             assert weight.grad is gradient, "graphs add to the gradients that they were recorded with"
         recorded = self.graphs.get(len(pack.input_ids))
         if recorded is None or recorded[1].shape != pack.shape:
-            return self.work(pack.to(self.device), torch.tensor(share, device=self.device))
+            return self.work(pack.to(self.device), torch.full((), share, device=self.device))
         graph, into, mine, loss = recorded
         for target, source in zip(into.tensors(), pack.tensors(), strict=True):
             target.copy_(source)

@@ -75,7 +75,8 @@ def plan(path: Path, overrides: Iterable[str] = ()) -> tuple[list[Job], Sweep]:
                 given = (*words, *own, seed_word)
                 config = prompt.filled(load(system, given))
                 if sweep.adapters and config.lora and not config.adapter:
-                    given = (*given, f"adapter={record.trained_adapter(replace(config, runs=sweep.adapters))}")
+                    adapter = record.trained_adapter(replace(config, runs=sweep.adapters))
+                    given = (*given, f"adapter={adapter}") if adapter else given  # random weights need none
                     config = load(system, given)
                 jobs.setdefault(config.hash(), Job(system, " ".join(own), given, config))
     return list(jobs.values()), sweep

@@ -15,20 +15,33 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+SAVE_SECONDS = 110  # that a rank has from SIGTERM on
+KILLED = [-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS]
+
+
+def how(code: int) -> str:
+    known = {-s: s.name for s in signal.Signals}
+    return f"by {known.get(code, f'signal {-code}')}" if code < 0 else f"with {code}"
+
 
 def main(argv: list[str]) -> None:
-    if len(argv) < 2 or not argv[0].isdigit() or not int(argv[0]):
+    if len(argv) < 2 or not argv[0].isdecimal() or not int(argv[0]):
         raise UserError("common.launch wants how many processes, 1 or more, and a script: 2 train_loop.py …")
     threads = max(1, (os.cpu_count() or 1) // int(argv[0]))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # torchrun would set 1, and say so at length
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     try:
-        run.run(run.parse_args(["--standalone", f"--nproc-per-node={argv[0]}", *argv[1:]]))
+        run.run(
+            run.parse_args(
+                ["--standalone", f"--nproc-per-node={argv[0]}", f"--shutdown-timeout={SAVE_SECONDS}", *argv[1:]]
+            )
+        )
     except ChildFailedError as error:
-        rank, first = error.get_first_failure()
-        killed = f"by {signal.Signals(-first.exitcode).name}" if first.exitcode < 0 else f"with {first.exitcode}"
-        print(f"rank {rank} of {argv[0]} ended {killed}, and the others with it", file=sys.stderr)
-        sys.exit(128 - first.exitcode if first.exitcode < 0 else first.exitcode)
+        # of what was seen at once, what killed a process comes before what it did to the others
+        rank, first = min(error.failures.items(), key=lambda f: (f[1].timestamp, f[1].exitcode not in KILLED))
+        code = first.exitcode
+        print(f"rank {rank} of {argv[0]} ended {how(code)}, and the others with it", file=sys.stderr)
+        sys.exit(128 - code if code < 0 else code)
     except SignalException as error:  # passed on to the ranks, which save
         sys.exit(128 + error.sigval)
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from common.prompt import Tree
 
 EVEN = 0.002  # of the mean: what nobody would notice
+NONE = -1
 
 
 def bounded(trees: Sequence[Tree], max_questions: int) -> list[Tree]:
@@ -38,33 +39,44 @@ def epoch(trees: Sequence[Tree], seed: int, epoch: int, questions_per_step: int)
 
 
 def share(trees: Sequence[Tree], ranks: int) -> list[list[Tree]]:
-    """Divide `trees` so that no rank has many more tokens than another.
+    """Divide a step's `trees` so that no rank has many more tokens than another.
 
     The largest first, each to who has least; then whoever has most gives a tree, or changes one for a smaller one, as
     long as that makes the most less and it is not within `EVEN` of the mean.
     """
-    shares: list[list[Tree]] = [[] for _ in range(ranks)]
-    tokens = [0] * ranks
-    for tree in sorted(trees, key=len, reverse=True):
-        least = tokens.index(min(tokens))
-        shares[least].append(tree)
-        tokens[least] += len(tree)
+    size = [len(tree) for tree in trees]
+    shares = _largest_first(size, ranks)
+    tokens = [sum(size[i] for i in mine) for mine in shares]
     while ranks > 1 and max(tokens) > (1 + EVEN) * sum(tokens) / ranks:
         giver = tokens.index(max(tokens))
         most, taker, given, taken = min(
-            (max(tokens[giver] - len(a) + len(b or ()), tokens[i] + len(a) - len(b or ())), i, j, k)
-            for i in range(ranks)
-            for j, a in enumerate(shares[giver])
-            for k, b in [(-1, None), *enumerate(shares[i])]
-            if i != giver
+            (max(tokens[giver] - moved, tokens[rank] + moved), rank, i, j)
+            for rank in range(ranks)
+            if rank != giver
+            for i in shares[giver]
+            for j in (NONE, *shares[rank])
+            if (moved := size[i] - (size[j] if j != NONE else 0)) > 0
         )
         if most >= tokens[giver]:
             break
-        tree = shares[giver].pop(given)
-        shares[giver] += [shares[taker].pop(taken)] if taken >= 0 else []
-        shares[taker].append(tree)
+        shares[giver].remove(given)
+        shares[taker].append(given)
+        if taken != NONE:
+            shares[taker].remove(taken)
+            shares[giver].append(taken)
         for rank in (giver, taker):
-            tokens[rank] = sum(map(len, shares[rank]))
+            tokens[rank] = sum(size[i] for i in shares[rank])
+    return [[trees[i] for i in mine] for mine in shares]
+
+
+def _largest_first(size: Sequence[int], parts: int) -> list[list[int]]:
+    """Numbers of `size` in parts: the largest first, each to the part that has least."""
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    tokens = [0] * parts
+    for i in sorted(range(len(size)), key=lambda i: -size[i]):
+        least = tokens.index(min(tokens))
+        shares[least].append(i)
+        tokens[least] += size[i]
     return shares
 
 
@@ -86,7 +98,7 @@ def fill(trees: Sequence[Tree], pack_tokens: int) -> list[list[Tree]]:
             fits = len(packs) - 1
         packs[fits].append(tree)
         room[fits] -= len(tree)
-    equal = share(parts, len(packs))
+    equal = [[parts[i] for i in mine] for mine in _largest_first([len(part) for part in parts], len(packs))]
     return equal if all(len(pack) == 1 or sum(map(len, pack)) <= pack_tokens for pack in equal) else packs
 
 

@@ -8,6 +8,7 @@ import atexit
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from common.errors import UserError
@@ -26,6 +27,9 @@ def join() -> PartialState:
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
         raise UserError("accelerate launch started one process, not several; add --multi_gpu (it means CPUs as well)")
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if torch.cuda.is_available() and here > gpus:
+        raise UserError(f"{here} processes were asked for, and this machine has {gpus} GPUs: one each is what works")
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes > 1:
         # at the interpreter's end gloo's threads may be torn down in an order that aborts the process
@@ -33,6 +37,22 @@ def join() -> PartialState:
     if not state.is_main_process:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     return state
+
+
+@contextmanager
+def local_first() -> Iterator[None]:
+    """The body is run by each machine's first rank before its others, which find in a cache what it has made there.
+
+    What the body raises is raised by all ranks alike: none is left waiting.
+    """
+    state = PartialState()
+    if not state.is_local_main_process:
+        state.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if state.is_local_main_process:
+            state.wait_for_everyone()
 
 
 def count() -> int:
@@ -58,10 +78,11 @@ def sum_gradients(weights: Sequence[torch.nn.Parameter], *numbers: torch.Tensor 
 
     On a GPU this only queues the sums, behind what computes the gradients: the host waits when it reads the result. A
     rank that had nothing to do adds zeros. The sum, not the mean: each rank's loss is its share of the step's. Raises
-    `UserError` where another rank has gone.
+    `UserError` where another rank has gone, on CPUs; on GPUs the launcher ends those that wait.
     """
     device = weights[0].device
-    sums = torch.stack([n if isinstance(n, torch.Tensor) else torch.tensor(float(n), device=device) for n in numbers])
+    # `full` and not `tensor`, which would wait for the device
+    sums = torch.stack([n if isinstance(n, torch.Tensor) else torch.full((), float(n), device=device) for n in numbers])
     if count() == 1:
         return sums
     for weight in weights:
@@ -72,10 +93,11 @@ def sum_gradients(weights: Sequence[torch.nn.Parameter], *numbers: torch.Tensor 
     try:
         torch.distributed.all_reduce(flat)
         torch.distributed.all_reduce(sums)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
-        raise UserError(f"another rank of this run has gone, for a reason of its own: {error}") from error
+        if device.type != "cpu":
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(f"another rank of this run has gone, for a reason of its own: {reason}") from error
     if len(gradients) > 1:
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))

@@ -30,7 +30,8 @@ from common.squad import Dataset
 
 import yaml
 
-SCHEMA = 1
+SCHEMA = 2  # before it a tokenizer was known by the hash of its file
+BY_FILE = "file "
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "bitsandbytes", "numpy", "scipy", "triton")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -150,8 +151,10 @@ def read_one(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         must = found["must_match"]
-        if must["window"].get("tokenizer") is None:  # an older one, whose own tokenizer cut the text
-            must["window"] = cut_by(must["window"], found["may_differ"].get("tokenizer"))
+        if found["schema"] < SCHEMA:
+            own = found["may_differ"].pop("tokenizer", None)
+            cut = must["window"].get("tokenizer") or own  # before windows said what cut the text, it was the own one
+            must["window"] = {**must["window"], "tokenizer": cut and BY_FILE + cut[:12]}
         return {**found, "config": with_defaults(found["config"]), "folder": str(path.parent)}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a readable record ({error}); move the folder away") from error
@@ -193,7 +196,8 @@ def _stem(config: Config, kind: str) -> str:
 def mismatch(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What two records must have alike to be compared, and have not, of both; nothing where they may be."""
     mine, other = a["must_match"], b["must_match"]
-    if None in (mine["window"]["tokenizer"], other["window"]["tokenizer"]):  # an older one does not say
+    cut = [m["window"]["tokenizer"] for m in (mine, other)]
+    if None in cut or len({name.startswith(BY_FILE) for name in cut}) > 1:  # an older one does not say, or not so
         mine, other = ({**m, "window": cut_by(m["window"], None)} for m in (mine, other))
     return {key: (mine[key], other[key]) for key in mine if mine[key] != other[key]}
 

@@ -81,7 +81,7 @@ def answers(
 ) -> Iterator[Answer]:  # fmt: skip
     """Every question's answer as it ends: at a stop token, or at `limit` tokens.
 
-    A tree is asked for no earlier than there may be room for it, so several readers can share them out as they go.
+    One tree at most is asked for ahead of what there is room for, so several readers can share them out as they go.
     A pass has at most `pass_tokens` tokens, or one question's alone. `scripts`: by question, what is drawn in place of
     the most probable tokens. `check` is called between passes; what it raises ends the work.
     """

@@ -57,7 +57,7 @@ def measure(tmp_path):
                 "bench",
                 Dataset([], "x.json"),
                 {"name": "a card"},
-                {"peak": peak} | ({"host": {"load": [busy, 0.1]}} if busy else {}),
+                {"peak": peak} | ({"host": {"load": busy}} if busy else {}),
             )
         return tmp_path / name
 

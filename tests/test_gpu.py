@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 import bench_latency
 import eval_loop
 import train_loop
-from common import attention, memory, meter, packing
+from common import attention, memory, meter, packing, ranks
 from common.config import Base, Eval, Lora, Train
 from common.decode import predict, stop_ids
 from common.errors import UserError
@@ -436,6 +436,16 @@ def test_decoding_keeps_to_its_budget(tiny_base):
         print(f"decoding with {budget} GiB: {peak:.2f} allocated")
         assert len(answers) == sum(len(tree.branches) for tree in trees)
         assert 0.8 * budget <= peak <= budget
+
+
+def test_summing_gradients_does_not_wait_for_the_device():
+    weight, loss = torch.nn.Parameter(torch.zeros(3, device=GPU)), torch.ones((), device=GPU)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sums = ranks.sum_gradients([weight], loss, 3.0, True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sums.tolist() == [1, 3, 1]
 
 
 def test_the_whole_path_runs_and_measures_memory(tiny_config, capsys):

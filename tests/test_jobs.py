@@ -89,6 +89,8 @@ def test_stored_adapters_can_answer(sweep, tmp_path):
     assert [words[-1] for _, words in jobs.left(found, chosen.kinds)] == [f"adapter={run / 'best'}"] * 2
     with pytest.raises(UserError, match=r"seed 0\) has no finished training"):
         jobs.plan(sweep(kinds="[eval]", adapters=str(elsewhere)))
+    shapes = sweep(kinds="[bench]", adapters=str(elsewhere), overrides="[base.random_weights=true, lora.rank=8]")
+    assert all(job.config.adapter is None for job in jobs.plan(shapes)[0])  # random weights need none
 
 
 def test_an_unfinished_run_is_still_to_do(sweep):

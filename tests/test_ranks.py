@@ -1,42 +1,48 @@
 """Two processes train and evaluate as one does. They are real ones, over gloo."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import eval_loop
 import train_loop
 from common import checkpoint, ranks
+from common import launch as launch_module
 from common.errors import UserError
 from tests.conftest import ROOT
 from tests.test_train_loop import interrupt_at_evaluation, last_json, metrics
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
 OURS = ("common.launch", "2")
 
 
-def start(launcher: tuple[str, ...], *command: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", *launcher, *command],
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@contextlib.contextmanager
+def started(launcher: tuple[str, ...], *command: str) -> Iterator[subprocess.Popen]:
+    """A launcher, which is ended with what it has launched."""
+    words = [sys.executable, "-m", *launcher, *command]
+    how = {"cwd": ROOT, "env": {**os.environ, "CUDA_VISIBLE_DEVICES": ""}, "text": True}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
 
 
 def launch(launcher: tuple[str, ...], *command: str) -> list[str]:
     """What it printed."""
-    process = start(launcher, *command)
-    out, err = process.communicate(timeout=120)
+    with started(launcher, *command) as process:
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     return out.splitlines()
 
@@ -85,19 +91,71 @@ def test_two_processes_answer_every_question_as_one_does(tiny_config, tmp_path, 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, 137), (signal.SIGTERM, 143)])
 def test_all_end_when_one_is_killed_and_all_save_when_the_launcher_is_told_to_end(arguments, tmp_path, number, code):
-    launcher = start(OURS, "train_loop.py", *arguments, "train.epochs=5000", "train.eval_every=5000")
-    while not (lines := list(tmp_path.glob("runs/*/metrics.jsonl"))) or not lines[0].stat().st_size:
-        assert launcher.poll() is None, launcher.communicate()[1]
-        time.sleep(0.1)
-    ranks_ids = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
-    assert len(ranks_ids) == 2
-    os.kill(int(ranks_ids[-1]) if number == signal.SIGKILL else launcher.pid, number)
-    _, err = launcher.communicate(timeout=60)
+    began = time.monotonic()
+    with started(OURS, "train_loop.py", *arguments, "train.epochs=5000", "train.eval_every=5000") as launcher:
+        while not (lines := list(tmp_path.glob("runs/*/metrics.jsonl"))) or not lines[0].stat().st_size:
+            assert launcher.poll() is None, launcher.communicate()[1]
+            assert time.monotonic() < began + 60
+            time.sleep(0.1)
+        ids = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+        assert len(ids) == 2
+        os.kill(int(ids[-1]) if number == signal.SIGKILL else launcher.pid, number)
+        _, err = launcher.communicate(timeout=60)
     assert launcher.returncode == code
     if number == signal.SIGKILL:
         assert "rank 1 of 2 ended by SIGKILL, and the others with it" in err
     else:
         checkpoint.verify(lines[0].parent / "last")
+
+
+@pytest.mark.parametrize(
+    ("ended", "said", "code"),
+    [
+        ({0: (2, 5), 1: (-9, 5)}, "rank 1 of 2 ended by SIGKILL", 137),  # seen at once: the first died of the other
+        ({0: (2, 5), 1: (-15, 5)}, "rank 0 of 2 ended with 2", 2),  # the launcher's own SIGTERM
+        ({0: (1, 6), 1: (2, 5)}, "rank 1 of 2 ended with 2", 2),
+        ({0: (-99, 5)}, "rank 0 of 2 ended by signal 99", 227),
+    ],
+)
+def test_what_a_launch_died_of_is_one_line(monkeypatch, capsys, ended, said, code):
+    def failed(*_):
+        failures = {rank: ProcessFailure(rank, rank, exitcode, "") for rank, (exitcode, _) in ended.items()}
+        for rank, failure in failures.items():
+            failure.timestamp = ended[rank][1]
+        raise launch_module.ChildFailedError("train_loop.py", failures)
+
+    monkeypatch.setattr(launch_module.run, "run", failed)
+    with pytest.raises(SystemExit) as stop:
+        launch_module.main(["2", "train_loop.py"])
+    assert stop.value.code == code
+    assert capsys.readouterr().err == f"{said}, and the others with it\n"
+
+
+@pytest.mark.parametrize("words", [[], ["2"], ["0", "x.py"], ["x", "y.py"], ["²", "y.py"]])
+def test_a_launch_of_nothing_says_what_it_wants(words):
+    with pytest.raises(UserError, match="wants how many processes"):
+        launch_module.main(words)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were asked for, and this machine has 1 GPUs"):
+        ranks.join()
+
+
+@pytest.mark.parametrize("wrong", [None, UserError("what is wrong")])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_machines_first_rank_goes_first_and_nobody_waits_for_it_for_ever(monkeypatch, first, wrong):
+    done: list[str] = []
+    state = SimpleNamespace(is_local_main_process=first, wait_for_everyone=lambda: done.append("met"))
+    monkeypatch.setattr(ranks, "PartialState", lambda: state)
+    with contextlib.suppress(UserError), ranks.local_first():
+        done.append("did")
+        if wrong:
+            raise wrong
+    assert done == (["did", "met"] if first else ["met", "did"])
 
 
 def test_a_launcher_that_starts_one_process_in_place_of_two_is_noticed(monkeypatch):

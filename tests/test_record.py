@@ -46,6 +46,17 @@ def test_a_record_reads_back_and_says_what_must_match(config):
     assert other.sha256 != DATA.sha256
 
 
+def test_records_of_another_schema_are_not_compared_by_what_they_call_the_tokenizer(config):
+    runs = [finish(config(f"seed={seed}"))[0] for seed in range(4)]
+    for run, (schema, name) in zip(runs, [(1, "a"), (1, "b"), (2, "a"), (2, "b")], strict=True):
+        written = json.loads((run / "record.json").read_text())
+        written["must_match"]["window"]["tokenizer"], written["schema"] = name, schema
+        (run / "record.json").write_text(json.dumps(written))
+    old, older, new, newer = (record.read_one(run / "record.json") for run in runs)
+    assert record.mismatch(old, old) == record.mismatch(old, new) == record.mismatch(older, new) == {}
+    assert list(record.mismatch(old, older)) == list(record.mismatch(new, newer)) == ["window"]
+
+
 def test_a_run_without_a_record_is_unfinished_and_a_damaged_record_is_named(config):
     run = record.new_run(config(), "train")
     assert record.read_all(run.parent) == []

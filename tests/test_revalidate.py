@@ -105,8 +105,11 @@ def test_an_alarm_of_p95_stands_if_it_comes_again(again, tmp_path, second, code)
     assert "once more, for something else may have run" in out
     timed = json.loads((tmp_path / "runs" / "revalidate" / "0003-again" / "sweep.yaml").read_text())
     assert (timed["kinds"], timed["adapters"]) == (["bench"], str(tmp_path / "runs" / "revalidate" / "0003"))
-    (tmp_path / "paces").write_text("[1.0]")
-    assert again(0.7)[2]["folder"].endswith("0004")
+    accept(tmp_path, "what was measured last")  # and of that what was measured again
+    (tmp_path / "paces").write_text("[1.5, 1.5]")
+    verdict = again(0.7)[2]
+    assert verdict["folder"].endswith("0004")
+    assert verdict["passed"] == (second > 1)
 
 
 def test_what_was_cut_off_is_gone_on_with(again, tmp_path):

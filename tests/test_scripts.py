@@ -185,7 +185,7 @@ def test_the_process_in_the_middle_is_reported(tiny_config, monkeypatch, capsys)
         sample = {"first": 0.01 * slow, "last": 0.03 * slow, "tokens": 5, "passes": 2, "drafted": 15, "accepted": 3}
         queries = [{**sample, "total": 0.04 * slow * (1 + i / 100)} for i in range(100)]
         memory = {"allocated_bytes": None, "reserved_bytes": None, "rss_bytes": int(slow)}
-        found = {"ids": [str(i) for i in range(100)], "load": slow,
+        found = {"ids": [str(i) for i in range(100)],
                  "modes": dict.fromkeys(bench_latency.MODES, queries),
                  "gauges": {"natural": memory}, "made_by": {"engine": "drafts"}, "peak": memory,
                  "nvml": {"natural": {"process_bytes": None, "device_bytes": int(slow) * 2**30, "processes": 2,
@@ -206,8 +206,8 @@ def test_the_process_in_the_middle_is_reported(tiny_config, monkeypatch, capsys)
     assert result["natural"]["drafts_accepted"] == 0.2
     assert result["peak"]["rss_bytes"] == 3
     assert "200.0% apart" in said
-    assert result["host"] == {"cores": os.cpu_count(), "load": [1, 3, 2]}
-    assert "host: 1.0, 3.0, 2.0 processes at work" in said
+    assert result["host"]["cores"] == os.cpu_count()
+    assert f"host: {result['host']['load']:.1f} processes at work" in said
     assert result["phases"]["natural"] == {
         "allocated_bytes": None, "reserved_bytes": None, "rss_bytes": 3, "process_bytes": None,
         "device_bytes": 3 * 2**30, "processes": 2, "energy_j_per_query": 2.0, "clock_mhz": [1, 2000, 2000],

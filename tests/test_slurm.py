@@ -161,7 +161,6 @@ def test_a_cancelled_task_is_gone_on_with(cluster, tiny_config, tmp_path, capsys
 
 def test_hosts_train_together(cluster, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHON", sys.executable)
-    monkeypatch.setenv("PORT", str(free_port()))
     two = ("--nodes=1", "--ntasks-per-node=2", f"--output={tmp_path / 'out'}")  # two launchers, as two hosts have
     script = str(ROOT / "docs" / "several-hosts.sbatch")
     array = said("sbatch", "--parsable", *two, f"--chdir={ROOT}", script, "train_loop.py", str(tiny_config)).strip()
