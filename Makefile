@@ -39,7 +39,7 @@ export SQUAD_DIR ?= $(CURDIR)/.cache/squad
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 train eval bench ask export bench-train bench-decode sweep runs report table revalidate accept certify demo test test-gpu test-api test-page test-planted test-slurm test-published lint format verify-scorer doctor bundle unbundle clean
+.PHONY: help setup smollm2 train eval bench ask export bench-train bench-decode sweep runs report table revalidate accept certify demo test test-gpu test-api test-page test-planted test-slurm test-published lint format verify-scorer compare doctor bundle unbundle clean
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
@@ -99,6 +99,9 @@ certify: $(READY) ## score RUN's predictions again, derive its fingerprint again
 
 verify-scorer: $(READY) ## score PRED=predictions.json against DATA=dev.json with the official rules
 	@$(PY) -m common.score $(PRED) $(DATA)
+
+compare: $(READY) ## which prediction file is better, and how surely: PRED='a.json b.json …' against the first, by DATA=dev.json
+	@$(PY) -m common.verdict $(DATA) $(PRED)
 
 test: $(READY) $(SMOLLM2) ## the whole test suite
 	HF_HUB_OFFLINE=1 $(PY) -m pytest

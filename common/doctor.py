@@ -22,7 +22,7 @@ class Finding(NamedTuple):
     about: str
     state: str  # ok; note: worth knowing; no: something cannot run here; wrong: to be mended first
     text: str
-    fix: str = ""  # wrong: the next command to type
+    fix: str = ""  # the next command to type
 
 
 def machine() -> Iterator[Finding]:
@@ -50,7 +50,8 @@ def gpus() -> Iterator[Finding]:
 def packages() -> Iterator[Finding]:
     """Installed versions against pyproject.toml's ranges."""
     if not (ROOT / ".venv" / ".ready").exists():
-        yield Finding("packages", "wrong", "not set up", f"make {'unbundle' if BUNDLE.exists() else 'setup'}")
+        setup = f"make {'unbundle' if BUNDLE.exists() else 'setup'}"
+        yield Finding("packages", "note", "not set up yet; once they are, this says what can run here", setup)
         return
     import tomllib  # not in an older Python, which has been named by now
 
@@ -193,9 +194,9 @@ def _endpoint(name: str, api: Any) -> Finding:
 
 
 def next_command(findings: list[Finding]) -> str:
-    wrong = next((f for f in findings if f.state == "wrong"), None)
-    if wrong:
-        return wrong.fix
+    to_do = next((f.fix for f in findings if f.fix), None)
+    if to_do:
+        return to_do
     ready = {f.about for f in findings if f.state == "ok"}
     return "make train" if {"qlora7b", "SQuAD"} <= ready else "make demo"
 
@@ -207,7 +208,7 @@ def main() -> int:
         for finding in check():
             findings.append(finding)
             print(f"{marks[finding.state]}  {finding.about:14}  {finding.text}", flush=True)
-        if any(f.state == "wrong" for f in findings) and check is packages:
+        if any(f.fix for f in findings) and check is packages:
             break  # the rest could not be imported
     command = next_command(findings)
     print(f"\nnext: {command}")

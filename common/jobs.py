@@ -24,8 +24,9 @@ TRAINED = ("train.", "lora.", "early_stop.")  # keys that change nothing about a
 class Sweep:
     systems: tuple[str, ...]  # names in configs/, YAML files, folders or hub ids
     seeds: tuple[int, ...] = (0,)
+    # SYSTEM:key=value is of one system only, in both
     variants: tuple[str, ...] = ("",)  # each the overrides of one, spaces between; system=… gives it rows of its own
-    overrides: tuple[str, ...] = ()  # of all runs, or as SYSTEM:key=value of one system's
+    overrides: tuple[str, ...] = ()  # of all runs
     kinds: tuple[Kind, ...] = ("train", "eval")
     adapters: str | None = None  # a folder of runs whose trainings answer; null: those of where the sweep's own runs go
     gate: Rules = field(default_factory=Rules)  # of `make revalidate`, which has this measured anew each time
@@ -65,7 +66,9 @@ def plan(path: Path, overrides: Iterable[str] = ()) -> tuple[list[Job], Sweep]:
     for seed in sweep.seeds:
         for variant in sweep.variants:
             for system in sweep.systems:
-                words, own = _of(system, [*sweep.overrides, *overrides], sweep.systems), variant.split()
+                words, own = (
+                    _of(system, some, sweep.systems) for some in ([*sweep.overrides, *overrides], variant.split())
+                )
                 if load(system).lora is None:
                     own = [word for word in own if not word.startswith(TRAINED)]
                     words = [word for word in words if not word.startswith(TRAINED)]

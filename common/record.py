@@ -63,7 +63,8 @@ def newest_run(config: Config, kind: str) -> Path | None:
 def trained_adapter(config: Config) -> Path | None:
     """The adapter a LoRA system answers with: `adapter` where given, else `best/` of its newest finished training.
 
-    None for a system without LoRA, and for random weights that were not trained.
+    One that was trained as this configuration says comes before those that were trained otherwise. None for a system
+    without LoRA, and for random weights that were not trained.
     """
     if config.lora is None:
         return None
@@ -85,7 +86,8 @@ def trained_adapter(config: Config) -> Path | None:
             f"{config.system} (seed {config.seed}) has no finished training under {config.runs}/: "
             f"make train MODEL={config.system}, or name an adapter with ADAPTER=folder"
         )
-    return Path(max(runs, key=lambda record: record["created"])["folder"]) / "best"
+    alike = [r for r in runs if all(r["config"][part] == config.to_dict()[part] for part in ("train", "early_stop"))]
+    return Path(max(alike or runs, key=lambda record: record["created"])["folder"]) / "best"
 
 
 def weights_of(base: dict[str, Any]) -> dict[str, Any]:

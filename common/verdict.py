@@ -1,17 +1,24 @@
 """Which of two systems answers better, by how much, and how sure that is: question by question. Imports no torch.
 
+`python -m common.verdict dev.json a.json b.json …` is for prediction files in the official format: b, and all that
+follow, against a.
+
 A system is better where both say so: the exact McNemar test, adjusted for all tests of a table (Holm), and the interval
 of the difference with whole articles drawn. McNemar's takes questions for independent, which those of an article are
 not.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from common.stats import clustered, detectable, differences, holm, mcnemar
+from common import score, squad
+from common.errors import UserError, one_line_errors
+from common.stats import clustered, detectable, differences, equivalence, holm, mcnemar
 
-ALPHA = 0.05
+ALPHA, MARGIN = 0.05, 1.0  # points of EM within which two are called alike
 Rows = Mapping[str, Mapping[str, Any]]  # of an evaluation, by question: em, f1, article
 Interval = tuple[float, float] | None  # None where there is but one article
 
@@ -97,3 +104,27 @@ def _brackets(interval: Interval) -> str:
 
 def _p(p: float) -> str:
     return f"p = {p:.2g}" if p >= 1e-10 else "p < 1e-10"
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) < 3:
+        raise UserError("usage: make compare PRED='a.json b.json …' DATA=dev.json (each plain or .gz)")
+    data, first, *others = argv
+    dev = squad.read(data, "dev").examples
+    article = {e.id: e.title for e in dev}
+    scored = {file: score.score(dev, score.read_predictions(Path(file))) for file in (first, *others)}
+    for file, s in scored.items():
+        incomplete = f", {s.missing} missing" if s.missing else ""
+        print(f"{file}: EM {s.em:.2f} F1 {s.f1:.2f}, n {s.n}{incomplete}")
+    rows = {
+        file: {id_: {"em": s.correct[id_], "f1": s.overlap[id_], "article": article[id_]} for id_ in article}
+        for file, s in scored.items()
+    }
+    for verdict in compare([(file, first, rows[file], rows[first]) for file in others]):
+        p = equivalence(differences(scored[verdict.a].correct, scored[first].correct), article, MARGIN / 100)
+        print(f"{verdict}; within {MARGIN:g} EM of each other: p = {p:.2g}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])

@@ -43,6 +43,8 @@ def test_an_override_can_be_of_one_system(sweep):
     (raw, tuned), _ = jobs.plan(file, ["qlora7b:train.lr=1e-3", "data.dev_questions=5"])
     assert (raw.config.base.quant, tuned.config.base.quant) == ("none", "nf4")
     assert (tuned.config.train.lr, raw.config.data.dev_questions) == (1e-3, 5)
+    file = sweep(systems="[raw7b, qlora7b]", variants='["", "qlora7b:lora.rank=64 qlora7b:system=wide"]')
+    assert [job.config.system for job in jobs.plan(file)[0]] == ["raw7b", "qlora7b", "wide"]
     with pytest.raises(UserError, match="raw8b is none of raw7b, qlora7b"):
         jobs.plan(file, ["raw8b:base.quant=none"])
 

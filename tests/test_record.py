@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 from common import record
 from common.config import load
@@ -78,6 +79,11 @@ def test_the_adapter_is_that_of_the_newest_training_of_the_same_system_seed_base
         record.trained_adapter(config())
     run, _ = finish(config("train.lr=1e-5"))
     assert record.trained_adapter(config("data.dev_questions=5")) == run / "best"
+    other, written = finish(config("train.lr=1e-4"))
+    (other / "record.json").write_text(json.dumps(written | {"created": "2999-01-01T00:00:00+00:00"}))
+    assert record.trained_adapter(config()) == other / "best"
+    assert record.trained_adapter(config("train.lr=1e-5", "data.dev_questions=5")) == run / "best"
+    shutil.rmtree(other)
     with pytest.raises(UserError, match="no finished training"):  # that adapter has learned another prompt
         record.trained_adapter(config("prompt.order=question"))
     written = json.loads((run / "record.json").read_text())

@@ -1,6 +1,10 @@
 """A verdict says what the questions say, in words, and no more than they bear."""
 
-from common.verdict import compare
+import json
+
+from common import squad
+from common.errors import UserError
+from common.verdict import compare, main
 
 import pytest
 
@@ -71,3 +75,21 @@ def test_other_questions_are_refused():
     with pytest.raises(ValueError, match="same questions"):
         compare([("a", "b", rows("xx"), rows("xxx"))])
     assert compare([]) == []
+
+
+def test_prediction_files_are_compared_with_the_first(tmp_path, dev_file, capsys):
+    dev = squad.read(str(dev_file), "dev").examples
+    gold = {e.id: e.answers[0].text for e in dev}
+    files = {"right": gold, "half": dict(list(gold.items())[::2]), "wrong": dict.fromkeys(gold, "no")}
+    paths = {name: tmp_path / f"{name}.json" for name in files}
+    for name, texts in files.items():
+        paths[name].write_text(json.dumps(texts))
+    main([str(dev_file), *(str(paths[name]) for name in files)])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{paths['right']}: EM 100.00 F1 100.00, n {len(dev)}"
+    assert said[1] == f"{paths['half']}: EM 50.00 F1 50.00, n {len(dev)}, {len(dev) // 2} missing"
+    assert len(said) == 5
+    assert said[4].startswith(f"{paths['wrong']} loses to {paths['right']}: -100.00")
+    assert said[4].endswith("within 1 EM of each other: p = 1")
+    with pytest.raises(UserError, match="usage: make compare"):
+        main([str(dev_file), str(paths["right"])])
