@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import eval_loop
@@ -16,21 +17,17 @@ from common import checkpoint, ranks
 from common import launch as launch_module
 from common.errors import UserError
 from tests.conftest import ROOT
-from tests.test_train_loop import interrupt_at_evaluation, last_json, metrics
+from tests.test_train_loop import metrics
 
 import pytest
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
-OURS = ("common.launch", "2")
-
 
 @contextlib.contextmanager
-def started(launcher: tuple[str, ...], *command: str) -> Iterator[subprocess.Popen]:
-    """A launcher, which is ended with what it has launched."""
-    words = [sys.executable, "-m", *launcher, *command]
+def started(*command: str) -> Iterator[subprocess.Popen]:
+    """A launcher of two processes, which is ended with what it has launched."""
+    words = [sys.executable, "-m", "common.launch", "2", *command]
     how = {"cwd": ROOT, "env": {**os.environ, "CUDA_VISIBLE_DEVICES": ""}, "text": True}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how) as process:
         try:
@@ -39,38 +36,33 @@ def started(launcher: tuple[str, ...], *command: str) -> Iterator[subprocess.Pop
             process.terminate()
 
 
-def launch(launcher: tuple[str, ...], *command: str) -> list[str]:
-    """What it printed."""
-    with started(launcher, *command) as process:
-        out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out.splitlines()
+def seen(launcher: subprocess.Popen, runs: Path, text: str) -> Path:
+    """The folder of the one run, once its metrics hold `text`."""
+    end = time.monotonic() + 60
+    while not (found := [f for f in runs.glob("*/metrics.jsonl") if text in f.read_text()]):
+        assert launcher.poll() is None, launcher.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return found[0].parent
 
 
-@pytest.fixture
-def arguments(tiny_config) -> list[str]:
-    return [str(tiny_config), "early_stop.patience=2", "train.epochs=4", "train.pack_tokens=100"]
-
-
-def test_two_processes_go_on_with_the_run_of_one_take_its_steps_and_stop_together(
-    arguments, tmp_path, monkeypatch, capsys
-):
+def test_two_processes_take_the_steps_of_one_save_when_told_to_end_and_one_goes_on(tiny_config, tmp_path, capsys):
+    arguments = [str(tiny_config), "train.epochs=10", "train.eval_every=8", "train.pack_tokens=100"]
     train_loop.main([*arguments, f"runs={tmp_path / 'one'}"])
-    alone = last_json(capsys)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at_evaluation(patch, 2)
-        train_loop.main([*arguments, f"runs={tmp_path / 'two'}"])
-    said = launch(ACCELERATE, "train_loop.py", *arguments, f"runs={tmp_path / 'two'}")
-    (line,) = [line for line in said if line.startswith("{")]  # only the first rank speaks
-    shared = json.loads(line)
-    assert (alone["processes"], shared["processes"]) == (1, 2)
-    assert shared["stopped_early"]
-    assert 0 < shared["idle_share"] < 1
-    same = ("em", "f1", "n", "steps", "best_step", "stopped_early", "questions")
-    assert {key: shared[key] for key in same} == {key: alone[key] for key in same}
-    (one,), (two,) = ((tmp_path / name).iterdir() for name in ("one", "two"))
+    with started("train_loop.py", *arguments, f"runs={tmp_path / 'two'}") as launcher:
+        two = seen(launcher, tmp_path / "two", '"em"')
+        launcher.send_signal(signal.SIGTERM)
+        out, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 143, err
+    assert out.count(" steps of ~8 questions") == 1  # only the first rank speaks
+    assert "on 2 × CPU" in out
     checkpoint.verify(two / "last")
-    ours, theirs = metrics(two), metrics(one)
+    capsys.readouterr()
+    train_loop.main([*arguments, f"runs={tmp_path / 'two'}"])
+    said = capsys.readouterr().out
+    assert "going on after step" in said
+    assert 0 < json.loads(said.splitlines()[-1])["idle_share"] < 1
+    ours, theirs = metrics(two), metrics(next((tmp_path / "one").iterdir()))
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         if "loss" in a:
@@ -83,29 +75,23 @@ def test_two_processes_go_on_with_the_run_of_one_take_its_steps_and_stop_togethe
 
 def test_two_processes_answer_every_question_as_one_does(tiny_config, tmp_path, capsys):
     eval_loop.main([str(tiny_config), "lora=null", f"runs={tmp_path / 'one'}"])
-    said = launch(OURS, "eval_loop.py", str(tiny_config), "lora=null", f"runs={tmp_path / 'two'}")
+    with started("eval_loop.py", str(tiny_config), "lora=null", f"runs={tmp_path / 'two'}") as launcher:
+        out, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, err
     one, two = (json.loads((next((tmp_path / n).iterdir()) / "predictions.json").read_text()) for n in ("one", "two"))
     assert one == two
-    assert json.loads(said[-1])["processes"] == 2
+    assert json.loads(out.splitlines()[-1])["processes"] == 2
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, 137), (signal.SIGTERM, 143)])
-def test_all_end_when_one_is_killed_and_all_save_when_the_launcher_is_told_to_end(arguments, tmp_path, number, code):
-    began = time.monotonic()
-    with started(OURS, "train_loop.py", *arguments, "train.epochs=5000", "train.eval_every=5000") as launcher:
-        while not (lines := list(tmp_path.glob("runs/*/metrics.jsonl"))) or not lines[0].stat().st_size:
-            assert launcher.poll() is None, launcher.communicate()[1]
-            assert time.monotonic() < began + 60
-            time.sleep(0.1)
+def test_all_end_when_one_is_killed_and_the_last_line_says_of_what(tiny_config, tmp_path):
+    with started("train_loop.py", str(tiny_config), "train.epochs=5000", "train.eval_every=5000") as launcher:
+        seen(launcher, tmp_path / "runs", '"loss"')
         ids = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
         assert len(ids) == 2
-        os.kill(int(ids[-1]) if number == signal.SIGKILL else launcher.pid, number)
+        os.kill(int(ids[-1]), signal.SIGKILL)
         _, err = launcher.communicate(timeout=60)
-    assert launcher.returncode == code
-    if number == signal.SIGKILL:
-        assert "rank 1 of 2 ended by SIGKILL, and the others with it" in err
-    else:
-        checkpoint.verify(lines[0].parent / "last")
+    assert launcher.returncode == 137
+    assert err.endswith("rank 1 of 2 ended by SIGKILL, and the others with it\n")
 
 
 @pytest.mark.parametrize(

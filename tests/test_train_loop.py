@@ -161,8 +161,9 @@ def test_the_running_mean_is_kept_while_training_goes_on_with_the_last(tiny_conf
     assert all(0 < kept[key].norm() < last[key].norm() for key in b)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("where", ["step", "evaluation"])
+@pytest.mark.parametrize(
+    ("number", "code", "where"), [(signal.SIGTERM, 143, "step"), (signal.SIGINT, 130, "evaluation")]
+)
 def test_a_signal_saves_at_the_steps_end_and_the_run_goes_on(tiny_config, tmp_path, monkeypatch, number, code, where):
     arguments = [str(tiny_config), "train.pack_tokens=10000"]  # one pack a step
     train_loop.main([*arguments, f"runs={tmp_path / 'whole'}"])
