@@ -165,12 +165,14 @@ def mistaken(lines: Sequence[Line]) -> list[dict[str, Any]]:
     firsts = [line.evaluations[0] for line in lines if line.scored]
     if not firsts:
         return []
-    some, source = firsts[0], firsts[0]["may_differ"]["data_source"]
-    if not Path(source).is_file() and not os.environ.get("SQUAD_DIR"):
+    some, where = firsts[0], firsts[0]["config"]["data"]
+    if Path(some["may_differ"]["data_source"]).is_file():
+        where = {**where, "dev": some["may_differ"]["data_source"]}
+    elif not os.environ.get("SQUAD_DIR"):
         return []
     try:
-        data = squad.load(Data(**some["config"]["data"] | ({"dev": source} if Path(source).is_file() else {})), "dev")
-    except UserError:  # another file has that name now
+        data = squad.load(Data(**where), "dev")
+    except UserError:  # it is not there, or another file has its name now
         return []
     if data.sha256 != some["must_match"]["data"]:
         return []
