@@ -5,6 +5,7 @@ from common.config import Base, Lora
 from common.fused import Fused, flatten, unfit
 from common.model import add_lora, load_base
 from common.packing import IGNORED, Pack, Room, pack
+from common.prompt import Tree
 from tests.test_packing import CPU, gradient, lora_model, trees_of
 
 import bitsandbytes as bnb
@@ -67,8 +68,8 @@ def test_layers_without_an_adapter_are_left_as_they_are(tiny_base, targets):
 
 
 def test_real_weights_too(smollm2_base):
-    trees, _ = trees_of(smollm2_base, 1)
-    model, batch = lora_model(smollm2_base, "nf4"), pack(trees)
+    (tree,), _ = trees_of(smollm2_base, 1)
+    model, batch = lora_model(smollm2_base, "nf4"), pack([Tree(tree.prefix_ids, tree.branches[:2])])
     loss, truth = plain_loss(model, batch), gradient(model)
     fused = Fused(model, keep_layers=10, hold_layers=20)
     assert loss_of(fused.logits, batch).item() == pytest.approx(loss.item(), rel=1e-5)

@@ -46,16 +46,31 @@ def seen(launcher: subprocess.Popen, runs: Path, text: str) -> Path:
     return found[0].parent
 
 
-def test_two_processes_take_the_steps_of_one_save_when_told_to_end_and_one_goes_on(tiny_config, tmp_path, capsys):
+def test_two_processes_do_as_one_does_save_when_told_to_end_and_one_goes_on(tiny_config, tmp_path, capsys):
+    asked = [str(tiny_config), "lora=null"]
     arguments = [str(tiny_config), "train.epochs=10", "train.eval_every=8", "train.pack_tokens=100"]
+    eval_loop.main([*asked, f"runs={tmp_path / 'eval one'}"])
     train_loop.main([*arguments, f"runs={tmp_path / 'one'}"])
-    with started("train_loop.py", *arguments, f"runs={tmp_path / 'two'}") as launcher:
+    script = tmp_path / "both.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport eval_loop, train_loop\n"
+        "eval_loop.main(sys.argv[1:4])\ntrain_loop.main(sys.argv[4:])\n"
+    )
+    words = [*asked, f"runs={tmp_path / 'eval two'}", *arguments, f"runs={tmp_path / 'two'}"]
+    with started(str(script), *words) as launcher:
         two = seen(launcher, tmp_path / "two", '"em"')
         launcher.send_signal(signal.SIGTERM)
         out, err = launcher.communicate(timeout=60)
     assert launcher.returncode == 143, err
     assert out.count(" steps of ~8 questions") == 1  # only the first rank speaks
     assert "on 2 × CPU" in out
+
+    # every question was answered once, as one process does
+    runs = [next((tmp_path / f"eval {n}").iterdir()) for n in ("one", "two")]
+    assert len({(run / "predictions.json").read_text() for run in runs}) == 1
+    assert json.loads((runs[1] / "record.json").read_text())["result"]["processes"] == 2
+
+    # its steps were those of one, and one goes on
     checkpoint.verify(two / "last")
     capsys.readouterr()
     train_loop.main([*arguments, f"runs={tmp_path / 'two'}"])
@@ -71,16 +86,6 @@ def test_two_processes_take_the_steps_of_one_save_when_told_to_end_and_one_goes_
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
         else:
             assert a == b
-
-
-def test_two_processes_answer_every_question_as_one_does(tiny_config, tmp_path, capsys):
-    eval_loop.main([str(tiny_config), "lora=null", f"runs={tmp_path / 'one'}"])
-    with started("eval_loop.py", str(tiny_config), "lora=null", f"runs={tmp_path / 'two'}") as launcher:
-        out, err = launcher.communicate(timeout=120)
-    assert launcher.returncode == 0, err
-    one, two = (json.loads((next((tmp_path / n).iterdir()) / "predictions.json").read_text()) for n in ("one", "two"))
-    assert one == two
-    assert json.loads(out.splitlines()[-1])["processes"] == 2
 
 
 def test_all_end_when_one_is_killed_and_the_last_line_says_of_what(tiny_config, tmp_path):

@@ -222,7 +222,7 @@ def test_the_process_in_the_middle_is_reported(tiny_config, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["eval_loop.py", "raw7b"], "No CUDA device. raw7b needs one"),
+        (["sweep.py", "absent"], 'unknown sweep "absent"'),
         (["report.py", "absent"], "no finished evaluation"),
     ],
 )
