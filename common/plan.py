@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from common.prompt import Tree
 
 EVEN = 0.002  # of the mean: what nobody would notice
-NONE = -1
 
 
 def bounded(trees: Sequence[Tree], max_questions: int) -> list[Tree]:
@@ -45,7 +44,8 @@ def share(trees: Sequence[Tree], ranks: int) -> list[list[Tree]]:
     long as that makes the most less and it is not within `EVEN` of the mean.
     """
     size = [len(tree) for tree in trees]
-    shares = _largest_first(size, ranks)
+    shares, nothing = _largest_first(size, ranks), len(trees)
+    size.append(0)
     tokens = [sum(size[i] for i in mine) for mine in shares]
     while ranks > 1 and max(tokens) > (1 + EVEN) * sum(tokens) / ranks:
         giver = tokens.index(max(tokens))
@@ -54,14 +54,14 @@ def share(trees: Sequence[Tree], ranks: int) -> list[list[Tree]]:
             for rank in range(ranks)
             if rank != giver
             for i in shares[giver]
-            for j in (NONE, *shares[rank])
-            if (moved := size[i] - (size[j] if j != NONE else 0)) > 0
+            for j in (nothing, *shares[rank])
+            if (moved := size[i] - size[j]) > 0
         )
         if most >= tokens[giver]:
             break
         shares[giver].remove(given)
         shares[taker].append(given)
-        if taken != NONE:
+        if taken != nothing:
             shares[taker].remove(taken)
             shares[giver].append(taken)
         for rank in (giver, taker):

@@ -76,9 +76,9 @@ def trained_adapter(config: Config) -> Path | None:
     def decides(config: dict[str, Any]) -> list[Any]:
         return [config["system"], config["seed"], weights_of(config["base"]), config["lora"], config["prompt"]["order"]]
 
-    wanted = decides(config.to_dict())
+    mine = config.to_dict()
     trained = [record for record in read_all(Path(config.runs)) if record["kind"] == "train"]
-    runs = [record for record in trained if decides(record["config"]) == wanted]
+    runs = [record for record in trained if decides(record["config"]) == decides(mine)]
     if not runs and config.base.random_weights:
         return None
     if not runs:
@@ -86,7 +86,7 @@ def trained_adapter(config: Config) -> Path | None:
             f"{config.system} (seed {config.seed}) has no finished training under {config.runs}/: "
             f"make train MODEL={config.system}, or name an adapter with ADAPTER=folder"
         )
-    alike = [r for r in runs if all(r["config"][part] == config.to_dict()[part] for part in ("train", "early_stop"))]
+    alike = [r for r in runs if all(r["config"][part] == mine[part] for part in ("train", "early_stop"))]
     return Path(max(alike or runs, key=lambda record: record["created"])["folder"]) / "best"
 
 

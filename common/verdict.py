@@ -121,8 +121,11 @@ def main(argv: list[str]) -> None:
         for file, s in scored.items()
     }
     for verdict in compare([(file, first, rows[file], rows[first]) for file in others]):
-        p = equivalence(differences(scored[verdict.a].correct, scored[first].correct), article, MARGIN / 100)
-        print(f"{verdict}; within {MARGIN:g} EM of each other: p = {p:.2g}")
+        alike = ""
+        if len(set(article.values())) > 1:
+            p = equivalence(differences(scored[verdict.a].correct, scored[first].correct), article, MARGIN / 100)
+            alike = f"; within {MARGIN:g} EM of each other: p = {p:.2g}"
+        print(f"{verdict}{alike}")
 
 
 if __name__ == "__main__":

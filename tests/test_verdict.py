@@ -91,5 +91,9 @@ def test_prediction_files_are_compared_with_the_first(tmp_path, dev_file, capsys
     assert len(said) == 5
     assert said[4].startswith(f"{paths['wrong']} loses to {paths['right']}: -100.00")
     assert said[4].endswith("within 1 EM of each other: p = 1")
+    one = json.loads(dev_file.read_text())
+    dev_file.write_text(json.dumps({**one, "data": [{**a, "title": "the only one"} for a in one["data"]]}))
+    main([str(dev_file), str(paths["right"]), str(paths["wrong"])])
+    assert "McNemar" in capsys.readouterr().out.splitlines()[-1]
     with pytest.raises(UserError, match="usage: make compare"):
         main([str(dev_file), str(paths["right"])])
