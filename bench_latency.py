@@ -27,6 +27,7 @@ from common.stats import percentile, percentile_interval
 from tqdm import tqdm
 
 MODES = {"natural": "the answer ends by itself", "fixed": "always window.answer tokens"}
+FIXED = 100  # queries of the fixed mode, the first of all: they take long and differ little
 PERCENTILES = (50, 90, 95, 99)
 APART = {"connect": "connecting", "server": "by the host's own clock", "waited": "waiting to try again"}  # of an API
 
@@ -77,7 +78,10 @@ def main(argv: list[str]) -> None:
         by_p95 = sorted(found, key=lambda p: percentile([q["total"] for q in p["modes"][mode]], 95))
         middle = by_p95[len(by_p95) // 2]["modes"][mode]
         result[mode] = summary(middle) | {
-            "processes_p95_ms": [round(1000 * percentile([q["total"] for q in p["modes"][mode]], 95), 3) for p in found]
+            "n": len(middle),
+            "processes_p95_ms": [
+                round(1000 * percentile([q["total"] for q in p["modes"][mode]], 95), 3) for p in found
+            ],
         }
     result |= {key: result["natural"][key] for key in ("latency", "ttft", "tpot", "mean_tokens")}
     result["phases"] = phases(found)
@@ -152,7 +156,8 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
             samples = {}
             for mode in MODES:
                 begin(mode)
-                samples[mode] = [ask(example, mode) for example in tqdm(queries, desc=mode, unit="query")]
+                asked = queries[:FIXED] if mode == "fixed" else queries
+                samples[mode] = [ask(example, mode) for example in tqdm(asked, desc=mode, unit="query")]
                 end_phase(mode)
     nvml = file.with_suffix(".nvml.json")
     record.write_text(file, json.dumps({
@@ -250,12 +255,12 @@ def show(config: Config, name: str, device: Any, result: dict[str, Any]) -> None
             what = "a gold answer and EOS are replayed, for random weights never end"
         accepted = f", {part['drafts_accepted']:.0%} of drafts accepted" if part["drafts_accepted"] is not None else ""
         passes = f" in {part['mean_passes']} passes" if part["mean_passes"] else ""
-        print(f"{mode}: {what}; {part['mean_tokens']} tokens{passes}{accepted}")
+        print(f"{mode}, n = {part['n']}: {what}; {part['mean_tokens']} tokens{passes}{accepted}")
         rows = {"latency": "text to text", "ttft": "first token", "tpot": "per token after it", **APART}
         for row, name in rows.items():
             if values := part.get(row):
                 interval = values["p95_interval_ms"]
-                text = f"[{interval[0]:.1f}, {interval[1]:.1f}]" if interval else f"none: n = {n} is too small"
+                text = f"[{interval[0]:.1f}, {interval[1]:.1f}]" if interval else f"none: n = {part['n']} is too small"
                 cells = "".join(f"{values[f'p{q}_ms']:10.1f}" for q in PERCENTILES)
                 print(f"  {name:24}{cells}   {text if row in ('latency', 'ttft') else ''}")
         p95 = part["processes_p95_ms"]

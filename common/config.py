@@ -164,7 +164,7 @@ class Eval:
 
 @dataclass(frozen=True)
 class Bench:
-    queries: int = 400  # timed single queries, drawn article by article from dev
+    queries: int = 1000  # timed single queries, drawn article by article from dev
     warmup_queries: int = 10  # before the clock starts
     processes: int = 3  # fresh ones, one after the other
 

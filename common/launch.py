@@ -15,7 +15,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-SAVE_SECONDS = 110  # that a rank has from SIGTERM on
+SAVE_SECONDS = 110  # that a rank has from SIGTERM on; torchrun before 2.13 knows 30 alone
 KILLED = [-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS]
 
 
@@ -29,13 +29,10 @@ def main(argv: list[str]) -> None:
         raise UserError("common.launch wants how many processes, 1 or more, and a script: 2 train_loop.py …")
     threads = max(1, (os.cpu_count() or 1) // int(argv[0]))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # torchrun would set 1, and say so at length
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_SECONDS))
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     try:
-        run.run(
-            run.parse_args(
-                ["--standalone", f"--nproc-per-node={argv[0]}", f"--shutdown-timeout={SAVE_SECONDS}", *argv[1:]]
-            )
-        )
+        run.run(run.parse_args(["--standalone", f"--nproc-per-node={argv[0]}", *argv[1:]]))
     except ChildFailedError as error:
         # of what was seen at once, what killed a process comes before what it did to the others
         rank, first = min(error.failures.items(), key=lambda f: (f[1].timestamp, f[1].exitcode not in KILLED))

@@ -30,8 +30,9 @@ def run(*command: str, **env: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def finished(tiny_config, tmp_path, capsys):
+def finished(tiny_config, tmp_path, capsys, monkeypatch):
     """A trained, scored and timed adapter and its scored base; returns what each script printed."""
+    monkeypatch.setattr(bench_latency, "FIXED", 3)
     raw = tmp_path / "raw.yaml"
     raw.write_text(tiny_config.read_text().replace("system: tiny", "system: raw"))
     out = {}
@@ -54,7 +55,9 @@ def test_every_script_ends_with_one_json_object_and_the_report_says_it_all(finis
     assert evaluation["em_interval"][0] <= evaluation["em"] <= evaluation["em_interval"][1]
     predictions = json.loads((tmp_path / evaluation["run"] / "predictions.json").read_text())
     assert len(predictions) == evaluation["n"] == 12
-    assert bench["n"] == 4
+    assert bench["n"] == bench["natural"]["n"] == 4
+    assert bench["fixed"]["n"] == 3  # as FIXED says here
+    assert bench["fixed"]["mean_tokens"] == 32
     assert bench["latency"]["p95_ms"] >= bench["latency"]["p50_ms"] >= bench["ttft"]["p50_ms"] > 0
     assert bench["latency"]["p95_interval_ms"] is None  # 4 queries cannot give one
     assert "too small" in finished["bench"]
