@@ -85,6 +85,10 @@ def load_base(base: Base, device: torch.device) -> Any:
                 model = AutoModelForCausalLM.from_pretrained(base.path, revision=base.revision, **options)
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{base.path}: no model could be loaded from there ({_first_line(error)})") from error
+    if getattr(model.config, "attn_logit_softcapping", None):  # transformers before 5.23 leaves it out in silence
+        raise UserError(
+            f"{base.path}: {type(model).__name__} does not support attention over trees: it caps its scores"
+        )
     if base.tokenizer and len(load_tokenizer(base.tokenizer)) > model.config.vocab_size:
         raise UserError(f"base.tokenizer={base.tokenizer}: it has more tokens than {base.path} embeds")
     for module in model.modules():
