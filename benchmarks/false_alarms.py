@@ -58,12 +58,13 @@ def alarmed(
             shape = (PROCESSES, queries)
             held_up = np.where(rng.random(shape) < HELD_UP, rng.uniform(*FOR, shape), 1.0)
             process = rng.normal(1, apart, (PROCESSES, 1))
-            return np.median(usual * machine * process * held_up * rng.normal(1, NOISE, shape), axis=0)
+            return usual * machine * process * held_up * rng.normal(1, NOISE, shape)
 
         def too_long(old: np.ndarray, new: np.ndarray) -> bool:
-            if np.percentile(new, 95) <= rules.p95_ratio * np.percentile(old, 95):  # surely no less is less still
+            first, second = old.tolist(), new.tolist()
+            if slower(first, second, 95, alpha, draws=1000)[0] <= rules.p95_ratio:  # surely no less is less still
                 return False
-            return slower(old.tolist(), new.tolist(), 95, alpha)[1] > rules.p95_ratio
+            return slower(first, second, 95, alpha)[1] > rules.p95_ratio
 
         old = timed()
         if all(too_long(old, timed() * slowdown) for _ in range(2)):  # an alarm is measured again

@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from common import record
@@ -122,7 +121,7 @@ def _answers(system: str, pairs: Pairs, rules: Rules, alpha: float) -> list[Chec
 
 
 def _latency(system: str, pairs: Pairs, rules: Rules, alpha: float) -> list[Check]:
-    old, new = (_totals([pair[side] for pair in pairs]) for side in (0, 1))
+    old, new = (_totals([pair[side] for pair in pairs]) for side in (0, 1))  # of all seeds
     ratio, low = slower(old, new, 95, alpha)
     words = f"p95 {ratio:.3f} times as long, surely {low:.3f}; {rules.p95_ratio:g} is allowed"
     then, now = (max(_loads([pair[side] for pair in pairs]), default=None) for side in (0, 1))
@@ -136,16 +135,13 @@ def _loads(timings: list[dict[str, Any]]) -> list[float]:
     return [host["load"] for r in timings if (host := r["result"].get("host"))]
 
 
-def _totals(timings: list[dict[str, Any]]) -> list[float]:
-    """Seconds of every natural query, in the same order each time: the medians over all processes of all seeds.
-
-    One number a query, since what is drawn anew in `slower` are queries.
-    """
+def _totals(timings: list[dict[str, Any]]) -> list[list[float]]:
+    """Seconds of every natural query in every process, [processes, queries], in the same order each time."""
     files = [file for r in timings for file in Path(r["folder"]).glob("process-*.json")]
     found = [json.loads(file.read_text()) for file in files if not file.name.endswith(".nvml.json")]
     if not found:
         raise UserError(f"{timings[0]['folder']}: its samples are gone")
-    return [median(times) for times in zip(*([q["total"] for q in f["modes"]["natural"]] for f in found), strict=True)]
+    return [[query["total"] for query in process["modes"]["natural"]] for process in found]
 
 
 def _memory(system: str, kind: str, pairs: Pairs, rules: Rules) -> list[Check]:

@@ -122,21 +122,27 @@ def percentile(samples: Sequence[float], q: float) -> float:
 
 
 def slower(
-    old: Sequence[float], new: Sequence[float], q: float, alpha: float, draws: int = 20_000
+    old: Sequence[Sequence[float]], new: Sequence[Sequence[float]], q: float, alpha: float, draws: int = 20_000
 ) -> tuple[float, float]:
-    """The q-th percentile of `new` over that of `old`, the same queries in the same order: (ratio, surely no less).
+    """The q-th percentile of `new` over that of `old`, each [processes, queries]: (ratio, surely no less).
 
-    The latter by a bootstrap of queries, one-sided at `alpha`, always with the same draws.
+    Of each query the median over processes counts. The latter is the lower of two: a bootstrap of queries, one-sided
+    at `alpha`, always with the same draws; and, since processes differ by more than their queries tell, the ratio less
+    a standard error of it by processes, where there are several (benchmarks/false_alarms.py has what that is good for).
     """
-    a, b = np.asarray(old, float), np.asarray(new, float)
+    a, b = np.median(old, axis=0), np.median(new, axis=0)
     if len(a) != len(b):
         raise ValueError("a paired ratio needs the same queries on both sides")
     rng, ratios = np.random.default_rng(0), []
     for _ in range(0, draws, 1000):
         at = rng.integers(len(a), size=(1000, len(a)))
         ratios.append(np.percentile(b[at], q, axis=1) / np.percentile(a[at], q, axis=1))
-    ratio = np.percentile(b, q) / np.percentile(a, q)
-    return float(ratio), float(np.quantile(np.concatenate(ratios), alpha))
+    ratio, low = np.percentile(b, q) / np.percentile(a, q), np.quantile(np.concatenate(ratios), alpha)
+    if min(len(old), len(new)) > 1:
+        apart = np.mean([np.log(np.percentile(side, q, axis=1)).var(ddof=1) for side in (old, new)])
+        # π / 2: of a median, beside a mean
+        low = min(low, ratio * np.exp(-np.sqrt(np.pi / 2 * apart * (1 / len(old) + 1 / len(new)))))
+    return float(ratio), float(low)
 
 
 def reliability(probability: Mapping[str, float], right: Mapping[str, bool], bins: int = 10) -> list[Bin]:

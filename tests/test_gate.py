@@ -143,16 +143,28 @@ def test_noise_raises_alarms_as_seldom_as_is_allowed():
         worst.append(worse(dict(zip(article, off.tolist(), strict=True)), article, margin=0.01))
     assert np.mean(np.array(worst) < 0.01) <= 0.03
     usual = rng.lognormal(0, 0.3, 400)
-    low = [slower(usual, usual * rng.normal(1.1, 0.05, 400), 95, 0.01, draws=1000)[1] for _ in range(100)]
+    low = [slower([usual], [usual * rng.normal(1.1, 0.05, 400)], 95, 0.01, draws=1000)[1] for _ in range(100)]
     assert np.mean(np.array(low) > 1.1) <= 0.05
 
 
 def test_a_ratio_is_of_the_same_queries():
-    ratio, low = slower([1.0, 2.0, 3.0] * 50, [1.2, 2.4, 3.6] * 50, 95, 0.001)
+    ratio, low = slower([[1.0, 2.0, 3.0] * 50], [[1.2, 2.4, 3.6] * 50], 95, 0.001)
     assert ratio == pytest.approx(1.2)
     assert low == pytest.approx(1.2)
     with pytest.raises(ValueError, match="same queries"):
-        slower([1.0], [1.0, 2.0], 95, 0.05)
+        slower([[1.0]], [[1.0, 2.0]], 95, 0.05)
+
+
+def test_of_processes_the_one_in_the_middle_counts_and_how_far_they_are_apart():
+    usual = np.tile([1.0, 2.0, 3.0], 50)
+    held_up = [usual, usual * 9, usual]  # one process beside other work
+    assert slower(held_up, held_up, 95, 0.001)[0] == 1
+    ratio, low = slower([usual, usual, 1.2 * usual], [1.2 * usual] * 3, 95, 0.001)
+    assert ratio == pytest.approx(1.2)
+    apart = np.log(1.2) / np.sqrt(3)  # standard deviation of the three
+    assert low == pytest.approx(1.2 * np.exp(-np.sqrt(np.pi / 2 * apart**2 / 2 * 2 / 3)))
+    with_three_times_as_many = slower([usual, usual, 1.2 * usual] * 3, [1.2 * usual] * 9, 95, 0.001)[1]
+    assert low < with_three_times_as_many < ratio
 
 
 @pytest.mark.parametrize("wrong", [{"em_margin": -1}, {"p95_ratio": 0.9}, {"false_alarms": 0}])
