@@ -121,12 +121,20 @@ def _answers(system: str, pairs: Pairs, rules: Rules, alpha: float) -> list[Chec
 
 
 def _latency(system: str, pairs: Pairs, rules: Rules, alpha: float) -> list[Check]:
-    old, new = (_totals([pair[side] for pair in pairs]) for side in (0, 1))  # of all seeds
+    was, now = (_processes([pair[side] for pair in pairs]) for side in (0, 1))
+    queries = was[0]["ids"]
+    if others := [process["ids"] for process in was + now if process["ids"] != queries]:
+        words = (
+            f"other queries were timed, {len(others[0])} in place of {len(queries)}; set bench.queries, or accept anew"
+        )
+        return [Check(system, "comparable", False, words)]
+    # [processes, queries], seconds
+    old, new = ([[query["total"] for query in process["modes"]["natural"]] for process in side] for side in (was, now))
     ratio, low = slower(old, new, 95, alpha)
     words = f"p95 {ratio:.3f} times as long, surely {low:.3f}; {rules.p95_ratio:g} is allowed"
-    then, now = (max(_loads([pair[side] for pair in pairs]), default=None) for side in (0, 1))
-    if then is not None and now is not None:
-        words += f"; load of the host up to {now:.1f}, then {then:.1f}"
+    load_then, load_now = (max(_loads([pair[side] for pair in pairs]), default=None) for side in (0, 1))
+    if load_then is not None and load_now is not None:
+        words += f"; load of the host up to {load_now:.1f}, then {load_then:.1f}"
     return [Check(system, "p95", low <= rules.p95_ratio, words)]
 
 
@@ -135,13 +143,13 @@ def _loads(timings: list[dict[str, Any]]) -> list[float]:
     return [host["load"] for r in timings if (host := r["result"].get("host"))]
 
 
-def _totals(timings: list[dict[str, Any]]) -> list[list[float]]:
-    """Seconds of every natural query in every process, [processes, queries], in the same order each time."""
+def _processes(timings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The samples of every process of all seeds."""
     files = [file for r in timings for file in Path(r["folder"]).glob("process-*.json")]
     found = [json.loads(file.read_text()) for file in files if not file.name.endswith(".nvml.json")]
     if not found:
         raise UserError(f"{timings[0]['folder']}: its samples are gone")
-    return [[query["total"] for query in process["modes"]["natural"]] for process in found]
+    return found
 
 
 def _memory(system: str, kind: str, pairs: Pairs, rules: Rules) -> list[Check]:

@@ -49,7 +49,7 @@ def measure(tmp_path):
             run = record.new_run(config, "bench")
             for process in range(3):
                 totals = ms / 1000 * usual * noise.normal(1, 0.02, 400)
-                samples = {"modes": {"natural": [{"total": t} for t in totals]}}
+                samples = {"ids": list(range(400)), "modes": {"natural": [{"total": t} for t in totals]}}
                 (run / f"process-{process}.json").write_text(json.dumps(samples))
             record.write(
                 run,
@@ -98,6 +98,14 @@ def test_each_thing_that_is_worse_raises_its_alarm(measure, change, found):
     what = alarms(measure("accepted"), measure("new", seed=2, **change))
     assert what.keys() == found
     assert all(what.values())
+
+
+def test_other_queries_are_no_comparison(measure):
+    accepted, new = measure("accepted"), measure("new")
+    file = next(new.glob("*-s1-*-bench-*/process-2.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"ids": list(range(1000))}))
+    words = alarms(accepted, new)["comparable"]
+    assert words == "other queries were timed, 1000 in place of 400; set bench.queries, or accept anew"
 
 
 def test_one_seed_on_other_data_is_enough_for_an_alarm(measure):

@@ -29,7 +29,7 @@ if "bench" in wanted["kinds"]:
     config = load("smollm2-qlora", words)
     run = record.new_run(config, "bench")
     queries = [{{"total": pace * (1 + i % 7 / 10)}} for i in range(200)]
-    (run / "process-0.json").write_text(json.dumps({{"modes": {{"natural": queries}}}}))
+    (run / "process-0.json").write_text(json.dumps({{"ids": [], "modes": {{"natural": queries}}}}))
     result = {{"peak": {{"allocated_bytes": 2**30, "rss_bytes": 1}}}}
     record.write(run, config, "bench", Dataset([], "x.json"), {{"name": "a test"}}, result)
 for seed in wanted["seeds"] if "eval" in wanted["kinds"] else ():
