@@ -1,8 +1,9 @@
 """Whether what was measured anew is as good as what was accepted: by tests, not by bare differences. Imports no torch.
 
 An alarm needs evidence: EM or F1 lower by more than a margin, p95 higher by more than a ratio, at a level that all
-tests of a run share, so that a run in which nothing has changed raises one as seldom as `false_alarms` says. What a GPU
-allocates at the peak is no random quantity, and what must match for a comparison must match.
+tests of a run share, so that a run in which nothing has changed raises one as seldom as `false_alarms` says (p95 by
+more than a standard error over processes too, and twice). What a GPU allocates at the peak is no random quantity, and
+what must match for a comparison must match.
 """
 
 import json
@@ -124,14 +125,13 @@ def _latency(system: str, pairs: Pairs, rules: Rules, alpha: float) -> list[Chec
     was, now = (_processes([pair[side] for pair in pairs]) for side in (0, 1))
     queries = was[0]["ids"]
     if others := [process["ids"] for process in was + now if process["ids"] != queries]:
-        words = (
-            f"other queries were timed, {len(others[0])} in place of {len(queries)}; set bench.queries, or accept anew"
-        )
+        words = f"other queries were timed than then ({len(others[0])}, then {len(queries)}): "
+        words += f"bench.queries={len(queries)} asks as many again; or accept what is new"
         return [Check(system, "comparable", False, words)]
     # [processes, queries], seconds
     old, new = ([[query["total"] for query in process["modes"]["natural"]] for process in side] for side in (was, now))
     ratio, low = slower(old, new, 95, alpha)
-    words = f"p95 {ratio:.3f} times as long, surely {low:.3f}; {rules.p95_ratio:g} is allowed"
+    words = f"p95 {ratio:.3f} times as long, at least {low:.3f}; {rules.p95_ratio:g} is allowed"
     load_then, load_now = (max(_loads([pair[side] for pair in pairs]), default=None) for side in (0, 1))
     if load_then is not None and load_now is not None:
         words += f"; load of the host up to {load_now:.1f}, then {load_then:.1f}"

@@ -124,11 +124,12 @@ def percentile(samples: Sequence[float], q: float) -> float:
 def slower(
     old: Sequence[Sequence[float]], new: Sequence[Sequence[float]], q: float, alpha: float, draws: int = 20_000
 ) -> tuple[float, float]:
-    """The q-th percentile of `new` over that of `old`, each [processes, queries]: (ratio, surely no less).
+    """The q-th percentile of `new` over that of `old`, each [processes, queries]: (ratio, lower bound).
 
-    Of each query the median over processes counts. The latter is the lower of two: a bootstrap of queries, one-sided
-    at `alpha`, always with the same draws; and, since processes differ by more than their queries tell, the ratio less
-    a standard error of it by processes, where there are several (benchmarks/false_alarms.py has what that is good for).
+    Of each query the median over processes counts. The bound is the lower of two: a bootstrap of queries, one-sided at
+    `alpha`, always with the same draws; and, since processes differ by more than their queries tell, the ratio less a
+    standard error by processes, where there are several. The second was chosen by simulation and has no level of its
+    own (benchmarks/false_alarms.py); a process that was held up makes it lower, so it hides a change and invents none.
     """
     a, b = np.median(old, axis=0), np.median(new, axis=0)
     if len(a) != len(b):

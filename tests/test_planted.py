@@ -3,9 +3,10 @@
 On SmolLM2's real weights with an adapter trained once on demo/ (or ADAPTERS=runs, what the recipe trained there), by
 SQuAD's dev set (SQUAD_DIR, or the hub's): `make test-planted`, on a machine that nothing else uses, or latency says
 nothing. On a GPU by the whole dev set and 200 timed queries; without one by ten questions of each article and 16
-queries, in two hours. REPEATS=n unchanged runs (20). Each regression is a line changed in a copy of the repo. A slower
-engine needs as many queries and processes as `make bench` takes by itself to be told from chance, and a system whose
-processes are alike: TIMED="qlora7b base.random_weights=true …" is what is timed, in place of SmolLM2.
+queries, in two hours. REPEATS=n unchanged runs (20). Each regression is a line changed in a copy of the repo. To tell
+an engine that is 20 % slower from chance, processes must be alike, as a 7B model's are on a GPU: TIMED="qlora7b
+base.random_weights=true …" times that, as `make bench` does by itself. Without it SmolLM2's engine becomes 50 % slower,
+on a CPU twice as slow.
 """
 
 import json
@@ -22,6 +23,8 @@ import pytest
 pytestmark = pytest.mark.planted
 GPU = shutil.which("nvidia-smi")
 REPEATS = int(os.environ.get("REPEATS", "20"))
+TIMED = os.environ.get("TIMED", "").split()
+SLOWER = "0.2" if TIMED else "0.5" if GPU else "1.0"
 ANSWERS = {"em", "f1"}
 PLANTED = {  # file, line, what it becomes, which checks may raise the alarm
     "LoRA's alpha is not the adapter's": (
@@ -42,10 +45,10 @@ PLANTED = {  # file, line, what it becomes, which checks may raise the alarm
         '_CONTEXT = "Context:  {}"',
         {"comparable"},
     ),
-    "20 % slower": (
+    "slower": (
         "bench_latency.py",
         "                total = meter.now(device) - began\n",
-        "                __import__('time').sleep(0.2 * (meter.now(device) - began))\n"
+        f"                __import__('time').sleep({SLOWER} * (meter.now(device) - began))\n"
         "                total = meter.now(device) - began\n",
         {"p95"},
     ),
@@ -92,8 +95,8 @@ def again(tmp_path_factory):
                 "adapters": str(Path(adapters).resolve()),
                 "overrides": [f"prompt.order={order}", *words[what]],
             }
-            if what == "slower" and (timed := os.environ.get("TIMED", "").split()):
-                settings = {"systems": timed[:1], "kinds": ["bench"], "overrides": timed[1:]}
+            if what == "slower" and TIMED:
+                settings = {"systems": TIMED[:1], "kinds": ["bench"], "overrides": TIMED[1:]}
             file.write_text(json.dumps(settings))  # which is YAML too
             revalidate(what, ROOT)
             run(ROOT, "revalidate.py", "--accept", "the first", f"runs={home / what}")
