@@ -302,7 +302,7 @@ def main(argv: list[str]) -> None:
     model.train()
     bar = tqdm(total=total, initial=state["step"], desc="train", unit="step", disable=not first)
     began, seconds_before, asked = meter.now(device), state["seconds"], False
-    evaluated_before, busy = state["evaluation_seconds"], 0.0
+    stepping, busy = 0.0, 0.0  # seconds of steps, without evaluating and saving; of those with this GPU at work
     start_seconds = began - started  # until the first step of this process begins
     upcoming: tuple[list[Tree], list[packing.Pack]] | None = None
     saved = time.monotonic()
@@ -324,6 +324,7 @@ def main(argv: list[str]) -> None:
             if step == total or state["waited"] >= stop.patience:
                 break
 
+            step_began = meter.now(device)
             members, packs = upcoming or prepare(step)
             branches = [branch for tree in members for branch in tree.branches]
             answer_tokens = sum(len(branch.answer_ids) for branch in branches)
@@ -361,10 +362,12 @@ def main(argv: list[str]) -> None:
 
             state["step"] = step + 1
             asked = signals > 0
+            now = meter.now(device)
+            stepping += now - step_began
             row = {
                 "step": step + 1, "loss": loss, "lr": group["lr"],
                 "grad_norm": grad_norm if math.isfinite(grad_norm) else None, "questions": len(branches),
-                "tokens": int(tokens), "seconds": round(seconds_before + meter.now(device) - began, 3),
+                "tokens": int(tokens), "seconds": round(seconds_before + now - began, 3),
             }  # fmt: skip
             log(metrics, row)
             bar.set_postfix(loss=f"{loss:.3f}", best_em=state["best_em"], refresh=False)
@@ -381,7 +384,6 @@ def main(argv: list[str]) -> None:
     # ---- record ----------------------------------------------------------------------------------------------------
     seconds = seconds_before + meter.now(device) - began
     questions = sum(row.get("questions", 0) for row in record.read_metrics(run))
-    training_seconds = seconds - seconds_before - (state["evaluation_seconds"] - evaluated_before)  # of this process
     result = {
         "run": str(run), "identity": identity, "em": state["best_em"], "f1": state["best_f1"],
         "random_weights": untrue, "selected_on": stop.split, "n": len(stop_examples), "best_step": state["best_step"],
@@ -390,7 +392,7 @@ def main(argv: list[str]) -> None:
         "questions_per_s": round(questions / (seconds - state["evaluation_seconds"]), 2), "window_counts": built.counts,
         "start_seconds": round(start_seconds, 1), "pack_tokens": pack_tokens, "kept_layers": keep_layers,
         "recomputed": recomputed, "counted_bytes": counted,
-        "idle_share": round(1 - works / training_seconds, 4) if works else None,
+        "idle_share": round(1 - works / stepping, 4) if works else None,
         "trained_weights": trained, "frozen_weights": frozen, "peak": meter.peaks(device, state["peak"]),
     }  # fmt: skip
     if first:
