@@ -78,10 +78,7 @@ def main(argv: list[str]) -> None:
         by_p95 = sorted(found, key=lambda p: percentile([q["total"] for q in p["modes"][mode]], 95))
         middle = by_p95[len(by_p95) // 2]["modes"][mode]
         result[mode] = summary(middle) | {
-            "n": len(middle),
-            "processes_p95_ms": [
-                round(1000 * percentile([q["total"] for q in p["modes"][mode]], 95), 3) for p in found
-            ],
+            "processes_p95_ms": [round(1000 * percentile([q["total"] for q in p["modes"][mode]], 95), 3) for p in found]
         }
     result |= {key: result["natural"][key] for key in ("latency", "ttft", "tpot", "mean_tokens")}
     result["phases"] = phases(found)
@@ -214,6 +211,7 @@ def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
     later = [(s["last"] - s["first"]) / (s["tokens"] - 1) for s in samples if s["tokens"] > 1 and s["last"]]
     drafted = sum(s["drafted"] for s in samples)
     return {
+        "n": len(samples),
         "latency": spread([s["total"] for s in samples]), "ttft": spread([s["first"] for s in samples]),
         "tpot": spread(later) if later else None,
         "mean_tokens": round(statistics.mean(s["tokens"] for s in samples), 2),

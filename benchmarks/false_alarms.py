@@ -61,10 +61,10 @@ def alarmed(
             return usual * machine * process * held_up * rng.normal(1, NOISE, shape)
 
         def too_long(old: np.ndarray, new: np.ndarray) -> bool:
-            first, second = old.tolist(), new.tolist()
-            if slower(first, second, 95, alpha, draws=1000)[0] <= rules.p95_ratio:  # the bound is lower still
+            was, now = (np.percentile(np.median(side, axis=0), 95) for side in (old, new))
+            if now <= rules.p95_ratio * was:  # the bound is lower still
                 return False
-            return slower(first, second, 95, alpha, draws=6000)[1] > rules.p95_ratio
+            return slower(old.tolist(), new.tolist(), 95, alpha, draws=6000)[1] > rules.p95_ratio
 
         old = timed()
         if all(too_long(old, timed() * slowdown) for _ in range(2)):  # an alarm is measured again
