@@ -130,8 +130,8 @@ def test_fused_gradients_in_16_bits_are_as_good_as_those_of_the_modules(base16, 
               f"({modules_loss:.1f}) for {true_loss:.1f}, of tokens off by {off(losses, true_losses):.5f} "
               f"({apart:.5f}), gradient off by {off(found, truth):.5f} ({off(modules, truth):.5f}), "
               f"cosine {cosine(found, truth):.6f}")  # fmt: skip
-        # bf16 alone moves this loss by up to 0.9 %, up or down, as the adapter has it (docs/log.md)
-        assert abs(losses.sum().item() - true_loss) <= max(0.005 * true_loss, 1.1 * abs(modules_loss - true_loss))
+        # bf16 alone moves this loss by 0.9 % (docs/log.md), and which kernels were compiled by 0.2 % of that
+        assert abs(losses.sum().item() - modules_loss) <= 0.005 * true_loss
         assert off(losses, true_losses) <= 1.1 * apart
         assert cosine(found, truth) >= 0.999
         assert off(found, truth) <= 1.1 * off(modules, truth)
