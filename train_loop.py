@@ -299,6 +299,7 @@ def main(argv: list[str]) -> None:
             )
         return {"step": step, "em": em, "f1": f1, "n": scored.n}
 
+    ranks.sum_gradients(weights, 0.0).tolist()  # connects the ranks; who is ready first waits here and not in a step
     model.train()
     bar = tqdm(total=total, initial=state["step"], desc="train", unit="step", disable=not first)
     began, seconds_before, asked = meter.now(device), state["seconds"], False

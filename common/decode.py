@@ -88,11 +88,11 @@ def predict(
     )
     training = model.training
     model.eval()
-    share = sum(len(tree.branches) for tree in trees) // ranks.count()
+    total = sum(len(tree.branches) for tree in trees) if ranks.count() == 1 else None  # who takes how many is not known
     engine = {"plain": _by_packs, "stream": _by_stream}[engine_of(model, options)]
     answers: list[Prediction] = []
     try:
-        with tqdm(total=share, desc=progress, unit="question", disable=progress is None) as bar:
+        with tqdm(total=total, desc=progress, unit="question", disable=progress is None) as bar:
             for answer in engine(model, tokenizer, trees, stops, max_new_tokens, options, check, scripts or {}, round_):
                 answers.append(answer)
                 bar.update()

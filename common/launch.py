@@ -30,7 +30,8 @@ def main(argv: list[str]) -> None:
     threads = max(1, (os.cpu_count() or 1) // int(argv[0]))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # torchrun would set 1, and say so at length
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_SECONDS))
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own
     try:
         run.run(run.parse_args(["--standalone", f"--nproc-per-node={argv[0]}", *argv[1:]]))
     except ChildFailedError as error:

@@ -25,7 +25,8 @@ class Request:
         if not self.code:
             self.code, self._when = 128 + number, time.monotonic()
             name = signal.Signals(number).name
-            os.write(sys.stderr.fileno(), f"\n{name}: saving, then ending; once more ends at once\n".encode())
+            if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+                os.write(sys.stderr.fileno(), f"\n{name}: saving, then ending; once more ends at once\n".encode())
         elif time.monotonic() - self._when > ECHO_S:
             os._exit(128 + number)
 
