@@ -94,7 +94,10 @@ def texts(context: str, question: str) -> tuple[str, str]:
     if not context or not question:
         if sys.stdin.isatty():
             print("context, then the question on the last line; end with Ctrl-D:", file=sys.stderr)
-        given = sys.stdin.read().strip()
+        try:
+            given = sys.stdin.read().strip()
+        except UnicodeDecodeError as error:
+            raise UserError("stdin must be UTF-8 text") from error
         if context:
             question = given
         elif question:

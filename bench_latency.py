@@ -12,13 +12,12 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from common import api, checkpoint, decode, meter, preflight, prompt, record, single, squad
+from common import api, checkpoint, decode, meter, preflight, prompt, record, single, squad, stopping
 from common.config import Config, load
 from common.errors import UserError, one_line_errors
 from common.model import load_system, load_tokenizers, sources
@@ -63,8 +62,8 @@ def main(argv: list[str]) -> None:
             timing(dev, file)
             found.append(json.loads(file.read_text()))
             break
-        command = [sys.executable, str(Path(__file__).resolve()), *argv, "--measure", str(file)]
-        code = subprocess.run(command).returncode
+        chosen = [f"adapter={adapter}"] if adapter else []  # and not one that is trained meanwhile
+        code = stopping.run([sys.executable, str(Path(__file__).resolve()), *argv, *chosen, "--measure", str(file)])
         if code in (2, 130, 143):  # it has said why
             raise SystemExit(code)
         if code:

@@ -37,6 +37,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--questions", type=int, default=50, help="how many are answered again, drawn anew each time")
     args = parser.parse_intermixed_args(argv)
+    if args.questions < 1:
+        raise UserError("--questions: at least one is answered again")
     if not (args.run / "record.json").is_file():
         raise UserError(f"{args.run}: no finished run is there; RUN=runs/… names the folder of an evaluation")
     was = record.read_one(args.run / "record.json")
@@ -71,7 +73,11 @@ def main(argv: list[str]) -> None:
     # ---- what answers ----------------------------------------------------------------------------------------------
     device = meter.pick_device()
     here = {"name": config.api.url} if config.api else meter.describe(device)
-    some = dev.examples if config.api else random.SystemRandom().sample(dev.examples, min(args.questions, len(texts)))
+    some = (
+        dev.examples
+        if config.api
+        else random.SystemRandom().sample(dev.examples, min(args.questions, len(dev.examples)))
+    )
     if config.api:
         answers = replayed(config, cutter, args.run, result, some, found)
         exact = True
@@ -84,7 +90,8 @@ def main(argv: list[str]) -> None:
     if was["may_differ"].get("tokenizer", ids_by) != ids_by:  # older records do not say it
         found["tokenizer"] = f"sha256 {ids_by}, was {was['may_differ']['tokenizer']}"
     different = [e.id for e in some if answers[e.id] != texts.get(e.id)]
-    may = 0 if exact else int(stats.binom.ppf(CONFIDENCE, len(some), CHANGED_BY_ROUNDING))
+    chance = int(stats.binom.ppf(CONFIDENCE, len(some), CHANGED_BY_ROUNDING))
+    may = 0 if exact else min(chance, len(some) - 1)
     shown = ", ".join(f"{id_}: {answers[id_]!r}, was {texts.get(id_)!r}" for id_ in different[:3])
     told = f"{len(different)} of {len(some)} differ"
     found["answers"] = f"{told}, at most {may} may: {shown}" if len(different) > may else None

@@ -23,7 +23,7 @@ from common.model import load_system, load_tokenizers, sources
 from common.score import score
 from common.stats import clustered, wilson
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ def local(config: Config, dev: squad.Dataset) -> Answered | None:
     """By a model on this machine; None on all ranks but the first."""
     adapter = checkpoint.verified(record.trained_adapter(config))
     process = ranks.join()
+    (adapter,) = broadcast_object_list([adapter])  # should a training have ended meanwhile
     device = meter.pick_device()
     tokenizer, cutter = load_tokenizers(config)
     model = load_system(config, adapter, device)

@@ -22,6 +22,7 @@ from common.stats import mcnemar
 
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 SURE = 0.01  # p below which a difference is none of chance
@@ -91,8 +92,12 @@ def main(argv: list[str]) -> None:
     assert set(missing) <= {"lm_head.weight"}, missing  # tied to the embeddings
     needs = 1.3 * sum(w.numel() * w.element_size() for w in weights.values())
     with checkpoint.replacing(args.folder) as folder:
-        plain.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        try:
+            plain.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        except (SafetensorError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{args.folder}: could not be written ({reason}); make room, and try again") from error
         del model, plain, weights
 
         # ---- check -------------------------------------------------------------------------------------------------

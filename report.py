@@ -65,7 +65,8 @@ class Line:
         rows = [self.rows[e["folder"]] for e in self.evaluations]
         values = {id_: fmean(float(r[id_][name]) for r in rows) for id_ in rows[0]}
         interval = clustered(values, {id_: row["article"] for id_, row in rows[0].items()})
-        if not interval and name == "em" and len(rows) == 1:
+        degenerate = not interval or interval[0] == interval[1]  # all right, or none
+        if degenerate and name == "em" and len(rows) == 1:
             interval = wilson(sum(r["em"] for r in rows[0].values()), len(rows[0]))
         return fmean(e["result"][name] for e in self.evaluations), interval and (100 * interval[0], 100 * interval[1])
 
@@ -110,12 +111,14 @@ def brackets(interval: Sequence[float] | None, digits: int = 2) -> str:
 
 def cells(line: Line, columns: Sequence[str], usd_per_hour: float | None, before: Mapping[str, Any]) -> tuple[str, ...]:
     em, f1 = (line.mean(name) if line.scored else None for name in ("em", "f1"))
-    p95, joules, usd = "–", None, "–"
+    p95, joules, usd, device = "–", None, "–", line.some["may_differ"]["device"]["name"]
     em_then = None if is_random(line.some) else before["em"].get(line.some["system"])
     if line.bench:
         r = line.bench["result"]
         interval = r["latency"]["p95_interval_ms"]
         p95 = f"{r['latency']['p95_ms']:.0f}{brackets(interval, 0)} (n {r['n']})"
+        timed_on = line.bench["may_differ"]["device"]["name"]
+        device += "" if timed_on == device else f"; timed on {timed_on}"
         joules = r.get("phases", {}).get("natural", {}).get("energy_j_per_query")
         if usd_per_hour and "natural" in r:
             usd = f"{1000 * usd_per_hour / 3600 / r['natural']['queries_per_s']:.4f}"
@@ -128,7 +131,7 @@ def cells(line: Line, columns: Sequence[str], usd_per_hour: float | None, before
         p95,
         memory(line.bench) if line.bench else "–",
         f"{joules:.1f}" if joules else "–",
-        line.some["may_differ"]["device"]["name"],
+        device,
         *([usd] if usd_per_hour else []),
         *([f"{em_then:.2f} (n {before['questions']})" if em_then else "–"] if columns[-1] == SNAPSHOT else []),
     )
@@ -331,6 +334,13 @@ def main(argv: list[str]) -> None:
             group = groups.setdefault(json.dumps(r["must_match"], sort_keys=True), {})
             weights = json.dumps(record.weights_of(r["config"]["base"]))
             group.setdefault((r["system"], r["seed"], is_random(r), weights), {})[r["kind"]] = r
+    others = []
+    for found in (found for group in groups.values() for found in group.values() if len(found) == 2):
+        scored, timed = (found[kind]["result"].get("adapter_sha256") for kind in ("eval", "bench"))
+        if scored and timed and scored != timed:
+            others.append(
+                f"{found.pop('bench')['folder']} is in no table: another adapter was evaluated since, or before"
+            )
     trained_in = {f"{r['folder']}/best": r for r in records if r["kind"] == "train"}
 
     # ---- one part for each group of what may be compared, the freshest last ----------------------------------------
@@ -366,7 +376,7 @@ def main(argv: list[str]) -> None:
     # ---- write -----------------------------------------------------------------------------------------------------
     page = Environment(loader=FileSystemLoader(ROOT / "common"), autoescape=True).get_template("page.html")
     names = ", ".join(sorted({r["system"] for r in records}))
-    missing = [f"{name} is in no table: {why}" for name, why in absent.items()]
+    missing = [*(f"{name} is in no table: {why}" for name, why in absent.items()), *others]
     html = page.render(systems=names, missing=missing, parts=parts, snapshot=first)
     record.write_text(root / "report.html", html)
     markdown = ["# SQuAD v1.1: exact match, F1, latency, memory", "", *(f"- {line}" for line in missing), ""]

@@ -16,6 +16,7 @@ import fcntl
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -48,8 +49,14 @@ def main(argv: list[str]) -> None:
     root = Path(runs) / "revalidate"
     root.mkdir(parents=True, exist_ok=True)
     accepted = root / "accepted.json"
-    history: list[dict[str, Any]] = json.loads(accepted.read_text()) if accepted.exists() else []
-    sweep = jobs.plan(file, overrides)[1]
+    try:
+        history: list[dict[str, Any]] = json.loads(accepted.read_text()) if accepted.exists() else []
+    except ValueError as error:
+        raise UserError(f"{accepted}: not readable ({error}); restore it, or move it away and accept anew") from error
+    planned, sweep = jobs.plan(file, overrides)
+    rows = Counter((job.config.system, job.config.seed) for job in planned)
+    if twice := next((name for (name, _), n in rows.items() if n > 1), None):
+        raise UserError(f"{file}: several variants are called {twice}; give each a name of its own (system=…)")
 
     # ---- one at a time ---------------------------------------------------------------------------------------------
     with alone(root):
@@ -112,24 +119,9 @@ def alone(root: Path) -> Iterator[None]:
 def measure(file: Path, overrides: list[str], folder: Path) -> None:
     """Do what is left of the sweep in `folder`; exits where it fails."""
     command = [sys.executable, str(SWEEP), str(file), *overrides, f"runs={folder}"]
-    with stopping.listen() as request:
-        measuring = subprocess.Popen(command, start_new_session=True)  # Ctrl-C is for us, and we pass it on
-        passed_on = False
-        while (code := ended(measuring)) is None:
-            if request.code and not passed_on:
-                measuring.terminate()
-                passed_on = True
-    if code:
+    if code := stopping.run(command):
         print(f"error: measuring ended with {code}; the same command goes on in {folder}", file=sys.stderr)
-        sys.exit(request.code or 2)
-
-
-def ended(process: subprocess.Popen) -> int | None:
-    """Its exit code, waited for at most a second."""
-    try:
-        return process.wait(1)
-    except subprocess.TimeoutExpired:
-        return None
+        sys.exit(code if code in (130, 143) else 2)
 
 
 def accept(why: str, folder: Path, accepted: Path, history: list[dict[str, Any]]) -> None:

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     if not planned:
         raise UserError(f"{args.only}: the sweep has changed since this run was handed out; it has none with this hash")
     gpus = visible_gpus()
-    workers = args.workers or len(gpus) or 1
+    workers = (len(gpus) or 1) if args.workers is None else args.workers
     if workers < 1:
         raise UserError("--workers must be 1 or more")
     waiting = []
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
         """One script, to its end: (exit code, its last line). What it says is kept in runs/logs/."""
         log = Path(job.config.runs) / "logs" / f"{job.config.system}-s{job.config.seed}-{job.config.hash()}-{kind}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w", encoding="utf-8") as file:
+        with log.open("a", encoding="utf-8") as file:  # a second try leaves what the first said
             # a group of its own: Ctrl-C is for us, and we pass it on
             child = subprocess.Popen(
                 [sys.executable, str(ROOT / SCRIPTS[kind]), job.system, *words], stdout=file, stderr=subprocess.STDOUT,

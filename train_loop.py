@@ -83,9 +83,15 @@ def main(argv: list[str]) -> None:
     train, stop, untrue = config.train, config.early_stop, config.base.random_weights
     if config.lora is None:
         raise UserError(f"{config.system} has no lora section, so there is nothing to train; try MODEL=qlora7b")
+    if config.adapter:
+        raise UserError(
+            f"adapter={config.adapter}: a training makes its own; ADAPTER is of eval, bench, export and ask"
+        )
     preflight.check(config)
     process = ranks.join()
     first, rank, n_ranks = process.is_main_process, process.process_index, process.num_processes
+    if train.questions_per_step < n_ranks:
+        raise UserError(f"train.questions_per_step={train.questions_per_step}: fewer than the {n_ranks} processes")
     set_seed(config.seed)
     device = meter.pick_device()
     meter.reset_peaks(device)  # graphs allocate while they are recorded, before the loop
@@ -106,10 +112,11 @@ def main(argv: list[str]) -> None:
 
     # ---- data ------------------------------------------------------------------------------------------------------
     train_set, dev_set = squad.load(config.data, "train"), squad.load(config.data, "dev")
-    identity = {"config": config.hash(), "train": train_set.sha256, "dev": dev_set.sha256}
+    identity = {"config": config.hash("train"), "train": train_set.sha256, "dev": dev_set.sha256}
     run = None if args.fresh else record.newest_run(config, "train")
     if first and run:
         checkpoint.recover(run / "last")
+        checkpoint.recover(run / "best")
     (run,) = broadcast_object_list([run])  # one rank looks, for the others might see what it makes later
     if run and (run / "record.json").exists():
         finished = json.loads((run / "record.json").read_text())["result"]
@@ -118,6 +125,8 @@ def main(argv: list[str]) -> None:
             print(json.dumps(finished))
             return
         run = None  # that was on other data
+    if first and run:
+        record.claim(run)
     train_examples, stop_examples = train_set.examples, dev_set.examples
     if stop.split == "heldout":
         train_examples, stop_examples = squad.hold_out(train_examples, stop.heldout_share)
@@ -238,6 +247,7 @@ def main(argv: list[str]) -> None:
     elif run is None:
         (run,) = broadcast_object_list([record.new_run(config, "train") if first else None])
     if first:
+        record.claim(run)
         kept = [row for row in record.read_metrics(run) if row["step"] <= state["step"]]  # what came after is redone
         record.write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
     accelerator.project_configuration.logging_dir = str(run)
@@ -284,7 +294,8 @@ def main(argv: list[str]) -> None:
         texts = {id_: a.text for id_, a in decode.merge(a for r in everyone for a in r.values()).items()}
         scored = score(stop_examples, texts)
         em, f1 = (None, None) if untrue else (scored.em, scored.f1)
-        better = em is None or state["best_em"] is None or em >= state["best_em"] + stop.min_delta
+        best = state["best_em"]
+        better = em is None or best is None or (em > best and em >= best + stop.min_delta)
         state["waited"] = 0 if better else state["waited"] + 1
         state["evaluated"] = step
         if better:

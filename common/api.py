@@ -225,7 +225,12 @@ class Client:
 
     def _note(self, line: dict[str, Any]) -> None:
         assert self.file
-        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        try:
+            text = json.dumps(line, ensure_ascii=False)
+            text.encode()
+        except UnicodeEncodeError:  # a host cut a character in two
+            text = json.dumps(line)
+        self.file.write(text + "\n")
         self.file.flush()
 
     def _sleep(self, seconds: float) -> None:

@@ -30,9 +30,9 @@ def replacing(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        files = sorted(path for path in partial.iterdir() if path.is_file())
-        (partial / SUMS).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files))
-        for path in partial.iterdir():
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        (partial / SUMS).write_text("".join(f"{sha256(path)}  {path.relative_to(partial)}\n" for path in files))
+        for path in (*files, partial / SUMS):
             _flush(path)
         recover(folder)
         if folder.exists():
@@ -57,6 +57,8 @@ def recover(folder: Path) -> None:
 
 def verified(adapter: Path | None) -> Path | None:
     """The adapter folder, checked where it has checksums: one that another tool wrote has none."""
+    if adapter:
+        recover(adapter)
     if adapter and (adapter / SUMS).exists():
         verify(adapter)
     return adapter
@@ -103,6 +105,11 @@ def load_state(folder: Path) -> dict[str, Any]:
 def load_training(folder: Path, training: dict[str, Any]) -> None:
     """What `save` got as `training`, from a verified `last/`, in place."""
     saved = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+    if saved.keys() != training.keys():
+        other = ", ".join(sorted(saved.keys() ^ training.keys()))
+        raise UserError(
+            f"{folder}: saved by a training of another kind ({other}); set base.dtype as it was there, or FRESH=1"
+        )
     for name, part in training.items():
         part.load_state_dict(saved[name])
 

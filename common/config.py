@@ -54,7 +54,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Data:
-    train: str = "rajpurkar/squad"  # SQuAD v1.1 JSON (plain or .gz), or a hub id; SQUAD_DIR wins over a hub id
+    train: str = "rajpurkar/squad"  # SQuAD v1.1 JSON (plain or .gz), or a hub id; SQUAD_DIR wins over this one
     dev: str = "rajpurkar/squad"  # the same for the dev split
     train_paragraphs: int | None = None  # only the first N paragraphs; null: all
     dev_questions: int | None = None  # only a fixed, article-stratified N; null: all
@@ -217,7 +217,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _need(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.system) is not None, "system", "use letters, digits, - _")
-        _need(self.seed >= 0, "seed", "must be ≥ 0")
+        _need(0 <= self.seed < 2**32, "seed", "must be in [0, 2^32)")
         left = self.window.context - self.prompt.spare(self.window)
         _need(left >= 16, "prompt", f"in this order {left} tokens are left for the context; raise window.context")
         _need(self.adapter is None or self.lora is not None, "adapter", "needs a lora section beside it")
@@ -239,11 +239,20 @@ class Config:
         """The system's name, marked where its weights are random."""
         return f"{self.system} (random weights)" if self.base.random_weights else self.system
 
-    def hash(self) -> str:
-        """8 hex digits of what decides a result: not `runs`, not `tracker`, and of `api` only whom it asks."""
+    def hash(self, kind: str | None = None) -> str:
+        """8 hex digits of what decides a result: not `runs`, not `tracker`, and of `api` only whom it asks.
+
+        A `kind` of run does not depend on what comes after it, and a training goes on with more or less memory.
+        """
         decides = self.to_dict()
         del decides["runs"], decides["tracker"]
         decides["api"] = self.api and self.api.url  # a run that met a limit goes on with a higher one
+        if kind in ("train", "eval"):
+            del decides["bench"]
+        if kind == "train":
+            decides["train"]["memory_budget_gib"] = self.train.memory_budget_gib is not None  # null: other layers
+            for section, key in (("train", "pack_tokens"), ("eval", "memory_budget_gib"), ("eval", "pass_tokens")):
+                del decides[section][key]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -153,7 +153,12 @@ def systems() -> Iterator[Finding]:
     from common.config import CONFIGS, load
     from common.errors import UserError
 
-    configs = {path.stem: load(path.stem) for path in sorted(CONFIGS.glob("*.yaml"))}
+    configs = {}
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        try:
+            configs[path.stem] = load(path.stem)
+        except UserError as error:
+            yield Finding("systems", "no", str(error))
     reachable = {}
     hosted = {name: config for name, config in configs.items() if config.api}
     configs = {name: config for name, config in configs.items() if not config.api}

@@ -77,6 +77,9 @@ def compare(accepted: Path, new: Path, rules: Rules, kinds: Sequence[str] = KIND
         if unlike := {key: both for pair in pairs for key, both in record.mismatch(*pair).items()}:
             words = "; ".join(f"{key} is {b}, accepted was {a}" for key, (a, b) in unlike.items())
             checks.append(Check(system, "comparable", False, words))
+        elif kind == "bench" and (words := _other_device(pairs)):
+            checks.append(Check(system, "comparable", False, words))
+            continue
         elif kind == "eval":
             checks += _answers(system, pairs, rules, alpha)
         else:
@@ -119,6 +122,12 @@ def _answers(system: str, pairs: Pairs, rules: Rules, alpha: float) -> list[Chec
         words = f"{what.upper()} {gain:+.2f} over {len(pairs)} seeds; p of more than {margin:g} lower {p:.2g}"
         out.append(Check(system, what, p >= alpha, words))
     return out
+
+
+def _other_device(pairs: Pairs) -> str:
+    """Why times, and what a GPU allocates for them, say nothing; empty where the device is the same."""
+    then, now = ({r["may_differ"]["device"]["name"] for r in side} for side in zip(*pairs, strict=True))
+    return "" if then == now else f"timed on {', '.join(sorted(now))}, accepted on {', '.join(sorted(then))}"
 
 
 def _latency(system: str, pairs: Pairs, rules: Rules, alpha: float) -> list[Check]:

@@ -51,17 +51,21 @@ def make(runs: Path) -> Path:
     if not records:
         raise UserError(f"{runs}/: no finished run is there yet")
     partial.unlink(missing_ok=True)
-    with contextlib.closing(sqlite3.connect(partial)) as ledger, ledger:
-        ledger.execute(f"create table runs ({', '.join(f'{name} {type_}' for name, (type_, _) in COLUMNS.items())})")
-        rows = [[find(r) for _, find in COLUMNS.values()] for r in records]
-        ledger.executemany(f"insert into runs values ({', '.join('?' * len(COLUMNS))})", rows)
+    rows = [[find(r) for _, find in COLUMNS.values()] for r in records]
+    columns = ", ".join(f"{name} {type_}" for name, (type_, _) in COLUMNS.items())
+    try:
+        with contextlib.closing(sqlite3.connect(partial)) as ledger, ledger:
+            ledger.execute(f"create table runs ({columns})")
+            ledger.executemany(f"insert into runs values ({', '.join('?' * len(COLUMNS))})", rows)
+    except sqlite3.OperationalError as error:
+        raise UserError(f"{path}: cannot be written ({error})") from error
     os.replace(partial, path)
     return path
 
 
 def find(ledger: Path, condition: str) -> list[dict[str, Any]]:
     """The runs that fulfil an SQL condition, oldest first; `UserError` where it is none."""
-    with contextlib.closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)) as connection:
+    with contextlib.closing(sqlite3.connect(f"{ledger.absolute().as_uri()}?mode=ro", uri=True)) as connection:
         connection.row_factory = sqlite3.Row
         try:
             rows = connection.execute(f"select * from runs where ({condition}) order by created, folder").fetchall()

@@ -74,25 +74,34 @@ def load_base(base: Base, device: torch.device) -> Any:
         "quantization_config": quantization,
         "attn_implementation": ATTENTION,
         "device_map": {"": device},
+        "output_loading_info": True,
     }
     with meter.out_of_memory(f"{base.path} does not fit with base.quant={base.quant}; nf4 takes the least"):
         try:
             if base.random_weights:  # the same loader as for real ones, handed numbers in place of a file
                 kind, config, weights = random_weights(base)
-                model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
+                model, found = kind.from_pretrained(None, config=config, state_dict=weights, **options)
                 model.name_or_path = base.path
             else:
-                model = AutoModelForCausalLM.from_pretrained(base.path, revision=base.revision, **options)
-        except (OSError, ValueError, SafetensorError) as error:
+                model, found = AutoModelForCausalLM.from_pretrained(base.path, revision=base.revision, **options)
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # another shape is a RuntimeError
             raise UserError(f"{base.path}: no model could be loaded from there ({_first_line(error)})") from error
+    lacks = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if lacks:  # transformers makes these up
+        more = f" and {len(lacks) - 1} more" if lacks[1:] else ""
+        raise UserError(f"{base.path}: no whole model: {lacks[0]}{more} is missing, or has another shape")
     if getattr(model.config, "attn_logit_softcapping", None):  # transformers before 5.23 leaves it out in silence
         raise UserError(
             f"{base.path}: {type(model).__name__} does not support attention over trees: it caps its scores"
         )
     if base.tokenizer and len(load_tokenizer(base.tokenizer)) > model.config.vocab_size:
         raise UserError(f"base.tokenizer={base.tokenizer}: it has more tokens than {base.path} embeds")
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
+            if module.weight.quant_state.shape != (module.out_features, module.in_features):
+                raise UserError(f"{base.path}: no whole model: {name} has another shape than its config.json says")
             # On a CPU with AVX512-BF16 the first evaluation would repack the weights for good, and later training
             # would go on with wrong gradients.
             module.support_avx512bf16_for_cpu = False
@@ -152,7 +161,10 @@ def load_adapter(model: Any, folder: Path, base: Base) -> Any:
     trained_on = str(config.base_model_name_or_path)
     if Path(trained_on).name != Path(base.path).name:
         raise UserError(f"{folder}: this adapter was trained on {trained_on}, not on {base.path}")
-    peft_model = get_peft_model(model, config)
+    try:
+        peft_model = get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder}: this adapter does not fit {base.path} ({_first_line(error)})") from error
     load_weights(peft_model, weights, str(folder))
     return peft_model.eval()
 

@@ -1,6 +1,5 @@
 """Before anything is downloaded: can this machine run the system, and may it have the weights?"""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,12 @@ from common.errors import UserError
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 TRY = "To try everything on this machine: make demo"
 
@@ -27,6 +31,7 @@ def tokenizer(path: str) -> None:
     """May `window.tokenizer` be had?"""
     if Path(path).is_dir() or path.startswith((".", "/", "~")):  # a folder that is not there says so when it is read
         return
+    _named(path)
     if not isinstance(huggingface_hub.try_to_load_from_cache(path, "tokenizer.json"), str):
         try:
             _licence(Base(path))
@@ -64,7 +69,15 @@ def _is_folder(path: str) -> bool:
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         hint = "make smollm2 fetches it" if "smollm2" in path else "set base.path to a model folder or a hub id"
         raise UserError(f"{path}: no such model folder; {hint}")
+    _named(path)
     return False
+
+
+def _named(path: str) -> None:
+    try:
+        huggingface_hub.utils.validate_repo_id(path)
+    except HFValidationError as error:
+        raise UserError(f"{path}: no such folder here, and no hub id looks like that") from error
 
 
 def _is_cached(base: Base) -> bool:
@@ -95,9 +108,12 @@ def _licence(base: Base) -> None:
 
 
 def _disk(base: Base) -> None:
-    info = huggingface_hub.model_info(base.path, revision=base.revision, files_metadata=True)
+    try:
+        info = huggingface_hub.model_info(base.path, revision=base.revision, files_metadata=True)
+    except RevisionNotFoundError as error:
+        raise UserError(f"base.revision={base.revision}: {base.path} has no such revision") from error
     need = sum(f.size or 0 for f in info.siblings or [] if f.rfilename.endswith(".safetensors"))
-    cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache"))
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
     while not cache.exists():
         cache = cache.parent
     free = shutil.disk_usage(cache).free

@@ -14,6 +14,7 @@ Imports no torch.
 """
 
 import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -21,7 +22,7 @@ import platform
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from common import prompt, score
 from common.config import Config, with_defaults
@@ -32,6 +33,7 @@ import yaml
 
 SCHEMA = 2  # before it a tokenizer was known by the hash of its file
 BY_FILE = "file "
+_claimed: list[TextIO] = []  # closing one would let go of it
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "bitsandbytes", "numpy", "scipy", "triton")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,8 +42,7 @@ def new_run(config: Config, kind: str) -> Path:
     """Make the next free run folder of this system, seed and configuration, with its `config.yaml`."""
     root = Path(config.runs)
     stem = _stem(config, kind)
-    numbers = [int(path.name.rpartition("-")[2]) for path in root.glob(f"{stem}-[0-9]*")]
-    number = max(numbers, default=0) + 1
+    number = max((_number(path) for path in _runs(config, kind)), default=0) + 1
     while True:
         folder = root / f"{stem}-{number:03}"
         try:
@@ -55,9 +56,19 @@ def new_run(config: Config, kind: str) -> Path:
     return folder
 
 
+def claim(run: Path) -> None:
+    """Keeps other processes out of an unfinished run for as long as this one lives."""
+    lock = (run / "config.yaml").open("a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise UserError(f"{run}: another process works there; wait until it is done, or FRESH=1 starts anew") from error
+    _claimed.append(lock)
+
+
 def newest_run(config: Config, kind: str) -> Path | None:
     """The last run folder of exactly this configuration, finished or not."""
-    return max(Path(config.runs).glob(f"{_stem(config, kind)}-[0-9]*"), default=None)
+    return max(_runs(config, kind), key=_number, default=None)
 
 
 def trained_adapter(config: Config) -> Path | None:
@@ -86,8 +97,14 @@ def trained_adapter(config: Config) -> Path | None:
             f"{config.system} (seed {config.seed}) has no finished training under {config.runs}/: "
             f"make train MODEL={config.system}, or name an adapter with ADAPTER=folder"
         )
-    alike = [r for r in runs if all(r["config"][part] == mine[part] for part in ("train", "early_stop"))]
+    alike = [r for r in runs if _trains_as(r["config"], mine)]
     return Path(max(alike or runs, key=lambda record: record["created"])["folder"]) / "best"
+
+
+def _trains_as(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    data = ("train", "train_paragraphs", "fix_offsets")
+    alike = all(a[part] == b[part] for part in ("train", "early_stop", "window"))
+    return alike and all(a["data"][key] == b["data"][key] for key in data)
 
 
 def weights_of(base: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +140,7 @@ def write(
         "may_differ": {
             "data_source": data.source,
             "fixed_offsets": data.fixed_offsets,
-            "config_hash": config.hash(),
+            "config_hash": config.hash(kind),
             "commit": commit,
             "dirty": dirty,
             "python": platform.python_version(),
@@ -145,7 +162,8 @@ def cut_by(window: dict[str, Any], tokenizer_sha256: str | None) -> dict[str, An
 
 def read_all(root: Path) -> list[dict[str, Any]]:
     """Every finished run's record below `root`, oldest first."""
-    return sorted((read_one(path) for path in root.glob("*/record.json")), key=lambda r: (r["created"], r["folder"]))
+    found = (read_one(path) for path in root.glob("*/record.json") if path.is_file())
+    return sorted(found, key=lambda r: (r["created"], r["folder"]))
 
 
 def read_one(path: Path) -> dict[str, Any]:
@@ -157,7 +175,8 @@ def read_one(path: Path) -> dict[str, Any]:
             own = found["may_differ"].pop("tokenizer", None)
             cut = must["window"].get("tokenizer") or own  # before windows said what cut the text, it was the own one
             must["window"] = {**must["window"], "tokenizer": cut and BY_FILE + cut[:12]}
-        return {**found, "config": with_defaults(found["config"]), "folder": str(path.parent)}
+        config, created = with_defaults(found["config"]), found["created"]
+        return {**found, "config": config, "created": created, "folder": str(path.parent)}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a readable record ({error}); move the folder away") from error
 
@@ -167,6 +186,9 @@ def read_questions(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
     path = Path(evaluation["folder"]) / "questions.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        n = evaluation["result"]["n"]
+        if len(rows) != n:
+            raise ValueError(f"{len(rows)} lines for {n} questions")
         kept = ("text", "em", "f1", "hit_limit")
         return {r["id"]: {key: r[key] for key in kept}
                 | {"article": r.get("article", r["id"]), "logprob": r.get("logprob")} for r in rows}  # fmt: skip
@@ -191,8 +213,18 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def _runs(config: Config, kind: str) -> list[Path]:
+    """All run folders of this configuration; a copy under a name of its own (`….bak`) is none."""
+    stem = _stem(config, kind)
+    return [p for p in Path(config.runs).glob(f"{stem}-*") if p.name.removeprefix(f"{stem}-").isdecimal()]
+
+
+def _number(run: Path) -> int:
+    return int(run.name.rpartition("-")[2])
+
+
 def _stem(config: Config, kind: str) -> str:
-    return f"{config.system}-s{config.seed}-{config.hash()}-{kind}"
+    return f"{config.system}-s{config.seed}-{config.hash(kind)}-{kind}"
 
 
 def mismatch(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -218,6 +250,6 @@ def code() -> tuple[str | None, bool | None]:
         return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         return None, None

@@ -4,6 +4,8 @@ import gzip
 import hashlib
 import json
 import os
+import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,13 +137,14 @@ def _by_hash(example: Example) -> str:
 
 
 def locate(source: str, split: str) -> Path | None:
-    """The file to read, or None for the hub."""
-    if source.endswith((".json", ".gz")):
+    """The file to read, or None for the hub. Of hub ids `SQUAD_DIR` stands for SQuAD's alone."""
+    hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not source.endswith((".json", ".jsonl", ".gz"))
+    if not hub_id or Path(source).exists():
         if not Path(source).is_file():
             raise UserError(f"{source}: no such file (data.{split})")
         return Path(source)
     folder = os.environ.get("SQUAD_DIR")
-    if not folder:
+    if not folder or source != Data().dev:
         return None
     candidates = [Path(folder) / name.format(split=split) for name in FILES]
     for path in candidates:
@@ -159,7 +162,7 @@ def _articles(path: Path) -> list[Any]:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); is the file complete?") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); is the file complete?") from error
     articles = data.get("data") if isinstance(data, dict) else None
     if not isinstance(articles, list):
@@ -202,6 +205,8 @@ def _field(parent: Any, key: str, kind: type, where: str) -> Any:
         raise UserError(f'{where}: "{key}" must be {names[kind]}, not {json.dumps(value)[:40]}')
     if isinstance(value, str) and not value.strip():
         raise UserError(f'{where}: "{key}" is empty')
+    if isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise UserError(f'{where}: "{key}" holds half a character (a lone surrogate)')
     return value
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -33,6 +34,21 @@ class Request:
     def check(self) -> None:
         if self.code:
             raise Stopped
+
+
+def run(command: list[str]) -> int:
+    """A command's exit code; 128 + the number of a signal that came meanwhile, which is passed on."""
+    with listen() as request:
+        child = subprocess.Popen(command, start_new_session=True)  # Ctrl-C is for us, and we pass it on
+        passed_on = False
+        while True:
+            try:
+                code = child.wait(1)
+                return request.code or code
+            except subprocess.TimeoutExpired:
+                if request.code and not passed_on:
+                    child.terminate()
+                    passed_on = True
 
 
 @contextmanager

@@ -7,6 +7,7 @@ dataclasses, not from YAML's guesses, so `2e-4` is a float; where YAML would rea
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -57,6 +58,8 @@ def _mapping(node: yaml.MappingNode, prefix: str, source: str) -> dict[str, Any]
     out: dict[str, Any] = {}
     for key, value in node.value:
         where = f"{source}:{key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise UserError(f"{where}: a key is one word; quote a value that begins with a brace or bracket")
         name = prefix + str(key.value)
         if key.value in out:
             raise UserError(f'{where}: key "{name}" stands here twice')
@@ -153,6 +156,8 @@ def _scalar(leaf: _Leaf, hint: Any, key: str) -> Any:
         if hint is int and re.fullmatch(r"[+-]?(0|[1-9][0-9]*)", text):
             return int(text)
         if hint is float and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
+            if math.isinf(float(text)):
+                raise UserError(f'{leaf.where}: "{key}" takes a finite number')
             return float(text)
     want = {bool: "true or false", int: "a whole number", float: "a number"}[hint]
     raise UserError(f'{leaf.where}: "{key}" takes {want}, not "{text}"')

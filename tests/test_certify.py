@@ -97,6 +97,7 @@ def test_what_cannot_be_certified_is_an_error(run, tmp_path):
         ([training], "not an evaluation"),
         ([run, "window.context=100"], "only where things are"),
         ([run, "adapter=absent"], "absent"),
+        ([run, "--questions", "0"], "at least one"),
     ):
         with pytest.raises(UserError, match=message):
             certify.main([str(a) for a in arguments])

@@ -55,7 +55,7 @@ def test_every_config_of_the_repo_loads_and_is_named_as_its_file(path):
         ("seed: [1]\n", r't.yaml:4: "seed" takes one value, not a list'),
         ("train:\n  lr: -1.0\n", r"t.yaml:5: train.lr: must be > 0"),
         ("lora:\n  dropout: 1.0\n", r"t.yaml:5: lora.dropout: must be in \[0, 1\)"),
-        ("seed: -1\n", r"t.yaml:4: seed: must be ≥ 0"),
+        ("seed: -1\n", r"t.yaml:4: seed: must be in \[0, 2\^32\)"),
         ("seed: [\n", r"t.yaml:5: not valid YAML"),
     ],
 )
@@ -155,6 +155,16 @@ def test_the_hash_changes_with_every_key_that_decides_the_result(config, key, va
     changed = config("", *words, f"{key}={value}")
     decides_nothing = key in ("runs", "tracker") or (section == "api" and key != "api.url")
     assert (changed.hash() == before) == decides_nothing
+
+
+def test_a_run_keeps_its_folder_where_what_comes_after_it_or_its_memory_is_another(config):
+    fused = ("lora.rank=16", "train.memory_budget_gib=8")
+    plain = config("", *fused)
+    memory = ("train.memory_budget_gib=20", "train.pack_tokens=512", "eval.memory_budget_gib=20", "eval.pass_tokens=99")
+    for kind, same in (("train", (*memory, "bench.queries=9")), ("eval", ("bench.queries=9",)), ("bench", ())):
+        words = (*memory, "bench.queries=9", "train.lr=9", "window.context=300", "train.memory_budget_gib=null")
+        kept = tuple(word for word in words if config("", *fused, word).hash(kind) == plain.hash(kind))
+        assert kept == same
 
 
 @given(st.text(max_size=40))

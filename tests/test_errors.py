@@ -17,6 +17,14 @@ def test_what_a_person_can_cause_ends_in_one_line(error, code, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_a_folder_that_may_not_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as caught, one_line_errors():
+        (tmp_path / "file" / "below").write_text("")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/file/below: Not a directory\n"
+
+
 def test_our_own_mistakes_are_not_hidden():
     with pytest.raises(ValueError, match="ours"), one_line_errors():
         raise ValueError("ours")

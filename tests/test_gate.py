@@ -44,7 +44,7 @@ def measure(tmp_path):
                 for i, x in enumerate(right)
             ]
             (run / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            result = {"em": 100 * right.mean(), "f1": 100 * right.mean(), "peak": peak}
+            result = {"em": 100 * right.mean(), "f1": 100 * right.mean(), "n": N, "peak": peak}
             record.write(run, config, "eval", Dataset([], "x.json"), {"name": "a card"}, result)
             run = record.new_run(config, "bench")
             for process in range(3):
@@ -106,6 +106,15 @@ def test_other_queries_are_no_comparison(measure):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"ids": list(range(1000))}))
     words = alarms(accepted, new)["comparable"]
     assert words.startswith("other queries were timed than then (1000, then 400): bench.queries=400 ")
+
+
+def test_times_of_another_device_are_no_comparison(measure):
+    accepted, new = measure("accepted"), measure("new", ms=90)
+    for file in new.glob("*-bench-*/record.json"):
+        found = json.loads(file.read_text())
+        found["may_differ"]["device"] = {"name": "another card"}
+        file.write_text(json.dumps(found))
+    assert alarms(accepted, new) == {"comparable": "timed on another card, accepted on a card"}
 
 
 def test_one_seed_on_other_data_is_enough_for_an_alarm(measure):

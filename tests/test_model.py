@@ -22,6 +22,7 @@ from tests.test_packing import gradient, lora_model, packed_loss, trees_of
 import bitsandbytes as bnb
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -232,6 +233,23 @@ def test_a_folder_without_a_model_is_a_users_error(tmp_path):
         load_base(Base(str(tmp_path), quant="none"), CPU)
     with pytest.raises(UserError, match="no tokenizer could be loaded"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+@pytest.mark.parametrize("harm", ["a weight less", "another shape"])
+def test_a_base_that_is_not_whole_is_refused_and_not_made_up(tiny_base, tmp_path, quant, harm):
+    folder = tmp_path / "harmed"
+    shutil.copytree(tiny_base, folder)
+    weights = load_file(folder / "model.safetensors")
+    settings = json.loads((folder / "config.json").read_text())
+    if harm == "a weight less":
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    else:
+        settings["intermediate_size"] = 256
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"harmed: no (whole model|model could be loaded)"):
+        load_base(replace(nf4(folder), quant=quant), CPU)
 
 
 def test_smollm2_ends_answers_with_its_own_eos_and_pads_with_another_token(smollm2_base):

@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 from common import record
 from common.config import load
 from common.errors import UserError
 from common.squad import Answer, Dataset, Example
+from tests.conftest import ROOT
 
 import pytest
 
@@ -31,7 +34,7 @@ def finish(config, kind: str = "train"):
 def test_every_run_has_a_folder_of_its_own_with_its_configuration(config):
     first, second = record.new_run(config(), "eval"), record.new_run(config(), "eval")
     assert (first.name[-3:], second.name[-3:]) == ("001", "002")
-    assert first.name.startswith(f"{SYSTEM}-s0-{config().hash()}-eval-")
+    assert first.name.startswith(f"{SYSTEM}-s0-{config().hash('eval')}-eval-")
     assert load(str(first / "config.yaml")) == config()
     first.joinpath("config.yaml").unlink()
     first.rmdir()
@@ -90,6 +93,44 @@ def test_the_adapter_is_that_of_the_newest_training_of_the_same_system_seed_base
     del written["config"]["prompt"]  # as in records from before there was a choice
     (run / "record.json").write_text(json.dumps(written))
     assert record.trained_adapter(config("prompt.order=context")) == run / "best"
+
+
+def test_an_adapter_of_other_data_or_another_window_comes_after_one_that_was_trained_so(config):
+    asked = ("train.lr=1e-4", "data.train_paragraphs=9")
+    run, written = finish(config(*asked))
+    (run / "record.json").write_text(json.dumps(written | {"created": "2000-01-01T00:00:00+00:00"}))
+    for other in ("data.train_paragraphs=8", "window.context=300", "data.fix_offsets=true"):
+        finish(config(*asked, other))
+    assert record.trained_adapter(config(*asked)) == run / "best"
+
+
+def test_a_copy_of_a_run_under_another_name_is_not_taken_for_it(config):
+    first = record.new_run(config(), "train")
+    shutil.copytree(first, f"{first}.bak")
+    thousandth = first.with_name(f"{first.name[:-3]}1000")
+    first.with_name(f"{first.name[:-3]}999").mkdir()
+    thousandth.mkdir()
+    assert record.newest_run(config(), "train") == thousandth
+    assert record.new_run(config(), "train").name.endswith("-1001")
+
+
+def test_a_run_is_of_one_process_at_a_time(config):
+    run = record.new_run(config(), "train")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom common import record\n"
+    code += f"record.claim(Path({str(run)!r}))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    record.claim(run)
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert f"{run}: another process works there" in other.stderr
+
+
+def test_a_row_too_few_is_noticed(config):
+    run = record.new_run(config(), "eval")
+    written = record.write(run, config(), "eval", DATA, {"name": "CPU"}, {"em": 50.0, "n": 2})
+    row = {"id": "q1", "text": "", "em": False, "f1": 0.0, "hit_limit": False}
+    (run / "questions.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="1 lines for 2 questions"):
+        record.read_questions(written)
 
 
 def test_every_adapter_of_llama_2_has_the_base_that_it_is_compared_with():

@@ -115,6 +115,28 @@ def test_timings_stand_beside_accuracy(runs, capsys):
     assert row["USD a 1,000 queries"] == "0.1000"  # 0.1 s each
 
 
+def test_a_timing_of_another_device_says_so_and_one_of_another_adapter_is_left_out(runs, capsys):
+    for file in runs.glob("*-bench-*/record.json"):
+        found = json.loads(file.read_text())
+        found["may_differ"]["device"] = {"name": "another card"}
+        if found["system"] == "smollm2-qlora":
+            found["result"]["adapter_sha256"] = "cd" * 32
+        file.write_text(json.dumps(found))
+    out, page, text = made(runs, capsys)
+    rows = {row["system"]: row for row in out["groups"][0]["rows"]}
+    assert rows["smollm2-raw"]["device"] == "a card; timed on another card"
+    assert rows["smollm2-qlora"]["p95 ms [95 %]"] == "–"
+    assert "-bench-001 is in no table: another adapter" in page.text
+    assert "-bench-001 is in no table: another adapter" in text
+
+
+def test_nothing_right_is_no_certainty(tmp_path, capsys):
+    dev = squad_file(tmp_path / "dev.json", paragraphs=12, questions=5)
+    evaluated(dev, tmp_path / "runs", "smollm2-raw", 0, 0.0)
+    (row,) = made(tmp_path / "runs", capsys)[0]["groups"][0]["rows"]
+    assert re.fullmatch(r"0\.00 \[0\.00, [5-7]\.\d\d\]", row["EM [95 %]"])
+
+
 def test_the_page_fetches_nothing_and_draws_everything(runs, capsys):
     _, page, _ = made(runs, capsys)
     assert page.fetched == []
@@ -142,7 +164,7 @@ def test_every_run_says_how_to_make_it_again(runs, capsys):
         again = f"make {r['kind']} MODEL={r['folder']}/config.yaml"
         assert again in page.text
         assert again in markdown
-        assert load(f"{r['folder']}/config.yaml").hash() == r["may_differ"]["config_hash"]
+        assert load(f"{r['folder']}/config.yaml").hash(r["kind"]) == r["may_differ"]["config_hash"]
     assert f"ADAPTER={runs}/smollm2-qlora-s0" in page.text
 
 

@@ -38,7 +38,7 @@ for seed in wanted["seeds"] if "eval" in wanted["kinds"] else ():
     same = {{"text": "", "hit_limit": False, "f1": 1.0}}
     rows = [{{"id": str(i), "em": i % 100 < 100 * right, "article": str(i % 37), **same}} for i in range(1000)]
     (run / "questions.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
-    result = {{"em": 100 * right, "f1": 100.0, "peak": {{"allocated_bytes": 2**30, "rss_bytes": 1}}}}
+    result = {{"em": 100 * right, "f1": 100.0, "n": 1000, "peak": {{"allocated_bytes": 2**30, "rss_bytes": 1}}}}
     record.write(run, config, "eval", Dataset([], "x.json"), {{"name": "a test"}}, result)
 """
 

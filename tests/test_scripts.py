@@ -15,6 +15,7 @@ import bench_latency
 import eval_loop
 import report
 import train_loop
+from common import stopping
 from common.errors import UserError
 from tests.conftest import ROOT
 
@@ -169,21 +170,16 @@ def test_make_hands_text_on_as_it_was_typed(tmp_path):
 
 
 def test_a_measuring_process_that_dies_is_named(tiny_config, monkeypatch):
-    def died(command, **kwargs):
-        return subprocess.CompletedProcess(command, -9)
-
-    monkeypatch.setattr(bench_latency.subprocess, "run", died)
+    monkeypatch.setattr(stopping, "run", lambda command: -9)
     with pytest.raises(UserError, match="measuring process 1 of 2 ended with -9"):
         bench_latency.main([str(tiny_config), "lora=null", "bench.processes=2"])
 
 
 def test_the_process_in_the_middle_is_reported(tiny_config, monkeypatch, capsys):
     """Three processes whose queries take 1, 3 and 2 times as long."""
-    times, original = iter([1.0, 3.0, 2.0]), subprocess.run
+    times = iter([1.0, 3.0, 2.0])
 
-    def measured(command, **kwargs):
-        if "--measure" not in command:
-            return original(command, **kwargs)
+    def measured(command):
         slow = next(times)
         sample = {"first": 0.01 * slow, "last": 0.03 * slow, "tokens": 5, "passes": 2, "drafted": 15, "accepted": 3}
         queries = [{**sample, "total": 0.04 * slow * (1 + i / 100)} for i in range(100)]
@@ -195,9 +191,9 @@ def test_the_process_in_the_middle_is_reported(tiny_config, monkeypatch, capsys)
                                       "energy_j": 100 * slow, "clock_mhz": [1, 1000 * slow, 2000],
                                       "throttled": ["power cap"] if slow == 3 else []}}}  # fmt: skip
         Path(command[-1]).write_text(json.dumps(found))
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(bench_latency.subprocess, "run", measured)
+    monkeypatch.setattr(stopping, "run", measured)
     bench_latency.main([str(tiny_config), "lora=null", "bench.processes=3"])
     said = capsys.readouterr().out
     result = json.loads(said.splitlines()[-1])

@@ -70,6 +70,7 @@ ANSWER = (*QUESTION, "answers", 0)
         (broken("data", 0, "title", ...), 'article 1: "title" must be a text, not null'),
         (broken(*PARAGRAPH, "context", "  "), r'article 1 \(Canals\), paragraph 1: "context" is empty'),
         (broken(*PARAGRAPH, "qas", "none"), 'paragraph 1: "qas" must be a list'),
+        (broken(*PARAGRAPH, "context", "half \ud83d"), r'"context" holds half a character'),
         (broken(*QUESTION, "id", 7), '"id" must be a text, not 7'),
         (broken(*QUESTION, "question", ...), 'question c1: "question" must be a text'),
         (broken(*QUESTION, "answers", []), "question c1: has no answer"),
@@ -91,9 +92,19 @@ def test_what_is_wrong_is_named_with_file_and_place(file, content, error):
     assert "set.json" in str(caught.value)
 
 
-def test_a_missing_file_is_named():
-    with pytest.raises(UserError, match=r"absent\.json: no such file \(data\.dev\)"):
-        squad.read("absent.json", "dev")
+def test_a_missing_file_is_named_and_squad_does_not_stand_in_for_it(tmp_path, monkeypatch):
+    (tmp_path / "dev-v1.1.json").write_text(json.dumps(GOOD))
+    monkeypatch.setenv("SQUAD_DIR", str(tmp_path))
+    for source in ("absent.json", "absent", "./absent", "my/absent.jsonl", f"{tmp_path}/absent.JSON", str(tmp_path)):
+        with pytest.raises(UserError, match=rf"{source}: no such file \(data\.dev\)"):
+            squad.read(source, "dev")
+
+
+def test_a_file_that_is_damaged_in_the_middle_is_named(file):
+    whole = bytearray(gzip.compress(json.dumps(GOOD).encode()))
+    whole[20:40] = b"\xff" * 20
+    with pytest.raises(UserError, match=r"set\.json: cannot be read"):
+        squad.read(file(bytes(whole)), "dev")
 
 
 def test_plain_and_gzipped_copies_are_the_same_data(file, tmp_path):

@@ -25,6 +25,17 @@ def test_a_first_signal_is_only_noted(number, code, capfd):
     assert capfd.readouterr().err.count("saving, then ending") == 1
 
 
+def test_a_signal_is_passed_on_to_the_command_that_runs():
+    waits = "import time; print('begun', flush=True); time.sleep(60)"
+    program = f"import sys; from common import stopping; sys.exit(stopping.run([sys.executable, '-c', {waits!r}]))"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as runner:
+        assert runner.stdout.readline() == "begun\n"
+        runner.send_signal(signal.SIGTERM)
+        assert runner.stdout.read() == ""  # which ends once the command has ended
+        assert runner.wait(30) == 143
+    assert stopping.run([sys.executable, "-c", "import sys; sys.exit(3)"]) == 3
+
+
 @pytest.mark.parametrize(("second", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_second_signal_ends_the_process_at_once(second, code):
     program = f"""

@@ -305,7 +305,8 @@ def test_a_finished_run_on_other_data_does_not_stand_in_for_this_one(tiny_config
 
 
 def test_training_stops_after_patience_evaluations_without_a_gain(tiny_config, capsys):
-    train_loop.main([str(tiny_config), "train.lr=1e-12", "train.epochs=20", "early_stop.patience=3"])
+    words = ["train.lr=1e-12", "train.epochs=20", "early_stop.patience=3", "early_stop.min_delta=0"]
+    train_loop.main([str(tiny_config), *words])
     result = last_json(capsys)
     assert result["stopped_early"]
     assert (result["best_step"], result["steps"]) == (2, 2 + 3 * 2)
@@ -367,6 +368,11 @@ def test_another_seed_trains_another_adapter_and_the_same_seed_the_same(tiny_con
 def test_a_system_without_an_adapter_cannot_be_trained(tiny_config):
     with pytest.raises(UserError, match="nothing to train"):
         train_loop.main([str(tiny_config), "lora=null"])
+
+
+def test_an_adapter_to_start_from_is_refused(tiny_config, tmp_path):
+    with pytest.raises(UserError, match="a training makes its own"):
+        train_loop.main([str(tiny_config), f"adapter={tmp_path}"])
 
 
 def test_nothing_is_left_behind_where_a_run_could_not_begin(tiny_config, tmp_path):
