@@ -73,15 +73,12 @@ def main(argv: list[str]) -> None:
     # ---- what answers ----------------------------------------------------------------------------------------------
     device = meter.pick_device()
     here = {"name": config.api.url} if config.api else meter.describe(device)
-    some = (
-        dev.examples
-        if config.api
-        else random.SystemRandom().sample(dev.examples, min(args.questions, len(dev.examples)))
-    )
+    some = dev.examples
     if config.api:
         answers = replayed(config, cutter, args.run, result, some, found)
         exact = True
     else:
+        some = random.SystemRandom().sample(some, min(args.questions, len(some)))
         adapter = Path(config.adapter or result["adapter"]) if result["adapter"] else None
         found["adapter"] = changed(adapter, result["adapter_sha256"]) if adapter else None
         answers = answered_again(config, tokenizer, cutter, adapter, device, dev.examples, some)

@@ -121,7 +121,7 @@ def _by_stream(
 ) -> Iterator[Prediction]:  # fmt: skip
     device, ended = next(model.parameters()).device, set(stops)
     room = memory.decoding(options, memory.Shapes.of(model, fused.adapter_size(model)), device)
-    with meter.out_of_memory(f"lower eval.memory_budget_gib (now {options.memory_budget_gib:g})"):
+    with meter.out_of_memory(f"lower {memory.BUDGET} (now {options.memory_budget_gib:g})"):
         reader = Reader(model, room.arena_tokens)
         mine = ranks.take(sorted(trees, key=len, reverse=True), round_)
         for a in stream.answers(reader, mine, stops, limit, room.pass_tokens, scripts, check):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from common.errors import UserError
+from common.memory import BUDGET
 from common.prompt import Branch, Ids, Tree
 from common.reader import Drawn, Pass, Reader
 
@@ -141,7 +142,7 @@ def _that_fit(tree: Tree, arena_tokens: int, limit: int) -> Iterator[Tree]:
     else:
         raise UserError(
             f"question {tree.branches[0].id} takes {_size(tree, limit)} tokens, and memory is for {arena_tokens}; "
-            "raise eval.memory_budget_gib or lower window.context"
+            f"raise {BUDGET}, or lower window.context"
         )
 
 

@@ -137,7 +137,15 @@ def test_mistakes_are_named(again, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             revalidate.main([f"runs={tmp_path / 'runs'}", *words])
+    file = tmp_path / "variants.yaml"
+    file.write_text("systems: [smollm2-qlora]\nvariants: [lora.rank=8, lora.rank=4]\n")
+    with pytest.raises(UserError, match="several variants are called smollm2-qlora; give each a name"):
+        revalidate.main([str(file), f"runs={tmp_path / 'runs'}"])
     again(0.7)
+    (tmp_path / "runs" / "revalidate" / "accepted.json").write_text("[{")
+    with pytest.raises(UserError, match=r"accepted\.json: not readable"):
+        again(0.7)
+    (tmp_path / "runs" / "revalidate" / "accepted.json").unlink()
     with pytest.raises(UserError, match="a reason is needed"):
         accept(tmp_path, " ")
 
