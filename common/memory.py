@@ -15,7 +15,7 @@ from common.errors import UserError
 
 import torch
 
-BUDGET = "eval.memory_budget_gib (in a training train.memory_budget_gib)"  # what a message says to turn
+BUDGET = "eval.memory_budget_gib or, in a training, train.memory_budget_gib"  # what a message says to turn
 GIB = 2**30
 CPU_PACK_TOKENS, GPU_PACK_TOKENS, LEAST_PACK_TOKENS = 1024, 8192, 512  # of fused layers, in training
 MOST_PASS_TOKENS, LEAST_PASS_TOKENS, PASSES = 8192, 512, 10  # an answer with its neighbours lives about 10 passes
@@ -143,7 +143,7 @@ def fit(options: Eval, shapes: Shapes, room: int) -> Decoding:
         least = shapes.evaluation(options.pass_tokens or LEAST_PASS_TOKENS, LEAST_ARENA_TOKENS)
         raise UserError(
             f"decoding takes {least / GIB:.1f} GiB beside the base, and {options.memory_budget_gib:g} GiB leave "
-            f"{max(room, 0) / GIB:.1f}: raise {BUDGET}, or free the GPU"
+            f"{max(room, 0) / GIB:.1f}: raise {BUDGET}; or free the GPU"
         )
     return Decoding(tokens, arena)
 

@@ -142,7 +142,7 @@ def _that_fit(tree: Tree, arena_tokens: int, limit: int) -> Iterator[Tree]:
     else:
         raise UserError(
             f"question {tree.branches[0].id} takes {_size(tree, limit)} tokens, and memory is for {arena_tokens}; "
-            f"raise {BUDGET}, or lower window.context"
+            f"raise {BUDGET}; or lower window.context"
         )
 
 
