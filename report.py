@@ -65,7 +65,7 @@ class Line:
         rows = [self.rows[e["folder"]] for e in self.evaluations]
         values = {id_: fmean(float(r[id_][name]) for r in rows) for id_ in rows[0]}
         interval = clustered(values, {id_: row["article"] for id_, row in rows[0].items()})
-        degenerate = not interval or interval[0] == interval[1]  # all right, or none
+        degenerate = not interval or interval[0] == interval[1]  # one article; all right, or none
         if degenerate and name == "em" and len(rows) == 1:
             interval = wilson(sum(r["em"] for r in rows[0].values()), len(rows[0]))
         return fmean(e["result"][name] for e in self.evaluations), interval and (100 * interval[0], 100 * interval[1])

@@ -114,9 +114,6 @@ def main(argv: list[str]) -> None:
     train_set, dev_set = squad.load(config.data, "train"), squad.load(config.data, "dev")
     identity = {"config": config.hash("train"), "train": train_set.sha256, "dev": dev_set.sha256}
     run = None if args.fresh else record.newest_run(config, "train")
-    if first and run:
-        checkpoint.recover(run / "last")
-        checkpoint.recover(run / "best")
     (run,) = broadcast_object_list([run])  # one rank looks, for the others might see what it makes later
     if run and (run / "record.json").exists():
         finished = json.loads((run / "record.json").read_text())["result"]
@@ -126,7 +123,9 @@ def main(argv: list[str]) -> None:
             return
         run = None  # that was on other data
     if first and run:
-        record.claim(run)
+        record.claim(run)  # before anything in it is touched
+        checkpoint.recover(run / "last")
+        checkpoint.recover(run / "best")
     train_examples, stop_examples = train_set.examples, dev_set.examples
     if stop.split == "heldout":
         train_examples, stop_examples = squad.hold_out(train_examples, stop.heldout_share)

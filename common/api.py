@@ -189,15 +189,19 @@ class Client:
                     first = time.perf_counter() - start
                 parts.append(piece)
         total = time.perf_counter() - start
-        seen["text"] = said = self._hide("".join(parts))
+        # a host may cut a character in two: halves that meet are one again
+        said = "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        seen["text"] = said = self._hide(said)
+        counts = (usage.get(key) for key in ("prompt_tokens", "completion_tokens"))
+        read, written = (n if isinstance(n, int) else None for n in counts)
         if reason is None:
             raise _Again("an answer that was cut short")
         connect = max(
             (marks[n] for n in marks if n.endswith((".connect_tcp.complete", ".start_tls.complete"))), default=0
         )
         return Reply(
-            said.partition("\n")[0].strip(), reason == "length", usage.get("prompt_tokens"),
-            usage.get("completion_tokens"), connect - start if connect else None, first or total, total, server, waited,
+            said.partition("\n")[0].strip(), reason == "length", read, written,
+            connect - start if connect else None, first or total, total, server, waited,
         )  # fmt: skip
 
     def _admit(self, body: dict[str, Any]) -> float:
@@ -225,12 +229,7 @@ class Client:
 
     def _note(self, line: dict[str, Any]) -> None:
         assert self.file
-        try:
-            text = json.dumps(line, ensure_ascii=False)
-            text.encode()
-        except UnicodeEncodeError:  # a host cut a character in two
-            text = json.dumps(line)
-        self.file.write(text + "\n")
+        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.file.flush()
 
     def _sleep(self, seconds: float) -> None:

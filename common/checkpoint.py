@@ -57,8 +57,6 @@ def recover(folder: Path) -> None:
 
 def verified(adapter: Path | None) -> Path | None:
     """The adapter folder, checked where it has checksums: one that another tool wrote has none."""
-    if adapter:
-        recover(adapter)
     if adapter and (adapter / SUMS).exists():
         verify(adapter)
     return adapter

@@ -89,6 +89,8 @@ class Handler(BaseHTTPRequestHandler):
         word = asked.split()[-1]
         kind = "delta" if "messages" in body else "text"
         pieces = [f" {word[:2]}", word[2:], "\nmore" if fault == "talks on" else ""]
+        if fault == "halves":
+            pieces = [" \ud83d", "\ude00 \ud83d", ""]
         for piece in pieces:
             self.event({"choices": [{kind: {"content": piece} if kind == "delta" else piece}]})
             if fault == "cut":
@@ -102,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
             if fault == "error inside":
                 self.event({"error": {"message": f"overloaded, {self.headers.get('Authorization')}"}})
                 return
-        usage = {"prompt_tokens": 100, "completion_tokens": 3, "total_time": 0.25}
+        usage = {"prompt_tokens": 100, "completion_tokens": "3" if fault == "halves" else 3, "total_time": 0.25}
         self.event({"choices": [{kind: {}, "finish_reason": "length" if fault == "long" else "stop"}], "usage": usage})
         self.wfile.write(b"data: [DONE]\n\n")
         with host.lock:
@@ -312,6 +314,13 @@ def test_only_the_first_line_counts_and_a_limit_is_seen(ask):
     client, _ = ask(lambda: next(faults))
     assert client.ask("one").text == "one"
     assert client.ask("two").hit_limit
+
+
+def test_characters_in_halves_and_counts_in_words_are_borne(ask):
+    client, host = ask(lambda: "halves", "api.usd_per_million_read=1")
+    reply = client.ask("one")
+    assert (reply.text, reply.read, reply.written) == ("😀 �", 100, None)
+    assert ask(host=host, replay=True)[0].ask("one") == reply
 
 
 def test_a_chat_gets_the_prompt_as_one_message(ask):

@@ -45,13 +45,6 @@ def test_a_crash_between_the_renames_is_mended(tmp_path):
     assert load_state(tmp_path / "last") == {"step": 1}
 
 
-def test_an_adapter_is_found_again_after_a_crash_between_the_renames(tmp_path):
-    write(tmp_path / "best", '{"step": 1}')
-    (tmp_path / "best").rename(tmp_path / "best.old")
-    assert checkpoint.verified(tmp_path / "best") == tmp_path / "best"
-    assert load_state(tmp_path / "best") == {"step": 1}
-
-
 def test_what_lies_deeper_is_summed_too(tmp_path):
     with replacing(tmp_path / "last") as new:
         (new / "inner").mkdir()

@@ -98,6 +98,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tiny_config, tmp_path, monke
     assert checkpoint.load_state(cut / "last")["step"] == (5 if often else 4)
     with (cut / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')  # the cut fell in the middle of a line
+    (cut / "best").rename(cut / "best.old")  # and between the renames that replace a folder
     train_loop.main([*arguments, f"runs={tmp_path / 'cut'}"])
     (whole,) = (tmp_path / "whole").iterdir()
     assert (cut / "record.json").exists()
