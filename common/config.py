@@ -156,10 +156,12 @@ class Eval:
     engine: Literal["auto", "plain"] = "auto"  # plain: transformers' and PEFT's modules, as for all but Llamas
     memory_budget_gib: float = 12.0  # what may be allocated at the peak, the base included; less where less is free
     pass_tokens: int | None = None  # tokens of one forward pass; null: by device and memory
+    parts: int | None = None  # read each apart: answers of several processes are one's, to the bit; null: fastest
 
     def __post_init__(self) -> None:
         _need(self.memory_budget_gib > 0, "memory_budget_gib", "must be > 0")
         _need(self.pass_tokens is None or self.pass_tokens >= 64, "pass_tokens", "must be ≥ 64")
+        _need(self.parts is None or self.parts >= 1, "parts", "must be ≥ 1")
 
 
 @dataclass(frozen=True)
@@ -251,8 +253,9 @@ class Config:
             del decides["bench"]
         if kind == "train":
             decides["train"]["memory_budget_gib"] = self.train.memory_budget_gib is not None  # null: other layers
-            for section, key in (("train", "pack_tokens"), ("eval", "memory_budget_gib"), ("eval", "pass_tokens")):
-                del decides[section][key]
+            del decides["train"]["pack_tokens"]
+            for key in ("memory_budget_gib", "pass_tokens", "parts"):
+                del decides["eval"][key]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
 
 

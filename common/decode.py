@@ -123,11 +123,23 @@ def _by_stream(
     room = memory.decoding(options, memory.Shapes.of(model, fused.adapter_size(model)), device)
     with meter.out_of_memory(f"lower {memory.BUDGET} (now {options.memory_budget_gib:g})"):
         reader = Reader(model, room.arena_tokens)
-        mine = ranks.take(sorted(trees, key=len, reverse=True), round_)
-        for a in stream.answers(reader, mine, stops, limit, room.pass_tokens, scripts, check):
-            hit_limit = a.token_ids[-1] not in ended
-            text = to_text(tokenizer, a.token_ids)
-            yield Prediction(a.branch.id, text, a.token_ids, a.logprob, hit_limit, a.ties)
+        for mine in _streams(trees, options.parts, round_):
+            for a in stream.answers(reader, mine, stops, limit, room.pass_tokens, scripts, check):
+                hit_limit = a.token_ids[-1] not in ended
+                text = to_text(tokenizer, a.token_ids)
+                yield Prediction(a.branch.id, text, a.token_ids, a.logprob, hit_limit, a.ties)
+
+
+def _streams(trees: Sequence[Tree], parts: int | None, round_: str) -> Iterator[Iterable[Tree]]:
+    """What this rank reads, largest first: one stream of trees taken as there is room, or whole parts, one by one.
+
+    Who shares a pass with whom then depends on `parts` alone, not on how many ranks take them.
+    """
+    largest_first = sorted(trees, key=len, reverse=True)
+    if parts is None:
+        yield ranks.take(largest_first, round_)
+    else:
+        yield from ranks.take(plan.share(largest_first, parts), round_)
 
 
 def _by_packs(

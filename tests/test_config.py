@@ -160,7 +160,13 @@ def test_the_hash_changes_with_every_key_that_decides_the_result(config, key, va
 def test_a_run_keeps_its_folder_where_what_comes_after_it_or_its_memory_is_another(config):
     fused = ("lora.rank=16", "train.memory_budget_gib=8")
     plain = config("", *fused)
-    memory = ("train.memory_budget_gib=20", "train.pack_tokens=512", "eval.memory_budget_gib=20", "eval.pass_tokens=99")
+    memory = (
+        "train.memory_budget_gib=20",
+        "train.pack_tokens=512",
+        "eval.memory_budget_gib=20",
+        "eval.pass_tokens=99",
+        "eval.parts=2",
+    )
     for kind, same in (("train", (*memory, "bench.queries=9")), ("eval", ("bench.queries=9",)), ("bench", ())):
         words = (*memory, "bench.queries=9", "train.lr=9", "window.context=300", "train.memory_budget_gib=null")
         kept = tuple(word for word in words if config("", *fused, word).hash(kind) == plain.hash(kind))

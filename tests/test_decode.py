@@ -1,10 +1,11 @@
 """Greedy answers of packs are those of `model.generate`, one question at a time."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from common import decode, squad
+from common import decode, reader, squad
 from common.config import Base, Eval, Window
 from common.decode import predict, stop_ids, to_text
 from common.model import load_base, load_tokenizer
@@ -72,9 +73,43 @@ def test_answers_do_not_depend_on_how_trees_are_packed(tiny_base, engine):
     model, tokenizer = system(tiny_base)
     trees, stops = demo_trees(tokenizer, 6), stop_ids(tokenizer)
     one_pack = predict(model, tokenizer, trees, stops, LIMIT, Eval(engine, pass_tokens=100_000), progress=None)
-    many = predict(model, tokenizer, trees, stops, LIMIT, Eval(engine, pass_tokens=600), progress=None)
-    assert {k: v.token_ids for k, v in one_pack.items()} == {k: v.token_ids for k, v in many.items()}
+    for options in (Eval(engine, pass_tokens=600), Eval(engine, parts=2), Eval(engine, parts=100)):
+        many = predict(model, tokenizer, trees, stops, LIMIT, options, progress=None)
+        assert {k: v.token_ids for k, v in one_pack.items()} == {k: v.token_ids for k, v in many.items()}
     assert one_pack.keys() == {branch.id for tree in trees for branch in tree.branches}
+
+
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+def test_what_is_read_together_in_parts_is_so_whoever_takes_them(tiny_base, engine, monkeypatch):
+    model, tokenizer = system(tiny_base)
+    trees, stops = demo_trees(tokenizer, 9), stop_ids(tokenizer)
+
+    def read(mine: Callable[[int], bool], parts: int | None = 3) -> list[tuple[int, ...]]:
+        """The tokens of each pass of a rank that takes the items whose numbers are `mine`."""
+        passes: list[tuple[int, ...]] = []
+        forward, whole = reader.Reader.read, decode.logits
+
+        def seen(self, new, before=None):
+            passes.append(tuple(new.ids.tolist()))
+            return forward(self, new, before)
+
+        def seen_plain(model, ids, *args, **kwargs):
+            passes.append(tuple(ids.tolist()))
+            return whole(model, ids, *args, **kwargs)
+
+        with monkeypatch.context() as changed:
+            changed.setattr(decode.ranks, "take", lambda items, _: (x for i, x in enumerate(items) if mine(i)))
+            changed.setattr(reader.Reader, "read", seen)
+            changed.setattr(decode, "logits", seen_plain)
+            predict(model, tokenizer, trees, stops, LIMIT, Eval(engine, pass_tokens=700, parts=parts), progress=None)
+        return passes
+
+    alone = read(lambda i: True)
+    assert sorted(alone) == sorted(read(lambda i: i == 1) + read(lambda i: i != 1))
+    if engine == "auto":  # the plain engine's packs are parts already
+        together = read(lambda i: True, None)
+        assert len(together) < len(alone)
+        assert sorted(together) != sorted(read(lambda i: i == 1, None) + read(lambda i: i != 1, None))
 
 
 def test_limit_is_kept_and_reported(tiny_base):
