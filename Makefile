@@ -39,7 +39,7 @@ export SQUAD_DIR ?= $(CURDIR)/.cache/squad
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 train eval bench ask export bench-train bench-decode sweep runs report table revalidate accept certify demo test test-gpu test-api test-page test-planted test-slurm test-published lint format verify-scorer compare doctor bundle unbundle clean
+.PHONY: help setup smollm2 train eval bench ask export bench-train bench-decode bench-gpus sweep runs report table revalidate accept certify demo test test-gpu test-api test-page test-planted test-slurm test-published lint format verify-scorer compare doctor bundle unbundle clean
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
@@ -74,6 +74,9 @@ bench-train: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## training speed bes
 
 bench-decode: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## decoding speed beside other stacks, at a size that suits this machine
 	$(PY) benchmarks/decode.py $(OWN_MODEL) $(if $(SEED),seed=$(SEED)) $(ARGS)
+
+bench-gpus: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## what a second GPU, a fourth, … gain in training and evaluation (on CPUs: processes)
+	$(PY) benchmarks/scaling.py $(OWN_MODEL) $(if $(SEED),seed=$(SEED)) $(ARGS)
 
 sweep: $(READY) $(if $(shell grep -ls smollm2 "$(SWEEP)" "configs/sweeps/$(SWEEP).yaml"),$(SMOLLM2)) ## what is left of SWEEP's runs (seeds): systems × variants × seeds
 	exec $(PY) sweep.py "$(SWEEP)" $(SET)

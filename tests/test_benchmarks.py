@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
-from benchmarks import decode, decode_peers, peers, train_throughput
+from benchmarks import decode, decode_peers, peers, scaling, train_throughput
 from common.config import load
+from common.errors import UserError
 from tests.conftest import ROOT
 
 import pytest
@@ -127,3 +129,53 @@ def test_flops_are_those_of_the_layers_matrices(tiny_base):
     seven = train_throughput.flops_per_token(str(ROOT / "configs" / "shapes" / "llama-2-7b"), 0.0) / 4
     assert seven == pytest.approx(6.48e9, rel=0.01)
     assert AutoConfig.from_pretrained(tiny_base).num_key_value_heads == 2  # grouped heads are counted right above
+
+
+def test_scaling_is_measured_against_the_fewest_processes_and_what_differs_is_counted(
+    tiny_config, tmp_path, monkeypatch, capsys
+):
+    def ended(n, script, model, *words):
+        runs = Path(next(word for word in words if word.startswith("runs=")).removeprefix("runs="))
+        run = runs / script
+        run.mkdir(parents=True, exist_ok=True)
+        loss = 2.0 if n == 1 else 2.004
+        steps = [{"loss": loss, "questions": 8, "seconds": 9 + i / n} for i in range(3)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in [*steps, {"em": 1}]))
+        same = n == 1 or "eval.parts=4" in words
+        (run / "predictions.json").write_text(json.dumps({"a": "x", "b": "y" if same else "z"}))
+        return {"run": str(run), "questions_per_s": 10.0 * n**0.5, "idle_share": 0.01 * n}
+
+    monkeypatch.setattr(scaling, "ended", ended)
+    scaling.main([str(tiny_config), "--processes", "1", "2", "--questions", "8", "--parts", "4", "--rounds", "2"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines[-6:] == [
+        "| training, 8 questions a step | 1 | 8 | 100.0% | 1.0% | 0.00% of a loss |",
+        "| training, 8 questions a step | 2 | 16 | 100.0% | 2.0% | 0.20% of a loss |",
+        "| evaluation | 1 | 10 | 100.0% |  | 0 of 2 answers |",
+        "| evaluation | 2 | 14.14 | 70.7% |  | 1 of 2 answers |",
+        "| evaluation, eval.parts=4 | 1 | 10 | 100.0% |  | 0 of 2 answers |",
+        "| evaluation, eval.parts=4 | 2 | 14.14 | 70.7% |  | 0 of 2 answers |",
+    ]
+    assert json.loads(last)["rows"][1]["losses_differ"] == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "1"], "--steps 2"),
+        (["--processes", "0"], "must be 1 or more"),
+        (["lora=null"], "with a lora section"),
+        (["adapter=here"], "no adapter"),
+    ],
+)
+def test_scaling_says_what_it_cannot_measure(tiny_config, words, said):
+    with pytest.raises(UserError, match=said):
+        scaling.main([str(tiny_config), *words])
+
+
+def test_a_run_that_fails_is_what_scaling_ends_with(monkeypatch):
+    said = "error: a reason\nrank 1 of 2 ended with 2, and the others with it\n"
+    failed = subprocess.CompletedProcess([], 2, stdout="", stderr=said)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(UserError, match=r"common.launch 2 eval_loop.py tiny: error: a reason$"):
+        scaling.ended(2, "eval_loop.py", "tiny")
