@@ -133,7 +133,7 @@ def _by_stream(
 def _streams(trees: Sequence[Tree], parts: int | None, round_: str) -> Iterator[Iterable[Tree]]:
     """What this rank reads, largest first: one stream of trees taken as there is room, or whole parts, one by one.
 
-    Who shares a pass with whom then depends on `parts` alone, not on how many ranks take them.
+    In parts, who shares a pass with whom does not depend on how many ranks there are, nor on which is faster.
     """
     largest_first = sorted(trees, key=len, reverse=True)
     if parts is None:
