@@ -11,6 +11,7 @@ the table has their medians, the last line is one JSON object.
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import meter, preflight  # noqa: E402 - the repo is found first
+from common import meter, preflight, record  # noqa: E402 - the repo is found first
 from common.config import load  # noqa: E402
 from common.errors import UserError, one_line_errors  # noqa: E402
 
@@ -51,7 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     p.add_argument("overrides", nargs="*", metavar="key=value")
     known = [n for n in (1, 2, 4, 8) if n <= (gpus or 2)]
-    p.add_argument("--processes", nargs="+", type=int, default=known, help="the fewest first (default: %(default)s)")
+    p.add_argument("--processes", nargs="+", type=int, default=known, help="default: %(default)s")
     p.add_argument(
         "--questions", nargs="*", type=int, default=[64, 256], help="of a training's step; none: no training"
     )
@@ -59,17 +60,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--dev", type=int, default=0, help="questions that an evaluation answers; 0: all")
     p.add_argument("--parts", nargs="*", type=int, default=[16], help="eval.parts to evaluate with, beside null")
     p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--out", type=Path, help="keep the rows here after every round")
     args = p.parse_intermixed_args(argv)
     if "=" in args.model:
         args.model, args.overrides = p.get_default("model"), [args.model, *args.overrides]
     if min(args.rounds, *args.processes, *args.questions, *args.parts) < 1 or args.steps < 2:
         raise UserError("--rounds, --processes, --questions and --parts must be 1 or more, --steps 2")
+    args.processes = sorted(set(args.processes))
     return args
 
 
 def measured(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """The rows of the table, by what was done and by how many processes."""
-    most, step = max(args.processes), args.questions or [64]
+    few, most, step = args.processes[0], args.processes[-1], args.questions or [64]
     trained = train(args, folder / "first", most, step[0], steps=2)
     for questions in step[1:]:
         train(args, folder / "first", most, questions, steps=2)
@@ -77,18 +80,22 @@ def measured(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     answer(args, folder / "first", most, adapter, None, questions=100 * most)
 
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for i in range(args.rounds):
+    for _ in range(args.rounds):
         for n in args.processes:
             for questions in args.questions:
-                result = train(args, folder / f"{i} {n} {questions}", n, questions, args.steps)
+                result = train(args, folder / "runs", n, questions, args.steps)
                 found.setdefault((f"training, {questions} questions a step", n), []).append(of_training(result))
+                shutil.rmtree(folder / "runs")  # adapters and their optimizers' states are large
             for parts in (None, *args.parts):
-                result = answer(args, folder / f"{i} {n} parts {parts}", n, adapter, parts, args.dev)
+                result = answer(args, folder / "runs", n, adapter, parts, args.dev)
                 work = f"evaluation{f', eval.parts={parts}' if parts else ''}"
                 found.setdefault((work, n), []).append(of_evaluation(result))
-    works = list(dict.fromkeys(work for work, _ in found))
-    few = args.processes[0]
-    return [row(work, n, found[work, n], found[work, few], few) for work in works for n in args.processes]
+                shutil.rmtree(folder / "runs")
+        works = dict.fromkeys(work for work, _ in found)
+        rows = [row(work, n, found[work, n], found[work, few], few) for work in works for n in args.processes]
+        if args.out:
+            args.out.write_text(json.dumps(rows) + "\n")
+    return rows
 
 
 def train(args: argparse.Namespace, runs: Path, n: int, questions: int, steps: int) -> dict[str, Any]:
@@ -117,8 +124,7 @@ def ended(n: int, script: str, *words: str) -> dict[str, Any]:
 
 def of_training(result: dict[str, Any]) -> dict[str, Any]:
     """Rate of the steps after the first, idle share, losses by step."""
-    lines = (Path(result["run"]) / "metrics.jsonl").read_text().splitlines()
-    steps = [line for line in map(json.loads, lines) if "loss" in line]
+    steps = [row for row in record.read_metrics(Path(result["run"])) if "loss" in row]
     questions, seconds = sum(s["questions"] for s in steps[1:]), steps[-1]["seconds"] - steps[0]["seconds"]
     losses = [s["loss"] for s in steps]
     return {"questions_per_s": questions / seconds, "idle_share": result["idle_share"], "losses": losses}
