@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from common import fused, memory, meter, plan, ranks, stream
+from common import attention, fused, memory, meter, plan, ranks, stream
 from common.config import Eval
 from common.errors import UserError
 from common.packing import Pack, logits, pack, pack_logits
@@ -120,9 +120,10 @@ def _by_stream(
     check: Callable[[], None], scripts: Mapping[str, Ids], round_: str,
 ) -> Iterator[Prediction]:  # fmt: skip
     device, ended = next(model.parameters()).device, set(stops)
-    room = memory.decoding(options, memory.Shapes.of(model, fused.adapter_size(model)), device)
+    shapes = memory.Shapes.of(model, fused.adapter_size(model))
+    room = memory.decoding(options, shapes, device, attention.has_flash(device, model.dtype))
     with meter.out_of_memory(f"lower {memory.BUDGET} (now {options.memory_budget_gib:g})"):
-        reader = Reader(model, room.arena_tokens)
+        reader = Reader(model, room.arena_tokens, room.pass_tokens if room.record else 0)
         for mine in _streams(trees, options.parts, round_):
             for a in stream.answers(reader, mine, stops, limit, room.pass_tokens, scripts, check):
                 hit_limit = a.token_ids[-1] not in ended

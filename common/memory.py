@@ -86,13 +86,18 @@ class Shapes:
         """Bytes of one token's keys and values."""
         return 2 * self.layers * self.key * self.item
 
-    def evaluation(self, pass_tokens: int, arena_tokens: int) -> int:
-        """Bytes that decoding takes beside base and adapter: the arena, gate and up, one layer's work, logits."""
+    def evaluation(self, pass_tokens: int, arena_tokens: int, record: bool = False) -> int:
+        """Bytes that decoding takes beside base and adapter: the arena, gate and up, one layer's work, logits.
+
+        `record`: that work twice, since what recorded passes take stays theirs, and what is between two layers.
+        """
         matrix = 2 * self.item * self.hidden * self.intermediate
         work = self.item * (5 * self.intermediate + 6 * self.hidden) * pass_tokens
         logits = (self.item + 8) * self.vocabulary * math.ceil(pass_tokens * DRAWN)
         adapter = 3 * self.item * self.lora // 2  # a copy in the compute dtype, Bs that share an A's input as one
-        return self.kept_in_arena * arena_tokens + matrix + max(work, logits) + adapter
+        recorded = matrix + work + self.item * (self.hidden + 2 * self.query) * pass_tokens + self.kept_in_arena
+        out = self.kept_in_arena * arena_tokens + matrix + max(work, logits) + adapter
+        return out + recorded if record else out
 
 
 @dataclass(frozen=True)
@@ -114,25 +119,27 @@ def free(device: torch.device) -> int:
 class Decoding:
     pass_tokens: int
     arena_tokens: int
+    record: bool = False
 
 
-def decoding(options: Eval, shapes: Shapes, device: torch.device) -> Decoding:
+def decoding(options: Eval, shapes: Shapes, device: torch.device, record: bool) -> Decoding:
     """Sizes of the passes and of the arena that `options.memory_budget_gib`, or what is free, leaves room for.
 
-    Raises `UserError` where not even the least does.
+    `record`: passes are recorded, where that leaves room for it. Raises `UserError` where not even the least fits.
     """
     if device.type == "cpu":
         return Decoding(options.pass_tokens or CPU_PASS_TOKENS, CPU_ARENA_TOKENS)
     torch.cuda.empty_cache()
     left = free(device) - torch.cuda.memory_reserved(device)  # what graphs keep is reserved, and not to be had
-    return fit(options, shapes, min(int(options.memory_budget_gib * GIB) - torch.cuda.memory_allocated(device), left))
+    room = min(int(options.memory_budget_gib * GIB) - torch.cuda.memory_allocated(device), left)
+    return fit(options, shapes, room, record)
 
 
-def fit(options: Eval, shapes: Shapes, room: int) -> Decoding:
+def fit(options: Eval, shapes: Shapes, room: int, record: bool = False) -> Decoding:
     """The same for `room` bytes."""
 
     def arena_for(pass_tokens: int) -> int:
-        return (room - shapes.evaluation(pass_tokens, 0)) // shapes.kept_in_arena
+        return (room - shapes.evaluation(pass_tokens, 0, record)) // shapes.kept_in_arena
 
     most = PASSES * MOST_PASS_TOKENS
     tokens = options.pass_tokens or MOST_PASS_TOKENS
@@ -140,12 +147,14 @@ def fit(options: Eval, shapes: Shapes, room: int) -> Decoding:
         tokens -= 128
     arena = min(arena_for(tokens), most)
     if arena < LEAST_ARENA_TOKENS:
+        if record:
+            return fit(options, shapes, room)
         least = shapes.evaluation(options.pass_tokens or LEAST_PASS_TOKENS, LEAST_ARENA_TOKENS)
         raise UserError(
             f"decoding takes {least / GIB:.1f} GiB beside the base, and {options.memory_budget_gib:g} GiB leave "
             f"{max(room, 0) / GIB:.1f}: raise {BUDGET}; or free the GPU"
         )
-    return Decoding(tokens, arena)
+    return Decoding(tokens, arena, record)
 
 
 def choose(

@@ -2,8 +2,14 @@
 
 Keys and values lie in an arena [A] per layer, where every prefix and every branch has a stretch of its own; who sees
 what of it is the pass's `Reach`. A pass dequantises every matrix once, for all new tokens.
+
+A host takes as long to launch a pass kernel by kernel as a GPU does to compute a thousand tokens of a 7B model. So
+passes of up to `recorded_tokens` are padded to a few sizes, and what lies between the attentions of two layers, which
+depends on the size alone, is replayed as a CUDA graph. Attention, whose shapes are hardly ever twice the same, is
+launched.
 """
 
+import functools
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,6 +32,7 @@ from common.matrices import FEW
 import torch
 from torch import Tensor
 
+SIZES = tuple(n * 2**k for k in range(9) for n in ((16, 20, 24, 28) if k else (16,)))  # tokens of a recorded pass
 _OWN = ("ids", "drawn", "position", "slot", "keep", "forced")
 _OF_REACH = ("own", "own_start", "own_used", "trees", "prefix_start", "prefix_used")
 
@@ -96,15 +103,18 @@ class Layer:
             blocks = [next(bs) if yes else a[0].new_empty(n, 0) for yes, n in zip(adapted, rows, strict=True)]
             self.lora.append((torch.cat(a).to(dtype), (torch.block_diag(*blocks) * adapter.scale).to(dtype)))
 
-    def __call__(self, x: Tensor, rope: Rope, keys: Tensor, values: Tensor, slot: Tensor, reach: Reach) -> Tensor:
-        """[T, hidden] → [T, hidden]; keys and values [A, G, D] take in the new tokens' at `slot` [T]."""
+    def before(self, x: Tensor, rope: Rope, keys: Tensor, values: Tensor, slot: Tensor) -> Tensor:
+        """[T, hidden] → queries [T, H, D]; keys and values [A, G, D] take in the new tokens' at `slot` [T]."""
         n, _ = norm(x, self.norms[0], self.eps)
         qkv = self._project(n, 0).view(len(x), -1, self.head_dim)
         q, k, v = qkv.split([rows // self.head_dim for rows in self.matrices[0].rows], dim=1)
         q, k = rotate(q, k, *rope)
         keys.index_copy_(0, slot, k)
         values.index_copy_(0, slot, v)
-        out = attention.over_arena(q, keys, values, reach)
+        return q
+
+    def after(self, x: Tensor, out: Tensor) -> Tensor:
+        """The layer's input [T, hidden] and its attention's output [T, H, D] → its output [T, hidden]."""
         x, n, _ = add_norm(x, self._project(out.flatten(1), 1), self.norms[1], self.eps)
         gate, up = self._project(n, 2).chunk(2, dim=1)
         return self._project(swiglu(gate, up), 3, x)
@@ -117,22 +127,126 @@ class Layer:
         return out if add is None else out.add_(add)
 
 
+class Layers:
+    """What a model does to tokens [T], layer by layer, over an arena of `arena_tokens`."""
+
+    def __init__(self, model: Any, arena_tokens: int):
+        self.model, dtype, self.device = causal_of(model).model, model.dtype, next(model.parameters()).device
+        self.layers = [Layer(module, dtype) for module in layers_of(model)]
+        shape = (len(self.layers), arena_tokens, model.config.num_key_value_heads, self.layers[0].head_dim)
+        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=self.device) for _ in range(2))
+
+    def begin(self, ids: Tensor, position: Tensor) -> tuple[Tensor, Rope]:
+        """[T] int32 → the first layer's input [T, hidden], and rotary positions for all layers."""
+        x = self.model.embed_tokens(ids)
+        cos, sin = self.model.rotary_emb(x[None], position[None])
+        return x, (cos[0], sin[0])
+
+    def before(self, i: int, x: Tensor, rope: Rope, slot: Tensor) -> Tensor:
+        return self.layers[i].before(x, rope, self.keys[i], self.values[i], slot.long())
+
+    def attend(self, i: int, q: Tensor, reach: Reach) -> Tensor:
+        return attention.over_arena(q, self.keys[i], self.values[i], reach)
+
+    def __call__(self, ids: Tensor, new: Pass) -> Tensor:
+        """The last layer's output [T, hidden]."""
+        x, rope = self.begin(ids, new.position)
+        for i, layer in enumerate(self.layers):
+            x = layer.after(x, self.attend(i, self.before(i, x, rope, new.slot), new.reach))
+        return x
+
+
+class Recorded:
+    """The same for passes of up to `most` tokens, padded to sizes of which each is recorded the second time it is met.
+
+    The first time compiles what it needs. Padding's keys and values go to the arena's last slot, which nobody reads.
+    """
+
+    def __init__(self, layers: Layers, most: int):
+        self.layers, self.sizes = layers, [*(n for n in SIZES if n < most), most]
+        first, arena = layers.layers[0], layers.keys[0]
+        heads = first.matrices[0].rows[0] // first.head_dim
+
+        def buffer(*shape: int, dtype: torch.dtype = arena.dtype) -> Tensor:
+            return torch.zeros(most, *shape, dtype=dtype, device=arena.device)
+
+        self.ids, self.position, self.slot = (buffer(dtype=torch.int32) for _ in range(3))
+        self.x, self.rope = buffer(first.matrices[0].shape[1]), (buffer(first.head_dim), buffer(first.head_dim))
+        self.q, self.out = buffer(heads, first.head_dim), buffer(heads, first.head_dim)
+        self.graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}  # by size: what is before, between and after attentions
+        self.pool: Any = None
+        self.met: set[int] = set()
+
+    def __call__(self, ids: Tensor, new: Pass) -> Tensor | None:
+        """The last layer's output [T, hidden], until the next call; None for more tokens than are recorded."""
+        t = len(ids)
+        n = next((size for size in self.sizes if size >= t), None)
+        if n is None:
+            return None
+        self.ids[:t], self.position[:t], self.slot[:t] = ids, new.position, new.slot
+        self.slot[t:n] = self.layers.keys.shape[1] - 1
+        if n in self.met and n not in self.graphs and ids.is_cuda:
+            self._record(n)
+        self.met.add(n)
+        graphs, last = self.graphs.get(n), len(self.layers.layers)
+        for i in range(last + 1):
+            if graphs:
+                graphs[i].replay()
+            else:
+                self._part(i, n)
+            if i < last:
+                self.out[:t] = self.layers.attend(i, self.q[:t], new.reach)
+        return self.x[:t]
+
+    def _part(self, i: int, n: int) -> None:
+        """Of `n` tokens, what lies before layer i's attention and after the one of the layer before."""
+        layers, x, rope = self.layers, self.x[:n], (self.rope[0][:n], self.rope[1][:n])
+        if i == 0:
+            first, (cos, sin) = layers.begin(self.ids[:n], self.position[:n])
+            x.copy_(first)
+            rope[0].copy_(cos)
+            rope[1].copy_(sin)
+        else:
+            x.copy_(layers.layers[i - 1].after(x, self.out[:n]))
+        if i < len(layers.layers):
+            self.q[:n] = layers.before(i, x, rope, self.slot[:n])
+
+    def _record(self, n: int) -> None:
+        """By hand, since `torch.cuda.graph` waits for the device and gives all spare memory back, for each part."""
+        graphs = []
+        with torch.cuda.stream(_side_stream(self.x.device)):
+            for i in range(len(self.layers.layers) + 1):
+                graphs.append(torch.cuda.CUDAGraph())
+                graphs[-1].capture_begin(self.pool, capture_error_mode="thread_local")
+                try:
+                    self._part(i, n)
+                finally:
+                    graphs[-1].capture_end()
+                self.pool = graphs[-1].pool()
+        self.graphs[n] = graphs
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all that is recorded: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
 class Reader:
-    """The passes of one model, PEFT's or a plain one, over an arena of `arena_tokens`.
+    """The passes of one model, PEFT's or a plain one, over an arena of `arena_tokens`; those of up to `recorded_tokens`
+    padded and recorded.
 
     What changes the adapter's weights later is not seen. Raises `ValueError` for a model that is no plain Llama
     (`fused.unreadable`).
     """
 
-    def __init__(self, model: Any, arena_tokens: int):
+    def __init__(self, model: Any, arena_tokens: int, recorded_tokens: int = 0):
         if reason := unreadable(model):
             raise ValueError(reason)
-        self.base = causal_of(model)
-        dtype, self.device = self.base.dtype, next(model.parameters()).device
-        self.layers = [Layer(module, dtype) for module in layers_of(model)]
-        shape = (len(self.layers), arena_tokens, self.base.config.num_key_value_heads, self.layers[0].head_dim)
-        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=self.device) for _ in range(2))
-        self.arena_tokens = arena_tokens
+        self.base, self.arena_tokens = causal_of(model), arena_tokens
+        self.layers = Layers(model, arena_tokens + (1 if recorded_tokens else 0))
+        self.device = self.layers.device
+        self.recorded = Recorded(self.layers, recorded_tokens) if recorded_tokens else None
 
     @torch.no_grad()
     def read(self, new: Pass, before: Tensor | None = None) -> Drawn:
@@ -140,11 +254,9 @@ class Reader:
         ids = new.ids
         if before is not None:
             ids = torch.where(new.drawn >= 0, before[new.drawn.clamp(min=0)], ids)
-        x = self.base.model.embed_tokens(ids)
-        cos, sin = self.base.model.rotary_emb(x[None], new.position[None])
-        slot = new.slot.long()
-        for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
-            x = layer(x, (cos[0], sin[0]), keys, values, slot, new.reach)
+        x = self.recorded(ids, new) if self.recorded else None
+        if x is None:
+            x = self.layers(ids, new)
         logits = self.base.lm_head(self.base.model.norm(x[new.keep])).float()
         token = torch.where(new.forced >= 0, new.forced, logits.argmax(-1))
         best = logits.topk(2).values

@@ -22,6 +22,7 @@ from common.memory import GIB, Shapes, choose
 from common.model import add_lora, load_base, load_tokenizer, parameter_counts
 from common.packing import IGNORED, Room, pack
 from common.prompt import Branch, Tree
+from common.reader import Recorded
 from common.single import Single
 from tests.conftest import ROOT
 from tests.test_attention import reach_of
@@ -408,6 +409,20 @@ def test_both_engines_err_in_16_bits_as_the_modules_do(base16, dtype):
     assert max(apart(streamed), apart(alone)) <= 1.2 * apart(plain)
 
 
+def test_recorded_passes_answer_as_those_that_are_launched_one_by_one(base16, monkeypatch):
+    """To the last bit; both are padded."""
+    tokenizer = load_tokenizer(str(base16))
+    trees, stops = demo_trees(tokenizer, 60), stop_ids(tokenizer)
+    model = lora_model(base16, "nf4", "bf16", GPU).eval()
+    seen, found = set(), []
+    record = Recorded._record
+    for way in (lambda self, n: seen.add(n) or record(self, n), lambda self, n: None):
+        monkeypatch.setattr(Recorded, "_record", way)
+        found.append(predict(model, tokenizer, trees, stops, LIMIT, Eval(pass_tokens=600, parts=2), progress=None))
+    assert len(seen) >= 3, "sizes that were met twice"
+    assert found[0] == found[1]
+
+
 def test_single_answers_hardly_differ_with_and_without_graphs(smollm2_base):
     model = lora_model(smollm2_base, "nf4", "fp16", GPU).eval()
     tokenizer = load_tokenizer(str(smollm2_base))
@@ -432,8 +447,8 @@ def test_decoding_keeps_to_its_budget(tiny_base):
     for budget in (7, 12):
         meter.reset_peaks(GPU)
         answers = predict(model, tokenizer, trees, [], 12, Eval(memory_budget_gib=budget), progress=None)
-        peak = meter.peaks(GPU)["allocated_bytes"] / GIB
-        print(f"decoding with {budget} GiB: {peak:.2f} allocated")
+        peak, reserved = (meter.peaks(GPU)[f"{kind}_bytes"] / GIB for kind in ("allocated", "reserved"))
+        print(f"decoding with {budget} GiB: {peak:.2f} allocated, {reserved:.2f} reserved")
         assert len(answers) == sum(len(tree.branches) for tree in trees)
         assert 0.8 * budget <= peak <= budget
 

@@ -125,21 +125,31 @@ def test_the_figures_used_here_are_those_of_7bs_config():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("record", [False, True])
 @pytest.mark.parametrize("room", [3, 4, 8, 40])
-def test_decoding_fits_what_there_is_and_uses_it(room):
-    sizes = fit(Eval(), LLAMA, room * GIB)
-    assert LLAMA.evaluation(sizes.pass_tokens, sizes.arena_tokens) <= room * GIB
+def test_decoding_fits_what_there_is_and_uses_it(room, record):
+    sizes = fit(Eval(), LLAMA, room * GIB, record)
+    assert sizes.record == record
+    assert LLAMA.evaluation(sizes.pass_tokens, sizes.arena_tokens, record) <= room * GIB
     assert sizes.arena_tokens >= LEAST_ARENA_TOKENS
-    larger = fit(Eval(), LLAMA, (room + 1) * GIB)
-    assert larger.pass_tokens > sizes.pass_tokens or larger == fit(Eval(), LLAMA, 80 * GIB)
-    assert fit(Eval(pass_tokens=700), LLAMA, room * GIB).pass_tokens == 700
+    larger = fit(Eval(), LLAMA, (room + 1) * GIB, record)
+    assert larger.pass_tokens > sizes.pass_tokens or larger == fit(Eval(), LLAMA, 80 * GIB, record)
+    assert fit(Eval(pass_tokens=700), LLAMA, room * GIB, record).pass_tokens == 700
+
+
+def test_passes_are_not_recorded_where_that_leaves_no_arena():
+    least = LLAMA.evaluation(LEAST_PASS_TOKENS, LEAST_ARENA_TOKENS)
+    assert fit(Eval(), LLAMA, least, record=True) == fit(Eval(), LLAMA, least)
+    recorded = LLAMA.evaluation(LEAST_PASS_TOKENS, LEAST_ARENA_TOKENS, record=True)
+    assert not fit(Eval(), LLAMA, recorded - 1, record=True).record
+    assert fit(Eval(), LLAMA, recorded, record=True).record
 
 
 def test_too_little_for_decoding_is_said():
     with pytest.raises(UserError, match=r"decoding takes 1\.\d GiB beside the base, and 12 GiB leave 0\.9: raise eval"):
         fit(Eval(), LLAMA, int(0.9 * GIB))
     assert fit(Eval(), LLAMA, 2 * GIB).arena_tokens >= LEAST_ARENA_TOKENS
-    assert decoding(Eval(memory_budget_gib=0.1), LLAMA, CPU).arena_tokens > 0, "a CPU has no such budget"
+    assert decoding(Eval(memory_budget_gib=0.1), LLAMA, CPU, record=False).arena_tokens > 0, "a CPU has no such budget"
 
 
 @pytest.mark.parametrize("step", [STEP, 200.0])

@@ -98,8 +98,8 @@ def test_padding_changes_nothing_and_is_kept_apart(tiny_base):
     _, _, prompt = questions(tokenizer, 1)[0]
     engine = Single(model, [], 4, len(prompt) + 60)
     reader, unused = engine.reader, engine.reader.arena_tokens - 1
-    reader.keys.fill_(torch.nan)
-    reader.values.fill_(torch.nan)
+    reader.layers.keys.fill_(torch.nan)
+    reader.layers.values.fill_(torch.nan)
     n, drawn = len(prompt), []
     for new, before, padded in ((prompt, 0, n), ([5, 6, 7], n, 3), (prompt, 0, n + 20), ([5, 6, 7], n, DRAFT + 1)):
         lists = single._lists(new, before, [], padded, 3 if before else 1, unused)
@@ -107,8 +107,8 @@ def test_padding_changes_nothing_and_is_kept_apart(tiny_base):
     for plain, with_padding in zip(drawn[:2], drawn[2:], strict=True):
         assert torch.equal(plain.token, with_padding.token)
         torch.testing.assert_close(plain.logprob, with_padding.logprob)
-    assert reader.keys[:, n + 3 : unused].isnan().all()
-    assert not reader.keys[:, : n + 3].isnan().any()
+    assert reader.layers.keys[:, n + 3 : unused].isnan().all()
+    assert not reader.layers.keys[:, : n + 3].isnan().any()
 
 
 ids = st.lists(st.integers(0, 6), min_size=1, max_size=40)

@@ -1,6 +1,8 @@
 """The stream answers what each question alone would answer, whatever its passes and its arena hold."""
 
+import gc
 import random
+import weakref
 
 from common import stream
 from common.errors import UserError
@@ -53,15 +55,21 @@ def test_stretches_never_overlap_and_all_come_back(orders):
     assert arena.free == [(0, 100)]
 
 
-@pytest.mark.parametrize(("pass_tokens", "arena_tokens"), [(64, 4096), (900, 1500), (4096, 500), (1000, 8192)])
-def test_answers_do_not_depend_on_passes_and_arena(tiny_base, passes, pass_tokens, arena_tokens):
+@pytest.mark.parametrize(
+    ("pass_tokens", "arena_tokens", "padded"), [(64, 4096, 700), (900, 1500, 0), (4096, 500, 500), (1000, 8192, 1000)]
+)
+def test_answers_do_not_depend_on_passes_and_arena(tiny_base, passes, pass_tokens, arena_tokens, padded):
+    """`padded`: up to as many tokens a pass is laid out as a GPU would record it."""
     model, tokenizer = system(tiny_base)
     trees = demo_trees(tokenizer, 8)
     expected = answers_of(Reader(model, 8192), trees, pass_tokens=8192)
     assert len({tuple(ids) for ids in tokens_of(expected).values()}) > 3
     passes.clear()
-    found = answers_of(Reader(model, arena_tokens), trees, pass_tokens=pass_tokens)
+    reader = Reader(model, arena_tokens, padded)
+    found = answers_of(reader, trees, pass_tokens=pass_tokens)
     assert tokens_of(found) == tokens_of(expected)
+    assert all(found[id_].logprob == pytest.approx(answer.logprob, abs=1e-4) for id_, answer in expected.items())
+    assert not padded or len(reader.recorded.met) > 1
     longest = max(len(t.prefix_ids) + len(b) for t in trees for b in t.branches)
     assert max(len(new.ids) for new in passes) <= max(pass_tokens, longest)
     assert all(slot < arena_tokens for new in passes for slot in new.slot.tolist())
@@ -175,6 +183,20 @@ def test_a_question_that_no_arena_holds_is_named(tiny_base):
     with pytest.raises(UserError, match="question long takes 55 tokens, and memory is for 54"):
         answers_of(Reader(model, 54), [tree])
     assert answers_of(Reader(model, 55), [tree])["long"].token_ids
+
+
+def test_a_readers_memory_is_given_back_without_waiting_for_a_collector(tiny_base):
+    model, tokenizer = system(tiny_base)
+    reader = Reader(model, 2048, 512)
+    answers_of(reader, demo_trees(tokenizer, 2))
+    arena, between = weakref.ref(reader.layers.keys), weakref.ref(reader.recorded.x)
+    gc.collect()
+    gc.disable()
+    try:
+        del reader
+        assert arena() is between() is None
+    finally:
+        gc.enable()
 
 
 def test_being_asked_to_stop_ends_it_between_passes(tiny_base, passes):
