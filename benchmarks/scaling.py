@@ -60,7 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--dev", type=int, default=0, help="questions that an evaluation answers; 0: all")
     p.add_argument("--parts", nargs="*", type=int, default=[16], help="eval.parts to evaluate with, beside null")
     p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--out", type=Path, help="keep the rows here after every round")
+    p.add_argument("--out", type=Path, help="keep the rows here after every run")
     args = p.parse_intermixed_args(argv)
     if "=" in args.model:
         args.model, args.overrides = p.get_default("model"), [args.model, *args.overrides]
@@ -80,21 +80,25 @@ def measured(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     answer(args, folder / "first", most, adapter, None, questions=100 * most)
 
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    rows: list[dict[str, Any]] = []
+
+    def add(work: str, n: int, run: dict[str, Any]) -> None:
+        found.setdefault((work, n), []).append(run)
+        shutil.rmtree(folder / "runs")  # adapters and their optimizers' states are large
+        works = dict.fromkeys(work for work, _ in found)
+        done = [(work, n) for work in works for n in args.processes if (work, n) in found]
+        rows[:] = [row(work, n, found[work, n], found[work, few], few) for work, n in done]
+        if args.out:
+            args.out.write_text(json.dumps(rows) + "\n")
+
     for _ in range(args.rounds):
         for n in args.processes:
             for questions in args.questions:
                 result = train(args, folder / "runs", n, questions, args.steps)
-                found.setdefault((f"training, {questions} questions a step", n), []).append(of_training(result))
-                shutil.rmtree(folder / "runs")  # adapters and their optimizers' states are large
+                add(f"training, {questions} questions a step", n, of_training(result))
             for parts in (None, *args.parts):
                 result = answer(args, folder / "runs", n, adapter, parts, args.dev)
-                work = f"evaluation{f', eval.parts={parts}' if parts else ''}"
-                found.setdefault((work, n), []).append(of_evaluation(result))
-                shutil.rmtree(folder / "runs")
-        works = dict.fromkeys(work for work, _ in found)
-        rows = [row(work, n, found[work, n], found[work, few], few) for work in works for n in args.processes]
-        if args.out:
-            args.out.write_text(json.dumps(rows) + "\n")
+                add(f"evaluation{f', eval.parts={parts}' if parts else ''}", n, of_evaluation(result))
     return rows
 
 

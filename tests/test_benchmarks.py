@@ -131,21 +131,21 @@ def test_flops_are_those_of_the_layers_matrices(tiny_base):
     assert AutoConfig.from_pretrained(tiny_base).num_key_value_heads == 2  # grouped heads are counted right above
 
 
-def test_scaling_is_measured_against_the_fewest_processes_and_what_differs_is_counted(
-    tiny_config, tmp_path, monkeypatch, capsys
-):
-    def ended(n, script, model, *words):
-        runs = Path(next(word for word in words if word.startswith("runs=")).removeprefix("runs="))
-        run = runs / script
-        run.mkdir(parents=True, exist_ok=True)
-        loss = 2.0 if n == 1 else 2.004
-        steps = [{"loss": loss, "questions": 8, "seconds": 9 + i / n} for i in range(3)]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in [*steps, {"em": 1}]))
-        same = n == 1 or "eval.parts=4" in words
-        (run / "predictions.json").write_text(json.dumps({"a": "x", "b": "y" if same else "z"}))
-        return {"run": str(run), "questions_per_s": 10.0 * n**0.5, "idle_share": 0.01 * n}
+def pretended(n, script, model, *words):
+    """A run of `n` processes, as `scaling.ended` returns it, without running anything."""
+    runs = Path(next(word for word in words if word.startswith("runs=")).removeprefix("runs="))
+    run = runs / script
+    run.mkdir(parents=True, exist_ok=True)
+    loss = 2.0 if n == 1 else 2.004
+    steps = [{"loss": loss, "questions": 8, "seconds": 9 + i / n} for i in range(3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in [*steps, {"em": 1}]))
+    same = n == 1 or "eval.parts=4" in words
+    (run / "predictions.json").write_text(json.dumps({"a": "x", "b": "y" if same else "z"}))
+    return {"run": str(run), "questions_per_s": 10.0 * n**0.5, "idle_share": 0.01 * n}
 
-    monkeypatch.setattr(scaling, "ended", ended)
+
+def test_scaling_is_measured_against_the_fewest_processes_and_what_differs_is_counted(tiny_config, monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "ended", pretended)
     scaling.main([str(tiny_config), "--processes", "1", "2", "--questions", "8", "--parts", "4", "--rounds", "2"])
     *lines, last = capsys.readouterr().out.splitlines()
     assert lines[-6:] == [
@@ -157,6 +157,23 @@ def test_scaling_is_measured_against_the_fewest_processes_and_what_differs_is_co
         "| evaluation, eval.parts=4 | 2 | 14.14 | 70.7% |  | 0 of 2 answers |",
     ]
     assert json.loads(last)["rows"][1]["losses_differ"] == pytest.approx(0.002)
+
+
+def test_what_was_measured_before_a_run_failed_is_kept(tiny_config, tmp_path, monkeypatch):
+    def ended(n, script, *words):
+        if n == 2 and script == "eval_loop.py" and "eval.parts=4" in words:
+            raise UserError("the last run failed")
+        return pretended(n, script, *words)
+
+    monkeypatch.setattr(scaling, "ended", ended)
+    kept = tmp_path / "rows.json"
+    with pytest.raises(UserError, match="the last run failed"):
+        scaling.main(
+            [str(tiny_config), "--processes", "1", "2", "--questions", "8", "--parts", "4", "--out", str(kept)]
+        )
+    rows = [(row["work"], row["processes"]) for row in json.loads(kept.read_text())]
+    assert ("evaluation", 2) in rows
+    assert ("evaluation, eval.parts=4", 2) not in rows
 
 
 @pytest.mark.parametrize(
