@@ -85,9 +85,8 @@ def measured(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     def add(work: str, n: int, run: dict[str, Any]) -> None:
         found.setdefault((work, n), []).append(run)
         shutil.rmtree(folder / "runs")  # adapters and their optimizers' states are large
-        works = dict.fromkeys(work for work, _ in found)
-        done = [(work, n) for work in works for n in args.processes if (work, n) in found]
-        rows[:] = [row(work, n, found[work, n], found[work, few], few) for work, n in done]
+        done = [(w, k) for w in dict.fromkeys(w for w, _ in found) for k in args.processes if (w, k) in found]
+        rows[:] = [row(w, k, found[w, k], found[w, few], few) for w, k in done]
         if args.out:
             args.out.write_text(json.dumps(rows) + "\n")
 

@@ -39,6 +39,8 @@ def unreadable(model: Any) -> str | None:
     config = model.config
     if config.model_type != "llama" or config.hidden_act != "silu":
         return f"{config.model_type} is not a Llama with SiLU"
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
+        return "its rotary positions change with the longest text of a pass"
     linears = [linear for layer in layers_of(model) for linear in _linears(layer).values()]
     wrapped = [linear for linear in linears if hasattr(linear, "lora_A")]
     if any(_base(linear).bias is not None for linear in linears) or any(

@@ -89,7 +89,7 @@ class Shapes:
     def evaluation(self, pass_tokens: int, arena_tokens: int, record: bool = False) -> int:
         """Bytes that decoding takes beside base and adapter: the arena, gate and up, one layer's work, logits.
 
-        `record`: that work twice, since what recorded passes take stays theirs, and what is between two layers.
+        `record`: also what graphs keep (gate and up and one layer's work once more), the buffers between them, a slot.
         """
         matrix = 2 * self.item * self.hidden * self.intermediate
         work = self.item * (5 * self.intermediate + 6 * self.hidden) * pass_tokens

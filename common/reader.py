@@ -32,7 +32,8 @@ from common.matrices import FEW
 import torch
 from torch import Tensor
 
-SIZES = tuple(n * 2**k for k in range(9) for n in ((16, 20, 24, 28) if k else (16,)))  # tokens of a recorded pass
+# tokens of a recorded pass: FEW, which the products with 4-bit numbers take, and from twice as many on four an octave
+SIZES = tuple(n * 2**k for k in range(12) for n in ((16, 20, 24, 28) if k else (FEW,)))
 _OWN = ("ids", "drawn", "position", "slot", "keep", "forced")
 _OF_REACH = ("own", "own_start", "own_used", "trees", "prefix_start", "prefix_used")
 
@@ -128,7 +129,7 @@ class Layer:
 
 
 class Layers:
-    """What a model does to tokens [T], layer by layer, over an arena of `arena_tokens`."""
+    """What a model does to tokens [T], layer by layer; its arena: keys and values [layers, `arena_tokens`, G, D]."""
 
     def __init__(self, model: Any, arena_tokens: int):
         self.model, dtype, self.device = causal_of(model).model, model.dtype, next(model.parameters()).device
@@ -143,23 +144,26 @@ class Layers:
         return x, (cos[0], sin[0])
 
     def before(self, i: int, x: Tensor, rope: Rope, slot: Tensor) -> Tensor:
-        return self.layers[i].before(x, rope, self.keys[i], self.values[i], slot.long())
+        """Layer i's input [T, hidden] → its queries [T, H, D]; keys and values go to `slot` [T] int64 of the arena."""
+        return self.layers[i].before(x, rope, self.keys[i], self.values[i], slot)
 
     def attend(self, i: int, q: Tensor, reach: Reach) -> Tensor:
+        """Layer i's queries over the arena → [T, H, D]."""
         return attention.over_arena(q, self.keys[i], self.values[i], reach)
 
     def __call__(self, ids: Tensor, new: Pass) -> Tensor:
         """The last layer's output [T, hidden]."""
         x, rope = self.begin(ids, new.position)
+        slot = new.slot.long()
         for i, layer in enumerate(self.layers):
-            x = layer.after(x, self.attend(i, self.before(i, x, rope, new.slot), new.reach))
+            x = layer.after(x, self.attend(i, self.before(i, x, rope, slot), new.reach))
         return x
 
 
 class Recorded:
-    """The same for passes of up to `most` tokens, padded to sizes of which each is recorded the second time it is met.
+    """What `layers` do, for passes of up to `most` tokens, padded to sizes that are recorded the second time they come.
 
-    The first time compiles what it needs. Padding's keys and values go to the arena's last slot, which nobody reads.
+    The first time compiles what a size needs. Padding's keys and values go to the arena's last slot; nobody reads it.
     """
 
     def __init__(self, layers: Layers, most: int):
@@ -170,7 +174,7 @@ class Recorded:
         def buffer(*shape: int, dtype: torch.dtype = arena.dtype) -> Tensor:
             return torch.zeros(most, *shape, dtype=dtype, device=arena.device)
 
-        self.ids, self.position, self.slot = (buffer(dtype=torch.int32) for _ in range(3))
+        self.ids, self.position, self.slot = (buffer(dtype=t) for t in (torch.int32, torch.int32, torch.int64))
         self.x, self.rope = buffer(first.matrices[0].shape[1]), (buffer(first.head_dim), buffer(first.head_dim))
         self.q, self.out = buffer(heads, first.head_dim), buffer(heads, first.head_dim)
         self.graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}  # by size: what is before, between and after attentions
@@ -212,7 +216,11 @@ class Recorded:
             self.q[:n] = layers.before(i, x, rope, self.slot[:n])
 
     def _record(self, n: int) -> None:
-        """By hand, since `torch.cuda.graph` waits for the device and gives all spare memory back, for each part."""
+        """By hand, since `torch.cuda.graph` waits for the device and gives all spare memory back, for each part.
+
+        Once is enough, and needed: what is recorded cannot have the memory that launched work has left over.
+        """
+        torch.cuda.empty_cache()
         graphs = []
         with torch.cuda.stream(_side_stream(self.x.device)):
             for i in range(len(self.layers.layers) + 1):

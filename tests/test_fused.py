@@ -154,6 +154,7 @@ def test_micro_batches_add_up(tiny_base):
         (lambda m: setattr(m.peft_config["default"], "lora_dropout", 0.1), "dropout"),
         (lambda m: setattr(m.peft_config["default"], "use_dora", True), "DoRA"),
         (lambda m: setattr(m.config, "model_type", "gemma"), "gemma"),
+        (lambda m: m.config.rope_parameters.update(rope_type="dynamic"), "rotary"),
         (lambda m: m.get_base_model().lm_head.weight.requires_grad_(True), "something else"),
         (lambda m: m.get_base_model().model.layers[0].self_attn.q_proj.scaling.update(default=3.0), "scaled"),
     ],
