@@ -351,10 +351,10 @@ def main(argv: list[str]) -> None:
                     total_loss += compute(pack, weight)
                 work_ended = meter.mark(device)
                 sums = ranks.sum_gradients(weights, total_loss, tokens, request.code > 0)
+                norm = accelerator.clip_grad_norm_(weights, train.max_grad_norm)
                 upcoming = prepare(step + 1) if step + 1 < total else None  # while a GPU computes
-                loss, tokens, signals = sums.tolist()
+                loss, tokens, signals, grad_norm = *sums.tolist(), float(norm)
             busy += meter.between(work_began, work_ended)
-            grad_norm = float(accelerator.clip_grad_norm_(weights, train.max_grad_norm))
             # fp16's scaler skips steps of its own accord when a gradient overflows
             if not math.isfinite(loss) or (accelerator.scaler is None and not math.isfinite(grad_norm)):
                 raise UserError(
