@@ -76,7 +76,7 @@ def row(
 
 def ours(job: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
-    from common import attention, decode, fused, memory, meter, single
+    from common import decode, meter, single
     from common.config import Base, Eval, Lora
     from common.model import add_lora, load_adapter, load_base, load_tokenizer
     from common.prompt import Branch, Tree
@@ -102,8 +102,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         return decode.predict(model, tokenizer, some, job["stops"], limit_of(kind, job), options, None, scripts=scripts)
 
     start = {"load_s": time.perf_counter() - began}
-    shapes = memory.Shapes.of(model, fused.adapter_size(model))
-    sizes = vars(memory.decoding(options, shapes, device, attention.has_flash(device, model.dtype)))
+    sizes = vars(decode.sizes_of(model, options))
     _, start["warm_up_s"], _ = timed(torch, lambda: dev(job["kinds"][0], paragraphs[:20]))
     rows, answers, answers_alone, ties = [], {}, {}, 0
     for kind in job["kinds"]:

@@ -115,13 +115,17 @@ def engine_of(model: Any, options: Eval) -> Literal["plain", "stream"]:
     return "plain" if options.engine == "plain" or fused.unreadable(model) else "stream"
 
 
+def sizes_of(model: Any, options: Eval) -> memory.Decoding:
+    """What the stream reads with. Raises `UserError` where memory is too little."""
+    device, shapes = next(model.parameters()).device, memory.Shapes.of(model, fused.adapter_size(model))
+    return memory.decoding(options, shapes, device, record=attention.has_flash(device, model.dtype))
+
+
 def _by_stream(
     model: Any, tokenizer: Any, trees: Sequence[Tree], stops: Sequence[int], limit: int, options: Eval,
     check: Callable[[], None], scripts: Mapping[str, Ids], round_: str,
 ) -> Iterator[Prediction]:  # fmt: skip
-    device, ended = next(model.parameters()).device, set(stops)
-    shapes = memory.Shapes.of(model, fused.adapter_size(model))
-    room = memory.decoding(options, shapes, device, attention.has_flash(device, model.dtype))
+    ended, room = set(stops), sizes_of(model, options)
     with meter.out_of_memory(f"lower {memory.BUDGET} (now {options.memory_budget_gib:g})"):
         reader = Reader(model, room.arena_tokens, room.pass_tokens if room.record else 0)
         for mine in _streams(trees, options.parts, round_):
