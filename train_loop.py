@@ -339,12 +339,15 @@ def main(argv: list[str]) -> None:
             members, packs = upcoming or prepare(step)
             branches = [branch for tree in members for branch in tree.branches]
             answer_tokens = sum(len(branch.answer_ids) for branch in branches)
-            torch.manual_seed(random.Random(f"{config.seed} {step} {rank}").getrandbits(63))  # for dropout
+            if config.lora.dropout:
+                torch.manual_seed(random.Random(f"{config.seed} {step} {rank}").getrandbits(63))
 
             # mean over the answer tokens (or questions) of the whole step, however it is cut into packs and shared out
             weight = 1 / (answer_tokens if train.loss == "token" else len(branches))
             total_loss = torch.zeros((), device=device)
             tokens = float(sum(pack.n_tokens for pack in packs))
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step, total, train.warmup, train.lr)
             with meter.out_of_memory(f"{knob}. What {run} holds is whole"):
                 work_began = meter.mark(device)
                 for pack in packs:
@@ -353,21 +356,19 @@ def main(argv: list[str]) -> None:
                 sums = ranks.sum_gradients(weights, total_loss, tokens, request.code > 0)
                 norm = accelerator.clip_grad_norm_(weights, train.max_grad_norm)
                 upcoming = prepare(step + 1) if step + 1 < total else None  # while a GPU computes
+                optimizer.step()  # queued like all before it; then bitsandbytes waits
+                optimizer.zero_grad(set_to_none=False)
+                if average:
+                    average.update()
                 loss, tokens, signals, grad_norm = *sums.tolist(), float(norm)
             busy += meter.between(work_began, work_ended)
             # fp16's scaler skips steps of its own accord when a gradient overflows
             if not math.isfinite(loss) or (accelerator.scaler is None and not math.isfinite(grad_norm)):
                 raise UserError(
-                    f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the update, and what "
-                    f"{run} holds is whole. Lower train.lr, or look at these questions: "
+                    f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped, and what {run} holds is whole, "
+                    "from before it. Lower train.lr, or look at these questions: "
                     f"{', '.join(branch.id for branch in branches)}"
                 )
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step, total, train.warmup, train.lr)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
-            if average:
-                average.update()
             if optimizer.step_was_skipped and accelerator.scaler.get_scale() < 1:
                 raise UserError(f"step {step + 1}: gradients overflow fp16 at any scale; try base.dtype=bf16 or fp32")
 

@@ -313,7 +313,7 @@ def test_training_stops_after_patience_evaluations_without_a_gain(tiny_config, c
     assert (result["best_step"], result["steps"]) == (2, 2 + 3 * 2)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(tiny_config, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_and_nothing_of_its_step_is_kept(tiny_config, tmp_path, monkeypatch):
     cross_entropy = train_loop.F.cross_entropy
     calls = []
 
