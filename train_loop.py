@@ -355,12 +355,15 @@ def main(argv: list[str]) -> None:
                 work_ended = meter.mark(device)
                 sums = ranks.sum_gradients(weights, total_loss, tokens, request.code > 0)
                 norm = accelerator.clip_grad_norm_(weights, train.max_grad_norm)
+                told = torch.cat([sums, norm.reshape(1)]).to("cpu", non_blocking=True)  # there after `now`
                 upcoming = prepare(step + 1) if step + 1 < total else None  # while a GPU computes
                 optimizer.step()  # queued like all before it; then bitsandbytes waits
                 optimizer.zero_grad(set_to_none=False)
                 if average:
                     average.update()
-                loss, tokens, signals, grad_norm = *sums.tolist(), float(norm)
+                now = meter.now(device)
+            loss, tokens, signals, grad_norm = told.tolist()
+            stepping += now - step_began
             busy += meter.between(work_began, work_ended)
             # fp16's scaler skips steps of its own accord when a gradient overflows
             if not math.isfinite(loss) or (accelerator.scaler is None and not math.isfinite(grad_norm)):
@@ -374,8 +377,6 @@ def main(argv: list[str]) -> None:
 
             state["step"] = step + 1
             asked = signals > 0
-            now = meter.now(device)
-            stepping += now - step_began
             row = {
                 "step": step + 1, "loss": loss, "lr": group["lr"],
                 "grad_norm": grad_norm if math.isfinite(grad_norm) else None, "questions": len(branches),
