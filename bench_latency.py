@@ -55,6 +55,7 @@ def main(argv: list[str]) -> None:
     # ---- fresh processes -------------------------------------------------------------------------------------------
     busy = os.getloadavg()[0]
     run, device = record.new_run(config, "bench"), meter.pick_device()
+    weights = checkpoint.weights_sha256(adapter)
     found = []
     for number in range(config.bench.processes):
         file = run / f"process-{number}.json"
@@ -64,12 +65,13 @@ def main(argv: list[str]) -> None:
             break
         chosen = [f"adapter={adapter}"] if adapter else []  # and not one that is trained meanwhile
         code = stopping.run([sys.executable, str(Path(__file__).resolve()), *argv, *chosen, "--measure", str(file)])
-        if code in (2, 130, 143):  # it has said why
+        if code in (2, 129, 130, 143):  # it has said why
             raise SystemExit(code)
         if code:
             seen = f"; what NVML saw until then: {file.with_suffix('.nvml.json')}" if device.type == "cuda" else ""
             raise UserError(f"measuring process {number + 1} of {config.bench.processes} ended with {code}{seen}")
         found.append(json.loads(file.read_text()))
+    checkpoint.unchanged(adapter, weights)  # each process has loaded it anew
 
     # ---- record ----------------------------------------------------------------------------------------------------
     result: dict[str, Any] = {"run": str(run), "random_weights": config.base.random_weights, "n": len(found[0]["ids"])}
@@ -92,7 +94,7 @@ def main(argv: list[str]) -> None:
     result["host"] = {"cores": os.cpu_count(), "load": busy}
     result["engine"] = found[0]["made_by"]["engine"]
     result["adapter"] = str(adapter) if adapter else None
-    result["adapter_sha256"] = checkpoint.sha256(adapter / "adapter_model.safetensors") if adapter else None
+    result["adapter_sha256"] = weights
     described = {"name": config.api.url} if config.api else meter.describe(device)
     record.write(run, config, "bench", dev, described, result, found[0]["made_by"])
     show(config, described["name"], device, result)

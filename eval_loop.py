@@ -118,10 +118,12 @@ def local(config: Config, dev: squad.Dataset) -> Answered | None:
     """By a model on this machine; None on all ranks but the first."""
     adapter = checkpoint.verified(record.trained_adapter(config))
     process = ranks.join()
-    (adapter,) = broadcast_object_list([adapter])  # should a training have ended meanwhile
+    # one rank says which, should a training have ended meanwhile
+    adapter, weights = broadcast_object_list([adapter, checkpoint.weights_sha256(adapter)])
     device = meter.pick_device()
     tokenizer, cutter = load_tokenizers(config)
     model = load_system(config, adapter, device)
+    checkpoint.unchanged(adapter, weights)
     with ranks.local_first():  # the others find the trees in the cache
         built = cache.build_trees(
             dev.examples, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
@@ -138,8 +140,7 @@ def local(config: Config, dev: squad.Dataset) -> Answered | None:
     if not process.is_main_process:
         return None
     result = {
-        "adapter": str(adapter) if adapter else None,
-        "adapter_sha256": checkpoint.sha256(adapter / "adapter_model.safetensors") if adapter else None,
+        "adapter": str(adapter) if adapter else None, "adapter_sha256": weights,
         "processes": process.num_processes, "peak": meter.peaks(device),
     }  # fmt: skip
     made_by = {"engine": decode.engine_of(model, config.eval), **sources(model, tokenizer, cutter)}

@@ -64,8 +64,9 @@ def main(argv: list[str]) -> None:
     config = load(args.model, args.overrides)
     if config.lora is None:
         raise UserError(f"{config.system} has no adapter to merge; try MODEL=qlora7b")
-    if args.folder.exists():
-        raise UserError(f"{args.folder} is there already; name another folder")
+    for folder in (args.folder, *checkpoint.beside(args.folder)):  # it is written beside itself, then renamed
+        if folder.exists():
+            raise UserError(f"{folder} is there already; move it away, or name another folder than {args.folder}")
     if args.questions < 1:
         raise UserError("--questions must be 1 or more")
     preflight.check(config)

@@ -284,7 +284,7 @@ def provenance(r: Record) -> tuple[str, ...]:
 
 def why_not(root: Path, system: str) -> str:
     """The last line of what a system's last script said, where that left no record."""
-    logs = sorted((root / "logs").glob(f"{system}-s*.log"), key=lambda path: path.stat().st_mtime)
+    logs = sorted((root / "logs").glob(f"{system}-s[0-9]*.log"), key=lambda path: path.stat().st_mtime)
     said = logs[-1].read_text(encoding="utf-8", errors="replace").strip().splitlines() if logs else []
     return said[-1].removeprefix("error: ") if said and not said[-1].startswith("{") else "not run"
 

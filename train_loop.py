@@ -3,7 +3,7 @@
     python train_loop.py qlora7b [key=value ...] [--fresh]
 
 Read it top to bottom: settings, data, model, loop, record. Started again, it goes on where it stopped; `--fresh` begins
-anew in a new run folder. SIGTERM and SIGINT save at the end of the step and exit with 143 and 130. Under
+anew in a new run folder. SIGTERM, SIGINT and SIGHUP save at the end of the step and exit with 143, 130 and 129. Under
 `accelerate launch --multi_gpu --num_processes 2` it is the same training, each step shared out.
 """
 
@@ -206,8 +206,8 @@ def main(argv: list[str]) -> None:
     def epoch(number: int) -> list[list[Tree]]:
         return plan.epoch(trees, config.seed, number, train.questions_per_step)
 
-    def prepare(step: int) -> tuple[list[Tree], list[packing.Pack]]:
-        """All trees of a step, and this rank's share of them in packs on the host. Pure, so it may be done ahead."""
+    def prepare(step: int, rank: int = rank) -> tuple[list[Tree], list[packing.Pack]]:
+        """All trees of a step, and a rank's share of them in packs on the host. Pure, so it may be done ahead."""
         members = epoch(step // per_epoch)[step % per_epoch]
         parts = plan.fill(plan.share(reads(members), n_ranks)[rank], pack_tokens)
         return members, [pack for part in parts for pack in (room.packs(part) if room else [packing.pack(part)])]
@@ -217,7 +217,9 @@ def main(argv: list[str]) -> None:
     if not plain and free is not None and attention.has_flash(device, dtype):
         if sum(choice.counted.values()) + evaluation <= free:
             ways += ", CUDA graphs"
-            like = [pack for step in range(min(32, per_epoch)) for pack in prepare(step)[1]]
+            sample = range(min(32, per_epoch))
+            like = [pack for step in sample for pack in prepare(step)[1]]
+            like = like or [pack for step in sample for pack in prepare(step, 0)[1]]  # who always has a share
             smallest = min(like, key=lambda pack: pack.n_tokens)
             room = packing.Room.of(like, pack_tokens)
             with meter.out_of_memory(knob):
@@ -236,8 +238,12 @@ def main(argv: list[str]) -> None:
         "step": 0, "evaluated": 0, "best_em": None, "best_f1": None, "best_step": None, "waited": 0,
         "seconds": 0.0, "evaluation_seconds": 0.0, "peak": {}, "identity": identity,
     }  # fmt: skip
+    lost = None  # the step whose weights `best/` has, where a crash kept `last/` from knowing: they are replaced
     if run and (run / "last").exists():
         state = checkpoint.load_state(run / "last")
+        if (run / "best").exists():
+            best_step = checkpoint.load_state(run / "best")["best_step"]
+            lost = best_step if best_step > state["step"] else None
         if state["identity"] != identity:
             raise UserError(f"{run}: the data has changed since this run began; FRESH=1 starts a new one")
         load_weights(model, load_file(run / "last" / "adapter_model.safetensors"), str(run / "last"))
@@ -247,7 +253,9 @@ def main(argv: list[str]) -> None:
         (run,) = broadcast_object_list([record.new_run(config, "train") if first else None])
     if first:
         record.claim(run)
-        kept = [row for row in record.read_metrics(run) if row["step"] <= state["step"]]  # what came after is redone
+        # what came after is redone
+        done = {True: state["step"], False: state["evaluated"]}
+        kept = [row for row in record.read_metrics(run) if row["step"] <= done["loss" in row]]
         record.write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
     accelerator.project_configuration.logging_dir = str(run)
     accelerator.init_trackers("squad-qlora", flat(config.to_dict()))
@@ -294,7 +302,7 @@ def main(argv: list[str]) -> None:
         scored = score(stop_examples, texts)
         em, f1 = (None, None) if untrue else (scored.em, scored.f1)
         best = state["best_em"]
-        better = em is None or best is None or (em > best and em >= best + stop.min_delta)
+        better = em is None or best is None or (em > best and em >= best + stop.min_delta) or step == lost
         state["waited"] = 0 if better else state["waited"] + 1
         state["evaluated"] = step
         if better:
@@ -326,9 +334,9 @@ def main(argv: list[str]) -> None:
                 if row is None:
                     asked = True
                     continue
+                log(metrics, row)
                 save_last()
                 saved = time.monotonic()
-                log(metrics, row)
             elif first and time.monotonic() - saved > SAVE_SECONDS:
                 save_last()
                 saved = time.monotonic()

@@ -25,7 +25,7 @@ SUMS = "SHA256SUMS"
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Yield a new folder to fill; on success it takes the place of `folder`, on an error `folder` stays as it was."""
-    partial, old = _beside(folder, "partial"), _beside(folder, "old")
+    partial, old = beside(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -47,7 +47,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 def recover(folder: Path) -> None:
     """After a crash between the two renames: the previous folder gets its name back."""
-    old = _beside(folder, "old")
+    _, old = beside(folder)
     if old.exists():
         if folder.exists():
             shutil.rmtree(old)
@@ -64,7 +64,6 @@ def verified(adapter: Path | None) -> Path | None:
 
 def verify(folder: Path) -> None:
     """Raises `UserError` where a file is missing or not what was written."""
-    recover(folder)
     try:
         lines = (folder / SUMS).read_text().splitlines()
         damaged = [
@@ -96,6 +95,8 @@ def save(folder: Path, model: Any, state: dict[str, Any], training: dict[str, An
 
 
 def load_state(folder: Path) -> dict[str, Any]:
+    """What `save` got as `state`. For the training that owns the folder: what a crash left is mended first."""
+    recover(folder)
     verify(folder)
     return json.loads((folder / "state.json").read_text())
 
@@ -112,13 +113,24 @@ def load_training(folder: Path, training: dict[str, Any]) -> None:
         part.load_state_dict(saved[name])
 
 
+def weights_sha256(adapter: Path | None) -> str | None:
+    return sha256(adapter / "adapter_model.safetensors") if adapter else None
+
+
+def unchanged(adapter: Path | None, weights: str | None) -> None:
+    """Raises `UserError` where an adapter no longer is what `weights_sha256` said: what was loaded may be another."""
+    if weights_sha256(adapter) != weights:
+        raise UserError(f"{adapter}: replaced while it was read, by a training that goes on; try again when it is done")
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _beside(folder: Path, suffix: str) -> Path:
-    return folder.with_name(f"{folder.name}.{suffix}")
+def beside(folder: Path) -> tuple[Path, Path]:
+    """Where `replacing` fills a folder, and where it keeps the one before for the time of two renames."""
+    return folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
 
 
 def _flush(path: Path) -> None:

@@ -58,7 +58,7 @@ def new_run(config: Config, kind: str) -> Path:
 
 def claim(run: Path) -> None:
     """Keeps other processes out of an unfinished run for as long as this one lives."""
-    lock = (run / "config.yaml").open("a")
+    lock = (run / "config.yaml").open("r+")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
@@ -67,8 +67,8 @@ def claim(run: Path) -> None:
 
 
 def newest_run(config: Config, kind: str) -> Path | None:
-    """The last run folder of exactly this configuration, finished or not."""
-    return max(_runs(config, kind), key=_number, default=None)
+    """The last run folder of exactly this configuration, finished or not; one that was never begun has no settings."""
+    return max((run for run in _runs(config, kind) if (run / "config.yaml").exists()), key=_number, default=None)
 
 
 def trained_adapter(config: Config) -> Path | None:
@@ -102,9 +102,13 @@ def trained_adapter(config: Config) -> Path | None:
 
 
 def _trains_as(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    data = ("train", "train_paragraphs", "fix_offsets")
-    alike = all(a[part] == b[part] for part in ("train", "early_stop", "window"))
-    return alike and all(a["data"][key] == b["data"][key] for key in data)
+    def decides(config: dict[str, Any]) -> list[Any]:
+        data = [config["data"][key] for key in ("train", "train_paragraphs", "fix_offsets")]
+        train = {**config["train"], "pack_tokens": None}  # a training goes on with more or less memory
+        train["memory_budget_gib"] = train["memory_budget_gib"] is not None
+        return [train, config["early_stop"], config["window"], data]
+
+    return decides(a) == decides(b)
 
 
 def weights_of(base: dict[str, Any]) -> dict[str, Any]:
@@ -185,7 +189,7 @@ def read_questions(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Its rows by question. An evaluation from before articles were kept has each question for an article."""
     path = Path(evaluation["folder"]) / "questions.jsonl"
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
         n = evaluation["result"]["n"]
         if len(rows) != n:
             raise ValueError(f"{len(rows)} lines for {n} questions")

@@ -62,6 +62,8 @@ def mcnemar(a: Mapping[str, bool], b: Mapping[str, bool]) -> tuple[int, int, flo
 def equivalence(values: Mapping[str, float], cluster_of: Mapping[str, str], margin: float) -> float:
     """p of the two one-sided tests (TOST): small where the mean of `values` lies within -margin and margin for sure."""
     shares = _by_cluster(values, cluster_of)
+    if np.ptp(shares) < 1e-12:  # nothing varies, so nothing is random
+        return float(abs(shares.mean()) >= margin)
     above = stats.ttest_1samp(shares, -margin, alternative="greater").pvalue
     return float(max(above, stats.ttest_1samp(shares, margin, alternative="less").pvalue))
 

@@ -1,7 +1,8 @@
-"""SIGTERM and SIGINT ask a long run to save and end; a second one ends it at once."""
+"""SIGTERM, SIGINT and a terminal that closes ask a long run to save and end; a second one ends it at once."""
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -23,6 +24,8 @@ class Request:
     _when = 0.0
 
     def receive(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _leave_terminal()
         if not self.code:
             self.code, self._when = 128 + number, time.monotonic()
             name = signal.Signals(number).name
@@ -53,11 +56,22 @@ def run(command: list[str]) -> int:
 
 @contextmanager
 def listen() -> Iterator[Request]:
-    """While the body runs, both signals are only noted; afterwards they do what they did before."""
-    request = Request()
-    before = {number: signal.signal(number, request.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    """While the body runs, signals are only noted; afterwards they do what they did before."""
+    request, numbers = Request(), [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, request.receive) for number in numbers}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _leave_terminal() -> None:
+    """Whoever writes to a terminal that has gone fails; saving must not."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for out in (sys.__stdout__, sys.__stderr__):
+        if out and stat.S_ISCHR(os.fstat(out.fileno()).st_mode):
+            os.dup2(nowhere, out.fileno())
+    os.close(nowhere)

@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 from common import checkpoint
-from common.checkpoint import load_state, recover, replacing, verify
+from common.checkpoint import load_state, recover, replacing, verified, verify
 from common.errors import UserError
 
 import pytest
@@ -61,6 +61,14 @@ def test_a_crash_after_the_renames_keeps_the_new_folder(tmp_path):
     recover(tmp_path / "last")
     assert load_state(tmp_path / "last") == {"step": 2}
     assert not (tmp_path / "last.old").exists()
+
+
+def test_only_the_training_mends_its_folder(tmp_path):
+    """What lies beside an adapter that is read is someone's own, and may have any name."""
+    for name in ("mine", "mine.old", "mine.partial"):
+        write(tmp_path / name, "{}")
+    assert verified(tmp_path / "mine") == tmp_path / "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "mine.old", "mine.partial"]
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "no sums", "empty sums"])

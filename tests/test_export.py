@@ -78,6 +78,14 @@ def test_what_has_no_adapter_is_refused(tiny_config, tmp_path):
         export.main([str(tiny_config), str(tmp_path / "merged")])
 
 
+@pytest.mark.parametrize("name", ["merged", "merged.old", "merged.partial"])
+def test_nothing_that_is_there_is_touched(tiny_config, tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name} is there already"):
+        export.main([str(tiny_config), str(tmp_path / "merged")])
+    assert (tmp_path / name).is_dir()
+
+
 def same_data(tiny_config) -> list[str]:
     import yaml
 

@@ -104,12 +104,22 @@ def test_an_adapter_of_other_data_or_another_window_comes_after_one_that_was_tra
     assert record.trained_adapter(config(*asked)) == run / "best"
 
 
+def test_a_training_that_went_on_with_other_memory_was_trained_so(config):
+    run, written = finish(config("train.lr=1e-4", "train.memory_budget_gib=20", "train.pack_tokens=512"))
+    (run / "record.json").write_text(json.dumps(written | {"created": "2000-01-01T00:00:00+00:00"}))
+    other, _ = finish(config("train.lr=2e-4"))
+    assert record.trained_adapter(config("train.lr=1e-4", "train.memory_budget_gib=30")) == run / "best"
+    assert record.trained_adapter(config("train.lr=1e-4", "train.memory_budget_gib=null")) == other / "best"
+
+
 def test_a_copy_of_a_run_under_another_name_is_not_taken_for_it(config):
     first = record.new_run(config(), "train")
     shutil.copytree(first, f"{first}.bak")
     thousandth = first.with_name(f"{first.name[:-3]}1000")
     first.with_name(f"{first.name[:-3]}999").mkdir()
     thousandth.mkdir()
+    assert record.newest_run(config(), "train") == first  # the disk was full before the others had settings
+    (thousandth / "config.yaml").touch()
     assert record.newest_run(config(), "train") == thousandth
     assert record.new_run(config(), "train").name.endswith("-1001")
 
@@ -122,6 +132,16 @@ def test_a_run_is_of_one_process_at_a_time(config):
     record.claim(run)
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert f"{run}: another process works there" in other.stderr
+
+
+@pytest.mark.parametrize("text", ["a\u2028b", "a\u2029b", "a\x85b", "a\nb"])
+def test_an_answer_may_have_any_character(config, text):
+    run = record.new_run(config(), "eval")
+    written = record.write(run, config(), "eval", DATA, {"name": "CPU"}, {"em": 50.0, "n": 2})
+    rows = [{"id": i, "text": text, "em": False, "f1": 0.0, "hit_limit": False} for i in ("q1", "q2")]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)  # as eval_loop.py writes them
+    (run / "questions.jsonl").write_text(lines, encoding="utf-8")
+    assert [row["text"] for row in record.read_questions(written).values()] == [text, text]
 
 
 def test_a_row_too_few_is_noticed(config):

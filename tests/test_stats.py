@@ -115,6 +115,13 @@ def test_equivalence_is_seldom_found_at_the_margin_and_mostly_well_within():
     assert within >= 0.9
 
 
+@pytest.mark.parametrize(("shift", "p"), [(0.0, 0.0), (0.5, 0.0), (1.0, 1.0), (-2.0, 1.0)])
+def test_what_does_not_vary_is_equivalent_within_the_margin_for_sure(shift, p, recwarn):
+    values = {str(i): shift for i in range(9)}
+    assert equivalence(values, {id_: id_ for id_ in values}, margin=1.0) == p
+    assert not recwarn.list
+
+
 def test_equivalence_of_single_questions_is_the_two_one_sided_t_tests():
     values = {str(i): x for i, x in enumerate(np.random.default_rng(0).normal(0.1, 1, 50))}
     x = np.array(list(values.values()))

@@ -1,5 +1,6 @@
 """The loop: it learns, stops, saves, goes on where it was, and refuses what would spoil a run."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -228,6 +229,50 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny_config, tmp_path,
         assert not [path for path in run.iterdir() if path.suffix in (".partial", ".old")]
     train_loop.main(arguments)
     assert (run / "record.json").exists()
+
+
+def test_the_record_says_what_best_has_where_only_best_was_saved(tiny_config, tmp_path, monkeypatch, capsys):
+    arguments = [str(tiny_config), "train.epochs=1", "early_stop.min_delta=0"]
+    save, score, saved = checkpoint.save, train_loop.score, []
+
+    def full_disk(folder, *rest):
+        saved.append(folder.name)
+        if len(saved) == 4:  # best, last, best, and then
+            raise UserError("full")
+        save(folder, *rest)
+
+    def scored_as(*ems):
+        found = iter(ems)
+        return lambda *args: dataclasses.replace(score(*args), em=next(found))
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="full"):
+        patch.setattr(checkpoint, "save", full_disk)
+        patch.setattr(train_loop, "score", scored_as(10.0, 30.0))
+        train_loop.main(arguments)
+    assert saved == ["best", "last", "best", "last"]
+    run = only_run(tmp_path)
+    assert [checkpoint.load_state(run / kept)["best_em"] for kept in ("best", "last")] == [30.0, 10.0]
+    # a GPU does not repeat itself exactly: this time it is worse, and the weights of the first evaluation are gone
+    monkeypatch.setattr(train_loop, "score", scored_as(9.0))
+    train_loop.main(arguments)
+    result, best = last_json(capsys), checkpoint.load_state(run / "best")
+    assert (result["em"], result["best_step"]) == (best["best_em"], best["step"]) == (9.0, 4)
+    assert [row["em"] for row in metrics(run) if "em" in row] == [10.0, 9.0]
+
+
+def test_evaluation_refuses_an_adapter_that_is_replaced_while_it_is_loaded(tiny_config, tmp_path, monkeypatch):
+    train_loop.main([str(tiny_config), "train.epochs=1"])
+    best, load_system = only_run(tmp_path) / "best", eval_loop.load_system
+
+    def replaced(*args):
+        model = load_system(*args)
+        (best / "adapter_model.safetensors").write_bytes((best / "adapter_model.safetensors").read_bytes()[::-1])
+        return model
+
+    monkeypatch.setattr(eval_loop, "load_system", replaced)
+    with pytest.raises(UserError, match="best: replaced while it was read"):
+        eval_loop.main([str(tiny_config), "train.epochs=1"])
+    assert not list((tmp_path / "runs").glob("*-eval-*"))
 
 
 def test_tensorboard_gets_what_the_metrics_file_has(tiny_config, tmp_path):
