@@ -51,6 +51,7 @@ def main(argv: list[str]) -> None:
 
 def ask_here(config: Config, context: str, question: str) -> dict[str, Any]:
     adapter = checkpoint.verified(record.trained_adapter(config))
+    record.note_prompt(adapter, config)
     device = meter.pick_device()
     tokenizer, cutter = load_tokenizers(config)
     model = load_system(config, adapter, device)
@@ -106,7 +107,10 @@ def texts(context: str, question: str) -> tuple[str, str]:
             context, _, question = (part.strip() for part in given.rpartition("\n"))
     if not context or not question:
         missing = "question" if context else "context"
-        raise UserError(f"no {missing}: give --context and --question, or both on stdin, the question as the last line")
+        raise UserError(
+            f"no {missing}: make ask CONTEXT='…' QUESTION='…' (--context, --question), "
+            "or both on stdin, the question as the last line"
+        )
     try:
         (context + question).encode()
     except UnicodeEncodeError as error:

@@ -52,6 +52,8 @@ def main(argv: list[str]) -> None:
         timing(dev, args.measure)
         return
 
+    record.note_prompt(adapter, config)
+
     # ---- fresh processes -------------------------------------------------------------------------------------------
     busy = os.getloadavg()[0]
     run, device = record.new_run(config, "bench"), meter.pick_device()

@@ -122,6 +122,8 @@ def local(config: Config, dev: squad.Dataset) -> Answered | None:
     adapter, weights = broadcast_object_list([adapter, checkpoint.weights_sha256(adapter)])
     device = meter.pick_device()
     tokenizer, cutter = load_tokenizers(config)
+    if process.is_main_process:
+        record.note_prompt(adapter, config)
     model = load_system(config, adapter, device)
     checkpoint.unchanged(adapter, weights)
     with ranks.local_first():  # the others find the trees in the cache

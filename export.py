@@ -64,6 +64,8 @@ def main(argv: list[str]) -> None:
     config = load(args.model, args.overrides)
     if config.lora is None:
         raise UserError(f"{config.system} has no adapter to merge; try MODEL=qlora7b")
+    if not args.folder.name:
+        raise UserError("no folder to write is named: make export OUT=folder")
     for folder in (args.folder, *checkpoint.beside(args.folder)):  # it is written beside itself, then renamed
         if folder.exists():
             raise UserError(f"{folder} is there already; move it away, or name another folder than {args.folder}")

@@ -82,7 +82,10 @@ def main(argv: list[str]) -> None:
     config = load(args.model, args.overrides)
     train, stop, untrue = config.train, config.early_stop, config.base.random_weights
     if config.lora is None:
-        raise UserError(f"{config.system} has no lora section, so there is nothing to train; try MODEL=qlora7b")
+        raise UserError(
+            f"{config.system} has no lora section, so there is nothing to train; try MODEL=qlora7b, or a copy of "
+            "configs/qlora7b.yaml with another base.path"
+        )
     if config.adapter:
         raise UserError(
             f"adapter={config.adapter}: a training makes its own; ADAPTER is of eval, bench, export and ask"

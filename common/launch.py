@@ -26,7 +26,9 @@ def how(code: int) -> str:
 
 def main(argv: list[str]) -> None:
     if len(argv) < 2 or not argv[0].isdecimal() or not int(argv[0]):
-        raise UserError("common.launch wants how many processes, 1 or more, and a script: 2 train_loop.py …")
+        raise UserError(
+            f"PROCESSES={argv[0] if argv else ''}: it must be how many processes, 1 or more, and a script to run"
+        )
     threads = max(1, (os.cpu_count() or 1) // int(argv[0]))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # torchrun would set 1, and say so at length
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_SECONDS))

@@ -8,12 +8,14 @@ from common.errors import UserError
 
 import huggingface_hub
 import torch
+from huggingface_hub import constants  # attributes of the package only once something has imported them
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 TRY = "To try everything on this machine: make demo"
 
@@ -33,10 +35,7 @@ def tokenizer(path: str) -> None:
         return
     _named(path)
     if not isinstance(huggingface_hub.try_to_load_from_cache(path, "tokenizer.json"), str):
-        try:
-            _licence(Base(path))
-        except UserError as error:
-            raise UserError(f"window.tokenizer={error}") from error
+        _licence(Base(path), "window.tokenizer")
 
 
 def gpu(base: Base, system: str) -> None:
@@ -66,6 +65,8 @@ def _is_folder(path: str) -> bool:
         if not (Path(path) / "config.json").is_file():
             raise UserError(f"{path}: this folder holds no config.json, so no model")
         return True
+    if Path(path).is_file():
+        raise UserError(f"base.path={path}: a file; it must be a model's folder, or a hub id")
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         hint = "make smollm2 fetches it" if "smollm2" in path else "set base.path to a model folder or a hub id"
         raise UserError(f"{path}: no such model folder; {hint}")
@@ -75,7 +76,7 @@ def _is_folder(path: str) -> bool:
 
 def _named(path: str) -> None:
     try:
-        huggingface_hub.utils.validate_repo_id(path)
+        validate_repo_id(path)
     except HFValidationError as error:
         raise UserError(f"{path}: no such folder here, and no hub id looks like that") from error
 
@@ -88,22 +89,21 @@ def _is_cached(base: Base) -> bool:
     return found[0] and (base.random_weights or any(found[1:]))
 
 
-def _licence(base: Base) -> None:
+def _licence(base: Base, key: str = "base.path") -> None:
     page = f"https://huggingface.co/{base.path}"
     try:
         huggingface_hub.auth_check(base.path)
     except GatedRepoError as error:
         raise UserError(
-            f"{base.path} is gated: accept its licence at {page}, then set HF_TOKEN to a token of that account. {TRY}"
+            f"{key}={base.path} is gated: accept its licence at {page}, then set HF_TOKEN to a token of that account. "
+            f"{TRY}"
         ) from error
     except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{base.path}: the hub knows no such model, or HF_TOKEN may not see it; see base.path"
-        ) from error
+        raise UserError(f"{key}={base.path}: the hub knows no such model, or HF_TOKEN may not see it") from error
     except Exception as error:  # its HTTP client has many kinds for a hub that is not there
         raise UserError(
-            f"{base.path} is not on this disk and the hub cannot be reached ({type(error).__name__}): "
-            f"copy the model here and set base.path to its folder. {TRY}"
+            f"{key}={base.path} is not on this disk and the hub cannot be reached ({type(error).__name__}): "
+            f"copy it here and set {key} to its folder. {TRY}"
         ) from error
 
 
@@ -113,7 +113,7 @@ def _disk(base: Base) -> None:
     except RevisionNotFoundError as error:
         raise UserError(f"base.revision={base.revision}: {base.path} has no such revision") from error
     need = sum(f.size or 0 for f in info.siblings or [] if f.rfilename.endswith(".safetensors"))
-    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    cache = Path(constants.HF_HUB_CACHE)
     while not cache.exists():
         cache = cache.parent
     free = shutil.disk_usage(cache).free

@@ -20,12 +20,14 @@ import json
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
 from common import prompt, score
-from common.config import Config, with_defaults
+from common.config import Config, flat, with_defaults
 from common.errors import UserError
 from common.squad import Dataset
 
@@ -93,12 +95,33 @@ def trained_adapter(config: Config) -> Path | None:
     if not runs and config.base.random_weights:
         return None
     if not runs:
+        parts = ("seed", "base", "lora", "prompt")
+        own = (r for r in trained if r["system"] == config.system)
+        others = [f"{r['folder']} has {_differ(r['config'], mine, parts)}" for r in own]
+        nearest = f" ({min(others, key=len)})" if others else ""
         raise UserError(
-            f"{config.system} (seed {config.seed}) has no finished training under {config.runs}/: "
-            f"make train MODEL={config.system}, or name an adapter with ADAPTER=folder"
+            f"{config.system} (seed {config.seed}) has no finished training under {config.runs}/ with this base, lora "
+            f"and prompt.order{nearest}: make train MODEL={config.system}, or name an adapter with ADAPTER=folder"
         )
     alike = [r for r in runs if _trains_as(r["config"], mine)]
     return Path(max(alike or runs, key=lambda record: record["created"])["folder"]) / "best"
+
+
+def note_prompt(adapter: Path | None, config: Config) -> None:
+    """Says on stderr where an adapter of a run here was trained with another prompt or window than it is asked with."""
+    path = adapter and adapter.parent / "record.json"
+    if path and path.is_file():
+        trained, asked = read_one(path)["config"], config.to_dict()
+        other = _differ(trained, asked, ("prompt", "window"))
+        if other:
+            print(f"note: {adapter} was trained with {other}", file=sys.stderr)
+
+
+def _differ(a: dict[str, Any], b: dict[str, Any], parts: Sequence[str]) -> str:
+    """What `a` says otherwise than `b`, as overrides."""
+    mine, other = (flat({part: config[part] for part in parts}) for config in (a, b))
+    differ = (key for key in {**mine, **other} if mine.get(key) != other.get(key))
+    return " ".join(f"{key}={yaml.safe_dump(mine.get(key)).partition(chr(10))[0]}" for key in differ)
 
 
 def _trains_as(a: dict[str, Any], b: dict[str, Any]) -> bool:

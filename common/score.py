@@ -76,6 +76,8 @@ def read_predictions(path: Path) -> dict[str, str]:
     try:
         raw = path.read_bytes()
         predictions = json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(predictions, dict) or not all(isinstance(text, str) for text in predictions.values()):
@@ -88,6 +90,8 @@ def main() -> None:
         raise UserError("usage: make verify-scorer PRED=predictions.json DATA=dev.json (each plain or .gz)")
     predictions = read_predictions(Path(sys.argv[1]))
     result = score(squad.read(sys.argv[2], "dev").examples, predictions)
+    if result.missing == result.n:
+        raise UserError(f"{sys.argv[1]}: none of its {len(predictions)} answers is to a question of {sys.argv[2]}")
     if result.missing or result.unknown:
         print(f"{result.missing} missing, {result.unknown} unknown")
     print(f"EM {result.em:.4f} F1 {result.f1:.4f}")

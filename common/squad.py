@@ -141,7 +141,8 @@ def locate(source: str, split: str) -> Path | None:
     hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not source.endswith((".json", ".jsonl", ".gz"))
     if not hub_id or Path(source).exists():
         if not Path(source).is_file():
-            raise UserError(f"{source}: no such file (data.{split})")
+            wrong = "a folder; name a file in it" if Path(source).is_dir() else "no such file"
+            raise UserError(f"{source}: {wrong} (data.{split})")
         return Path(source)
     folder = os.environ.get("SQUAD_DIR")
     if not folder or source != Data().dev:

@@ -98,7 +98,7 @@ def test_weights_and_gpu_are_reported_apart(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "auth_check", lambda path: (_ for _ in ()).throw(OSError("no route")))
     findings = list(doctor.systems())
     weights = {finding.text.split()[0]: finding.state for finding in findings if finding.about == "weights"}
-    assert weights["meta-llama/Llama-2-7b-hf"] == "no"
+    assert weights["base.path=meta-llama/Llama-2-7b-hf"] == "no"
     assert weights[".cache/smollm2-135m-instruct:"] == "ok"
     found = {finding.about: (finding.state, finding.text) for finding in findings}
     assert found["qlora7b"] == ("no", "No CUDA device. qlora7b needs one with ≥ 7.5 GiB.")

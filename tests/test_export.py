@@ -84,6 +84,8 @@ def test_nothing_that_is_there_is_touched(tiny_config, tmp_path, name):
     with pytest.raises(UserError, match=f"{name} is there already"):
         export.main([str(tiny_config), str(tmp_path / "merged")])
     assert (tmp_path / name).is_dir()
+    with pytest.raises(UserError, match="OUT=folder"):
+        export.main([str(tiny_config), ""])
 
 
 def same_data(tiny_config) -> list[str]:

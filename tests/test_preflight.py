@@ -1,5 +1,8 @@
 """What stands in the way is said before anything is downloaded, with what to do."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -7,6 +10,7 @@ from unittest.mock import Mock
 from common import preflight
 from common.config import Base, Config, Window, load
 from common.errors import UserError
+from tests.conftest import ROOT
 
 import httpx2
 import huggingface_hub
@@ -120,9 +124,27 @@ def test_the_systems_of_seven_billion_weights_ask_for_a_gpu():
     assert load("raw7b").base.min_gpu_gib > 0
 
 
+def test_it_needs_nothing_that_others_have_imported():
+    """The hub's package gives its modules only to who imports them; under pytest someone always has."""
+    code = "from common import preflight; from common.config import Base; preflight.weights(Base('some/model'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    assert "UserError: base.path=some/model is not on this disk" in done.stderr
+
+
+def test_a_file_is_no_model(hub, tmp_path):
+    (tmp_path / "model").touch()
+    with pytest.raises(UserError, match=r"base\.path=.*model: a file"):
+        preflight.check(Config("x", Base(str(tmp_path / "model"))))
+
+
 def test_the_tokenizer_that_cuts_the_text_must_be_had_too(hub, tmp_path, tiny_base):
     config = Config("x", Base(str(tiny_base)), window=Window(tokenizer="meta-llama/Llama-2-7b-hf"))
     hub.auth_check.side_effect = refusal(GatedRepoError)
     with pytest.raises(UserError, match=r"window.tokenizer=meta-llama/Llama-2-7b-hf is gated"):
+        preflight.check(config)
+    hub.auth_check.side_effect = OSError("no route")
+    with pytest.raises(UserError, match=r"cannot be reached.*set window\.tokenizer to its folder"):
         preflight.check(config)
     preflight.check(replace(config, window=Window(tokenizer=str(tiny_base))))

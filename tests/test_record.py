@@ -87,7 +87,8 @@ def test_the_adapter_is_that_of_the_newest_training_of_the_same_system_seed_base
     assert record.trained_adapter(config()) == other / "best"
     assert record.trained_adapter(config("train.lr=1e-5", "data.dev_questions=5")) == run / "best"
     shutil.rmtree(other)
-    with pytest.raises(UserError, match="no finished training"):  # that adapter has learned another prompt
+    # that adapter has learned another prompt
+    with pytest.raises(UserError, match=rf"no finished training.*{run} has prompt\.order=both\)"):
         record.trained_adapter(config("prompt.order=question"))
     written = json.loads((run / "record.json").read_text())
     del written["config"]["prompt"]  # as in records from before there was a choice
@@ -102,6 +103,16 @@ def test_an_adapter_of_other_data_or_another_window_comes_after_one_that_was_tra
     for other in ("data.train_paragraphs=8", "window.context=300", "data.fix_offsets=true"):
         finish(config(*asked, other))
     assert record.trained_adapter(config(*asked)) == run / "best"
+
+
+def test_an_adapter_that_is_asked_otherwise_than_it_was_trained_is_noted(config, capsys):
+    run, _ = finish(config("prompt.order=context"))
+    record.note_prompt(run / "best", config("prompt.order=context"))
+    record.note_prompt(run.parent / "from elsewhere", config())
+    record.note_prompt(None, config())
+    assert capsys.readouterr().err == ""
+    record.note_prompt(run / "best", config("window.answer=48"))
+    assert capsys.readouterr().err == f"note: {run}/best was trained with prompt.order=context window.answer=32\n"
 
 
 def test_a_training_that_went_on_with_other_memory_was_trained_so(config):

@@ -114,6 +114,14 @@ def test_any_predictions_can_be_verified(tmp_path, dev_file):
     )
 
 
+def test_predictions_of_other_data_are_no_zero(tmp_path, dev_file):
+    (tmp_path / "p.json").write_text('{"other": "x"}')
+    result = verify(tmp_path / "p.json", dev_file)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "none of its 1 answers is to a question of" in result.stderr
+    assert "no such file" in verify(tmp_path / "absent.json", dev_file).stderr
+
+
 @pytest.mark.parametrize("content", ["", "[1]", '{"q": 3}', '{"q": "a'])
 def test_predictions_that_cannot_be_read_are_named(tmp_path, dev_file, content):
     (tmp_path / "p.json").write_text(content)

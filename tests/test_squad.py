@@ -95,9 +95,11 @@ def test_what_is_wrong_is_named_with_file_and_place(file, content, error):
 def test_a_missing_file_is_named_and_squad_does_not_stand_in_for_it(tmp_path, monkeypatch):
     (tmp_path / "dev-v1.1.json").write_text(json.dumps(GOOD))
     monkeypatch.setenv("SQUAD_DIR", str(tmp_path))
-    for source in ("absent.json", "absent", "./absent", "my/absent.jsonl", f"{tmp_path}/absent.JSON", str(tmp_path)):
+    for source in ("absent.json", "absent", "./absent", "my/absent.jsonl", f"{tmp_path}/absent.JSON"):
         with pytest.raises(UserError, match=rf"{source}: no such file \(data\.dev\)"):
             squad.read(source, "dev")
+    with pytest.raises(UserError, match=rf"{tmp_path}: a folder"):
+        squad.read(str(tmp_path), "dev")
 
 
 def test_a_file_that_is_damaged_in_the_middle_is_named(file):
