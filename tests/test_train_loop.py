@@ -272,6 +272,9 @@ def test_evaluation_refuses_an_adapter_that_is_replaced_while_it_is_loaded(tiny_
     monkeypatch.setattr(eval_loop, "load_system", replaced)
     with pytest.raises(UserError, match="best: replaced while it was read"):
         eval_loop.main([str(tiny_config), "train.epochs=1"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty"):
+        eval_loop.main([str(tiny_config), f"adapter={tmp_path / 'empty'}"])
     assert not list((tmp_path / "runs").glob("*-eval-*"))
 
 
