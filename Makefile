@@ -46,7 +46,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "MODEL: $(patsubst configs/%.yaml,%,$(wildcard configs/*.yaml)), a .yaml file, a folder or a hub id"
 
-demo: $(READY) $(SMOLLM2) ## everything on this machine: score, train, score, time, report a 135M model (3 to 4 min on 2 cores)
+demo: $(READY) $(SMOLLM2) ## everything on this machine: score, train, score, time, report a 135M model (3 to 7 min on 2 cores)
 	$(PY) eval_loop.py smollm2-raw $(DEMO) $(DEMO_EVAL)
 	$(PY) train_loop.py smollm2-qlora $(DEMO) $(DEMO_EVAL) $(DEMO_TRAIN) --fresh
 	$(PY) eval_loop.py smollm2-qlora $(DEMO) $(DEMO_EVAL)
