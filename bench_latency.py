@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
             break
         chosen = [f"adapter={adapter}"] if adapter else []  # and not one that is trained meanwhile
         code = stopping.run([sys.executable, str(Path(__file__).resolve()), *argv, *chosen, "--measure", str(file)])
-        if code in (2, 129, 130, 143):  # it has said why
+        if code in (2, *stopping.CODES):  # it has said why
             raise SystemExit(code)
         if code:
             seen = f"; what NVML saw until then: {file.with_suffix('.nvml.json')}" if device.type == "cuda" else ""

@@ -161,7 +161,7 @@ def write_card(
     after: float, n: int,
 ) -> None:  # fmt: skip
     """README.md, with the newest evaluation of this adapter on all of this data, where there is one."""
-    sha256 = checkpoint.sha256(adapter / "adapter_model.safetensors")
+    sha256 = checkpoint.weights_sha256(adapter)
     whole = [
         r for r in record.read_all(Path(config.runs))
         if r["kind"] == "eval" and r["result"].get("adapter_sha256") == sha256 and r["must_match"]["data"] == dev.sha256

@@ -121,7 +121,7 @@ def measure(file: Path, overrides: list[str], folder: Path) -> None:
     command = [sys.executable, str(SWEEP), str(file), *overrides, f"runs={folder}"]
     if code := stopping.run(command):
         print(f"error: measuring ended with {code}; the same command goes on in {folder}", file=sys.stderr)
-        sys.exit(code if code in (129, 130, 143) else 2)
+        sys.exit(code if code in stopping.CODES else 2)
 
 
 def accept(why: str, folder: Path, accepted: Path, history: list[dict[str, Any]]) -> None:

@@ -257,8 +257,9 @@ def main(argv: list[str]) -> None:
     if first:
         record.claim(run)
         # what came after is redone
-        done = {True: state["step"], False: state["evaluated"]}
-        kept = [row for row in record.read_metrics(run) if row["step"] <= done["loss" in row]]
+        kept = [
+            row for row in record.read_metrics(run) if row["step"] <= state["step" if "loss" in row else "evaluated"]
+        ]
         record.write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
     accelerator.project_configuration.logging_dir = str(run)
     accelerator.init_trackers("squad-qlora", flat(config.to_dict()))

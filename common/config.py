@@ -252,8 +252,7 @@ class Config:
         if kind in ("train", "eval"):
             del decides["bench"]
         if kind == "train":
-            decides["train"]["memory_budget_gib"] = self.train.memory_budget_gib is not None  # null: other layers
-            del decides["train"]["pack_tokens"]
+            decides["train"] = apart_from_memory(decides["train"])
             for key in ("memory_budget_gib", "pass_tokens", "parts"):
                 del decides["eval"][key]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
@@ -266,6 +265,12 @@ def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
         key: {**default, **config.get(key, {})} if isinstance(default, dict) else config.get(key, default)
         for key, default in today.items()
     }
+
+
+def apart_from_memory(train: dict[str, Any]) -> dict[str, Any]:
+    """What of a `train` section decides a result: a training goes on with more or less memory, and other packs."""
+    budget = train["memory_budget_gib"] is not None  # null: other layers
+    return {key: value for key, value in train.items() if key != "pack_tokens"} | {"memory_budget_gib": budget}
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:

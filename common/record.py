@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common import prompt, score
-from common.config import Config, flat, with_defaults
+from common.config import Config, apart_from_memory, flat, with_defaults
 from common.errors import UserError
 from common.squad import Dataset
 
@@ -127,9 +127,7 @@ def _differ(a: dict[str, Any], b: dict[str, Any], parts: Sequence[str]) -> str:
 def _trains_as(a: dict[str, Any], b: dict[str, Any]) -> bool:
     def decides(config: dict[str, Any]) -> list[Any]:
         data = [config["data"][key] for key in ("train", "train_paragraphs", "fix_offsets")]
-        train = {**config["train"], "pack_tokens": None}  # a training goes on with more or less memory
-        train["memory_budget_gib"] = train["memory_budget_gib"] is not None
-        return [train, config["early_stop"], config["window"], data]
+        return [apart_from_memory(config["train"]), config["early_stop"], config["window"], data]
 
     return decides(a) == decides(b)
 

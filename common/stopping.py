@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+CODES = (129, 130, 143)  # exit codes of what SIGHUP, SIGINT or SIGTERM has ended
 ECHO_S = 0.3  # make and launchers pass on what their whole process group has got already: that is no second one
 
 

@@ -191,6 +191,7 @@ def test_the_snapshot_stands_apart_with_the_interval_it_has(runs, capsys):
 def test_asked_for_by_name_a_system_that_was_not_run_says_why(runs, capsys):
     (runs / "logs").mkdir()
     (runs / "logs" / "raw7b-s0-12345678-eval.log").write_text("loading\nerror: No CUDA device. raw7b needs one\n")
+    (runs / "logs" / "raw7b-small-s0-12345678-eval.log").write_text("error: of another system\n")
     _, page, markdown = made(runs, capsys, "--systems", "smollm2-qlora", "raw7b", "api8b")
     for text in (page.text, markdown):
         assert "raw7b is in no table: No CUDA device. raw7b needs one" in text

@@ -5,6 +5,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 
 from common import stopping
 from tests.conftest import ROOT
@@ -40,11 +41,12 @@ def test_a_signal_is_passed_on_to_the_command_that_runs():
 @pytest.mark.parametrize(("how", "code"), [([], 129), (["nohup"], 0)])
 def test_a_terminal_that_closes_is_a_signal_too_unless_nobody_cares(tmp_path, how, code):
     program = f"""
-import sys, time
+import fcntl, os, sys, termios, time
 from pathlib import Path
 from common import stopping
+fcntl.ioctl(os.open(sys.argv[1], os.O_RDWR), termios.TIOCSCTTY, 0)  # is now this session's terminal
 with stopping.listen() as request:
-    print("begun", flush=True)
+    Path({str(tmp_path / "begun")!r}).touch()
     end = time.monotonic() + 2
     while not request.code and time.monotonic() < end:
         time.sleep(0.05)
@@ -53,20 +55,16 @@ print("to whom?", file=sys.stderr, flush=True)
 Path({str(tmp_path / "saved")!r}).touch()
 sys.exit(request.code)
 """
-    out = tmp_path / "out"
-    command = [*how, sys.executable, "-c", program]
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(ROOT)
-        if how:  # its messages would end it
-            file = os.open(out, os.O_WRONLY | os.O_CREAT)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-        os.execvp(command[0], command)
-    while b"begun" not in (out.read_bytes() if out.exists() else b"" if how else os.read(terminal, 1000)):
-        pass
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
+    ours, theirs = pty.openpty()
+    out = subprocess.DEVNULL if how else theirs  # nohup keeps nobody from writing to a terminal that has gone
+    command = [*how, sys.executable, "-c", program, os.ttyname(theirs)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=out, stdout=out, stderr=out, start_new_session=True) as process:
+        os.close(theirs)
+        while not (tmp_path / "begun").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.close(ours)
+        assert process.wait(30) == code
     assert (tmp_path / "saved").exists()
 
 
