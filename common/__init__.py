@@ -15,3 +15,9 @@ warnings.filterwarnings("ignore", message="Paged optimizers are not supported on
 # evaluation follow training on a card of 8 GiB. To be set before CUDA starts.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+# One folder for all that Triton compiles, its usual one. Inductor names others, one for each GPU, but only in a process
+# that compiles itself: the next one would compile our own kernels again.
+_home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+if os.access(_home, os.W_OK):
+    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(_home, ".triton", "cache"))
