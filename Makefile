@@ -88,7 +88,7 @@ report: $(READY) ## RUNS as one page, HTML and Markdown (ARGS='--usd-per-hour 1.
 	$(PY) report.py $(RUNS) $(ARGS)
 
 table: $(READY) ## the four systems side by side: what is missing is run; what can't run here says why (ARGS='api8b:api.url=https://…/v1')
-	-$(PY) sweep.py table $(SET)
+	$(PY) sweep.py table $(SET) || [ $$? = 1 ]
 	$(PY) report.py $(RUNS) --systems tinyllama1b raw7b qlora7b api8b
 
 revalidate: $(READY) $(SMOLLM2) ## for cron: measure SWEEP (revalidate) anew, compare with what was accepted

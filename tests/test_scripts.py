@@ -263,6 +263,17 @@ def test_a_mistyped_target_is_named():
     assert 'no target "trian"' in result.stderr
 
 
+@pytest.mark.parametrize(("code", "reported"), [(0, True), (1, True), (2, False), (143, False)])
+def test_a_table_with_runs_that_failed_is_shown_and_one_that_was_mistyped_or_stopped_is_not(tmp_path, code, reported):
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text(f'#!/bin/sh\necho "ran $1"\n[ "$1" != sweep.py ] || exit {code}\n')
+    fake.chmod(0o755)
+    (tmp_path / ".ready").touch()
+    result = run("make", "-s", "table", f"VENV={tmp_path}", "-o", str(tmp_path / ".ready"))
+    assert ("ran report.py" in result.stdout, result.returncode == 0) == (reported, reported)
+
+
 def test_set_up_is_skipped_where_nothing_changed():
     assert (ROOT / ".venv" / ".ready").exists(), "run the tests by `make test`"
     dry = run("make", "--dry-run", "eval", "MODEL=smollm2-raw").stdout
