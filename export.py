@@ -9,6 +9,7 @@ one says how many of the answers are the same, and whether EM is; where it got w
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,9 @@ def main(argv: list[str]) -> None:
     for folder in (args.folder, *checkpoint.beside(args.folder)):  # it is written beside itself, then renamed
         if folder.exists():
             raise UserError(f"{folder} is there already; move it away, or name another folder than {args.folder}")
+    above = next(path for path in args.folder.absolute().parents if path.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"{above} is no folder to write to, so there can be no {args.folder}")
     if args.questions < 1:
         raise UserError("--questions must be 1 or more")
     preflight.check(config)

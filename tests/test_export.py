@@ -88,6 +88,13 @@ def test_nothing_that_is_there_is_touched(tiny_config, tmp_path, name):
         export.main([str(tiny_config), ""])
 
 
+@pytest.mark.parametrize("below", ["merged", "two/levels"])
+def test_a_folder_that_cannot_be_is_refused_before_the_work(tiny_config, tmp_path, below):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="file is no folder to write to"):
+        export.main([str(tiny_config), str(tmp_path / "file" / below)])
+
+
 def same_data(tiny_config) -> list[str]:
     import yaml
 
