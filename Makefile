@@ -39,7 +39,7 @@ export SQUAD_DIR ?= $(CURDIR)/.cache/squad
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 train eval bench ask export bench-train bench-decode bench-gpus sweep runs report table revalidate accept certify demo test test-gpu test-api test-page test-planted test-slurm test-published lint format verify-scorer compare doctor bundle unbundle clean
+.PHONY: help setup smollm2 train eval bench ask export bench-train bench-decode bench-gpus sweep runs report table revalidate accept certify demo test test-gpu test-api test-page test-planted test-slurm test-published mutate lint format verify-scorer compare doctor bundle unbundle clean
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
@@ -132,6 +132,10 @@ test-slurm: $(READY) ## a sweep on a real SLURM, started here; as root, on Debia
 	  { echo "error: SLURM is not installed; as root on Debian: apt install munge slurmctld slurmd" >&2; exit 2; }
 	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements-slurm.lock
 	$(PY) -m pytest -m slurm
+
+mutate: $(READY) $(SMOLLM2) ## careless edits of FILE (of all modules that decide numbers) that no test notices; minutes a file (ARGS='--sample 0')
+	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements-mutate.lock
+	$(PY) -m tests.mutation $(FILE) $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(VENV)/bin/ruff check .
