@@ -69,27 +69,31 @@ def answering_base(tmp_path_factory) -> Path:
     return answering.save(tmp_path_factory.mktemp("base") / "answering-llama")
 
 
-@pytest.fixture
-def answering_config(tmp_path, answering_base) -> Path:
-    """A YAML of a system on the answering base: EM 33 as it is, above 60 after five of its eight evaluations."""
+def answering_yaml(folder: Path, base: Path) -> Path:
+    """A YAML of a system on the answering base: EM 33 as it is, 77 after eight steps of training, and less after sixteen."""
     from tests import answering
 
-    train = answering.squad_file(tmp_path / "answering-train.json", paragraphs=32)
-    dev = answering.squad_file(tmp_path / "answering-dev.json", paragraphs=16, seed=1)
-    path = tmp_path / "answering.yaml"
+    train = answering.squad_file(folder / "answering-train.json", paragraphs=32)
+    dev = answering.squad_file(folder / "answering-dev.json", paragraphs=16, seed=1)
+    path = folder / "answering.yaml"
     path.write_text(
         f"""\
 system: answering
-base: {{path: {answering_base}, dtype: fp32}}
+base: {{path: {base}, dtype: fp32}}
 lora: {{rank: 4, alpha: 8}}
 data: {{train: {train}, dev: {dev}}}
-train: {{lr: 1e-2, questions_per_step: 8, max_steps: 16, epochs: 2, eval_every: 2, pack_tokens: 512}}
+train: {{lr: 2e-2, questions_per_step: 8, max_steps: 16, epochs: 2, eval_every: 2, pack_tokens: 512}}
 early_stop: {{patience: 99}}
 bench: {{queries: 4, warmup_queries: 1, processes: 1}}
-runs: {tmp_path / "runs"}
+runs: {folder / "runs"}
 """
     )
     return path
+
+
+@pytest.fixture
+def answering_config(tmp_path, answering_base) -> Path:
+    return answering_yaml(tmp_path, answering_base)
 
 
 @pytest.fixture(scope="session")

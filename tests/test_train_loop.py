@@ -1,6 +1,7 @@
 """The loop: it learns, stops, saves, goes on where it was, and refuses what would spoil a run."""
 
-import dataclasses
+import contextlib
+import io
 import itertools
 import json
 import math
@@ -8,15 +9,17 @@ import os
 import resource
 import signal
 import statistics
+from pathlib import Path
+from types import SimpleNamespace
 
 import eval_loop
 import train_loop
-from common import checkpoint, decode, plan, squad
+from common import checkpoint, decode, meter, packing, plan, squad
 from common.config import load
 from common.errors import UserError
 from common.model import add_lora, load_base, load_tokenizer
 from common.prompt import build_trees
-from tests.conftest import squad_file
+from tests.conftest import answering_yaml, squad_file
 from tests.test_packing import rows_loss
 
 import pytest
@@ -231,9 +234,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny_config, tmp_path,
     assert (run / "record.json").exists()
 
 
-def test_the_record_says_what_best_has_where_only_best_was_saved(tiny_config, tmp_path, monkeypatch, capsys):
-    arguments = [str(tiny_config), "train.epochs=1", "early_stop.min_delta=0"]
-    save, score, saved = checkpoint.save, train_loop.score, []
+def test_the_record_says_what_best_has_where_only_best_was_saved(answering_config, tmp_path, monkeypatch, capsys):
+    arguments = [str(answering_config), "train.eval_every=4"]
+    save, saved = checkpoint.save, []
 
     def full_disk(folder, *rest):
         saved.append(folder.name)
@@ -241,23 +244,21 @@ def test_the_record_says_what_best_has_where_only_best_was_saved(tiny_config, tm
             raise UserError("full")
         save(folder, *rest)
 
-    def scored_as(*ems):
-        found = iter(ems)
-        return lambda *args: dataclasses.replace(score(*args), em=next(found))
-
     with monkeypatch.context() as patch, pytest.raises(UserError, match="full"):
         patch.setattr(checkpoint, "save", full_disk)
-        patch.setattr(train_loop, "score", scored_as(10.0, 30.0))
         train_loop.main(arguments)
     assert saved == ["best", "last", "best", "last"]
     run = only_run(tmp_path)
-    assert [checkpoint.load_state(run / kept)["best_em"] for kept in ("best", "last")] == [30.0, 10.0]
-    # a GPU does not repeat itself exactly: this time it is worse, and the weights of the first evaluation are gone
-    monkeypatch.setattr(train_loop, "score", scored_as(9.0))
+    states = (checkpoint.load_state(run / kept) for kept in ("best", "last"))
+    (best, before), (last, early) = ((state["best_em"], state["best_step"]) for state in states)
+    assert (before, early) == (8, 4)
+    assert best > last
+    # a GPU does not repeat itself exactly: this time nothing is learned, and the weights of step 8 are gone
+    monkeypatch.setattr(train_loop, "rate", lambda *args: 0.0)
     train_loop.main(arguments)
-    result, best = last_json(capsys), checkpoint.load_state(run / "best")
-    assert (result["em"], result["best_step"]) == (best["best_em"], best["step"]) == (9.0, 4)
-    assert [row["em"] for row in metrics(run) if "em" in row] == [10.0, 9.0]
+    result, kept = last_json(capsys), checkpoint.load_state(run / "best")
+    assert (result["em"], result["best_step"]) == (kept["best_em"], kept["best_step"]) == (last, 8)
+    assert [row["em"] for row in metrics(run) if "em" in row] == [last] * 4
 
 
 def test_evaluation_refuses_an_adapter_that_is_replaced_while_it_is_loaded(tiny_config, tmp_path, monkeypatch):
@@ -312,6 +313,109 @@ def test_how_a_step_is_cut_into_packs_changes_nothing(tiny_config, tmp_path):
     assert cut["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
 
 
+def test_every_epoch_runs_in_an_order_of_its_own(tiny_config, tmp_path, monkeypatch):
+    packed, pack = [], packing.pack
+    monkeypatch.setattr(
+        packing, "pack", lambda trees: packed.append(sorted(t.branches[0].id for t in trees)) or pack(trees)
+    )
+    train_loop.main([str(tiny_config), "seed=3", "train.epochs=3", "train.eval_every=99", "train.pack_tokens=10000"])
+    config = load(str(tiny_config))
+    examples = squad.load(config.data, "train").examples
+    trees = build_trees(examples, load_tokenizer(config.base.path), config.window, train=True).trees
+    steps = [step for epoch in range(3) for step in plan.epoch(trees, 3, epoch, 8)]
+    assert packed == [sorted(tree.branches[0].id for tree in step) for step in steps]
+    assert packed[:4] != packed[4:8] != packed[8:]
+
+
+@pytest.mark.parametrize("most", [0.01, 0.5, 1000.0])
+def test_the_gradient_that_the_optimizer_gets_is_clipped_to_the_norm_that_was_asked_for(
+    tiny_config, tmp_path, monkeypatch, most
+):
+    norms, optimizer = [], train_loop.bnb.optim.PagedAdamW8bit
+    step = optimizer.step
+
+    def seen(self, *args):
+        norms.append(math.hypot(*(p.grad.norm().item() for group in self.param_groups for p in group["params"])))
+        return step(self, *args)
+
+    monkeypatch.setattr(optimizer, "step", seen)
+    train_loop.main([str(tiny_config), f"train.max_grad_norm={most}", "train.max_steps=2"])
+    whole = [row["grad_norm"] for row in metrics(only_run(tmp_path)) if "loss" in row]
+    assert all(0.5 < norm < 1000 for norm in whole)
+    assert norms == pytest.approx([min(norm, most) for norm in whole], rel=1e-4)
+
+
+def test_rate_decay_and_start_are_those_that_were_asked_for(tiny_config, tmp_path, monkeypatch):
+    made, optimizer = [], train_loop.bnb.optim.PagedAdamW8bit
+
+    class Seen(optimizer):
+        def __init__(self, weights, **how):
+            made.append(how)
+            super().__init__(weights, **how)
+
+    monkeypatch.setattr(train_loop.bnb.optim, "PagedAdamW8bit", Seen)
+    words = [
+        "train.lr=1e-12",
+        "train.weight_decay=0.25",
+        "train.warmup=0.25",
+        "train.max_steps=8",
+        "train.eval_every=9",
+    ]
+    starts = []
+    for seed in (0, 0, 1):
+        runs = tmp_path / str(len(starts))
+        train_loop.main([str(tiny_config), *words, f"seed={seed}", f"runs={runs}"])
+        starts.append(load_file(next(runs.glob("*/last")) / "adapter_model.safetensors"))
+    assert made == [{"lr": 1e-12, "weight_decay": 0.25}] * 3
+    rates = [row["lr"] / 1e-12 for row in metrics(next(runs.iterdir())) if "loss" in row]
+    assert rates == pytest.approx([0.5, 1, *((1 + math.cos(math.pi * i / 6)) / 2 for i in range(6))])
+    a = [key for key in starts[0] if "lora_A" in key]
+    assert all(torch.equal(starts[0][key], starts[1][key]) for key in a)
+    assert not any(torch.equal(starts[0][key], starts[2][key]) for key in a)
+
+
+def test_times_are_of_what_they_say(tiny_config, tmp_path, monkeypatch, capsys):
+    """A clock that moves by 1 s with each pack's loss, by 2 with each update, by 10 with each evaluation."""
+    clock = SimpleNamespace(now=100.0)
+
+    def takes(seconds, function):
+        def timed(*args, **kwargs):
+            clock.now += seconds
+            return function(*args, **kwargs)
+
+        return timed
+
+    for name in ("now", "mark"):
+        monkeypatch.setattr(meter, name, lambda device: clock.now)
+    monkeypatch.setattr(train_loop.time, "perf_counter", lambda: 60.0)  # when the script began
+    monkeypatch.setattr(train_loop.F, "cross_entropy", takes(1, train_loop.F.cross_entropy))
+    monkeypatch.setattr(train_loop.bnb.optim.PagedAdamW8bit, "step", takes(2, train_loop.bnb.optim.PagedAdamW8bit.step))
+    predict = decode.predict
+    monkeypatch.setattr(decode, "predict", takes(10, predict))
+    # 32 questions of 8 paragraphs: 4 steps of one pack each, an evaluation after two and after four of them
+    words = [str(tiny_config), "train.epochs=1", "train.pack_tokens=10000"]
+    train_loop.main(words)
+    said = capsys.readouterr().out
+    result = json.loads(said.splitlines()[-1])
+    assert (result["seconds"], result["evaluation_seconds"], result["start_seconds"]) == (4 * 3 + 2 * 10, 20, 40)
+    assert (result["questions"], result["questions_per_s"]) == (32, round(32 / 12, 2))
+    assert result["idle_share"] == round(1 - 4 / 12, 4)
+    assert "evaluations took 62% of 32 s" in said
+    assert f"; {32 / 12:.2f} questions/s; " in said
+    seconds = [(row["step"], row["seconds"]) for row in metrics(only_run(tmp_path)) if "loss" in row]
+    assert seconds == [(1, 3), (2, 6), (3, 19), (4, 22)]
+    # cut off in the second evaluation, then resumed: two steps and an evaluation are from before
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at_evaluation(patch, 2)
+        train_loop.main([*words, f"runs={tmp_path / 'cut'}"])
+    clock.now = 5000.0
+    train_loop.main([*words, f"runs={tmp_path / 'cut'}"])
+    again = last_json(capsys)
+    timed = ("seconds", "evaluation_seconds", "questions", "questions_per_s")
+    assert [again[key] for key in timed] == [result[key] for key in timed]
+    assert [(r["step"], r["seconds"]) for r in metrics(next((tmp_path / "cut").iterdir())) if "loss" in r] == seconds
+
+
 def test_fused_layers_take_the_steps_of_the_modules(tiny_config, tmp_path, capsys):
     rows = []
     for fused in ("false", "true"):
@@ -353,12 +457,66 @@ def test_a_finished_run_on_other_data_does_not_stand_in_for_this_one(tiny_config
     assert last_json(capsys)["run"] != first["run"]
 
 
-def test_training_stops_after_patience_evaluations_without_a_gain(tiny_config, capsys):
-    words = ["train.lr=1e-12", "train.epochs=20", "early_stop.patience=3", "early_stop.min_delta=0"]
-    train_loop.main([str(tiny_config), *words])
-    result = last_json(capsys)
-    assert result["stopped_early"]
-    assert (result["best_step"], result["steps"]) == (2, 2 + 3 * 2)
+def stops_at(ems: list[float], patience: int, min_delta: float) -> tuple[int, int]:
+    """(evaluation whose weights are kept, last evaluation), from 0, by the rule as the README has it."""
+    kept = last = 0
+    for last, em in enumerate(ems):
+        kept = last if em - ems[kept] >= min_delta and em > ems[kept] else kept
+        if last - kept == patience:
+            break
+    return kept, last
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory, answering_base):
+    """A whole training of the model that answers: its YAML, EM of each evaluation, run folder and result."""
+    folder = tmp_path_factory.mktemp("course")
+    config = answering_yaml(folder, answering_base)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        train_loop.main([str(config)])
+    result = json.loads(out.getvalue().splitlines()[-1])
+    run = only_run(folder)
+    return SimpleNamespace(
+        config=config, run=run, result=result, said=out.getvalue(),
+        ems=[row["em"] for row in metrics(run) if "em" in row],
+    )  # fmt: skip
+
+
+def test_em_rises_and_falls_and_the_best_weights_are_kept(course):
+    best = max(course.ems)
+    assert course.ems[0] < best - 20
+    assert course.ems[-1] < best, "or nothing is asked of `best/`"
+    assert (course.result["em"], course.result["best_step"]) == (best, 2 * (1 + course.ems.index(best)))
+    kept, last = (checkpoint.load_state(course.run / name) for name in ("best", "last"))
+    assert (kept["step"], kept["best_em"], kept["best_f1"]) == (course.result["best_step"], best, course.result["f1"])
+    assert (last["step"], last["best_step"], last["best_em"]) == (16, kept["step"], best)
+    assert last["waited"] == 7 - course.ems.index(best)
+    assert f"best EM {best:.2f} F1 {course.result['f1']:.2f} at step {kept['step']}" in course.said
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        eval_loop.main([str(course.config)])
+    again = json.loads(out.getvalue().splitlines()[-1])
+    assert (again["em"], again["f1"]) == (best, course.result["f1"])
+    predictions = [json.loads((folder / "predictions.json").read_text()) for folder in (course.run, Path(again["run"]))]
+    assert predictions[0] == predictions[1]
+
+
+@pytest.mark.parametrize(("patience", "min_delta"), [(1, 0.0), (2, 0.0), (2, 22.0), (3, 100.0)])
+def test_patience_and_the_smallest_gain_decide_what_is_kept_and_when_it_ends(
+    course, tmp_path, capsys, patience, min_delta
+):
+    words = [f"early_stop.patience={patience}", f"early_stop.min_delta={min_delta}", f"runs={tmp_path}"]
+    train_loop.main([str(course.config), *words])
+    result, (run,) = last_json(capsys), tmp_path.iterdir()
+    kept, last = stops_at(course.ems, patience, min_delta)
+    assert [row["em"] for row in metrics(run) if "em" in row] == course.ems[: last + 1]
+    assert (result["best_step"], result["em"], result["steps"]) == (2 * kept + 2, course.ems[kept], 2 * last + 2)
+    assert result["stopped_early"] == (last < 7)
+
+
+def test_the_course_tells_one_rule_of_stopping_from_another(course):
+    assert len({stops_at(course.ems, patience, 0.0) for patience in (1, 2, 99)}) == 3
+    assert stops_at(course.ems, 99, 22.0) != stops_at(course.ems, 99, 0.22), "points, not a share"
+    assert len({stops_at(course.ems, 99, delta) for delta in (0.0, 22.0, 100.0)}) == 3
 
 
 def test_a_loss_that_is_not_finite_stops_and_nothing_of_its_step_is_kept(tiny_config, tmp_path, monkeypatch):
