@@ -39,7 +39,7 @@ export SQUAD_DIR ?= $(CURDIR)/.cache/squad
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 train eval bench ask export bench-train bench-decode bench-gpus sweep runs report table revalidate accept certify demo test test-gpu test-api test-page test-planted test-slurm test-published mutate lint format verify-scorer compare doctor bundle unbundle clean
+.PHONY: help setup smollm2 train eval bench ask export bench-train bench-decode bench-gpus sweep runs report table revalidate accept certify demo test test-gpu test-api test-kernels test-page test-planted test-slurm test-published mutate lint format verify-scorer compare doctor bundle unbundle clean
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
@@ -119,6 +119,10 @@ test-api: $(READY) $(SMOLLM2) ## a hosted model by a real server on this machine
 	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements-server.lock
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -m server
 
+test-kernels: $(READY) ## our Triton kernels in Triton's interpreter, without a GPU
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/triton --requirement requirements-triton.lock
+	TRITON_INTERPRET=1 PYTHONPATH=.cache/triton $(PY) -m pytest -m triton
+
 test-page: $(READY) ## the report in a headless Chromium; fails without one
 	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements-page.lock
 	$(PY) -m pytest -m browser
@@ -127,9 +131,9 @@ test-planted: $(READY) $(SMOLLM2) ## regressions planted in the code are caught,
 	$(PY) -m pytest -m planted -s
 
 test-slurm: $(READY) ## a sweep on a real SLURM, started here; as root, on Debian
-	@for p in sbatch slurmctld slurmd munged; do command -v $$p > /dev/null || exit 1; done || { apt-get update -qq && \
+	@command -v sbatch && command -v slurmctld && command -v slurmd && command -v munged || { apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install --yes -qq --no-install-recommends munge slurmctld slurmd slurm-client; } || \
-	  { echo "error: SLURM is not installed; as root on Debian: apt install munge slurmctld slurmd" >&2; exit 2; }
+	  { echo "error: SLURM is not installed; as root on Debian: apt install munge slurmctld slurmd slurm-client" >&2; exit 2; }
 	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements-slurm.lock
 	$(PY) -m pytest -m slurm
 

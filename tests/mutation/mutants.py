@@ -4,6 +4,7 @@ Our own are edits that mutmut does not make: a statement left out, a condition t
 dropped, `min` for `max`. Texts for people are not mutated: strings that hold a space, and the words of an f-string.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,16 +34,22 @@ def mutants(code: str) -> list[Mutant]:
     visitor = _Visitor([*((kind, _words if make is operator_string else make) for kind, make in mutation_operators),
                         *OPERATORS], IgnoredCode(set(), set(), set()))  # fmt: skip
     wrapper.visit(visitor)
-    places = wrapper.resolve(PositionProvider)
+    places, module = wrapper.resolve(PositionProvider), wrapper.module
+    begins = [0, *itertools.accumulate(len(line) for line in code.splitlines(keepends=True))]
     found: dict[str, Mutant] = {}
     for mutation in visitor.mutations:
-        mutated = wrapper.module.deep_replace(mutation.original_node, mutation.mutated_node).code
+        node, place = mutation.original_node, places[mutation.original_node]
+        if isinstance(node, cst.BaseStatement):  # whose code comes with its indentation
+            mutated = module.deep_replace(node, mutation.mutated_node).code
+        else:  # the same, and a hundred times as fast
+            begin, end = (begins[at.line - 1] + at.column for at in (place.start, place.end))
+            mutated = code[:begin] + module.code_for_node(mutation.mutated_node) + code[end:]
         try:
             compile(mutated, "mutant", "exec")
         except SyntaxError:
             continue
         if mutated != code and mutated not in found:
-            found[mutated] = Mutant(places[mutation.original_node].start.line, *_differing(code, mutated), mutated)
+            found[mutated] = Mutant(place.start.line, *_differing(code, mutated), mutated)
     return sorted(found.values(), key=lambda mutant: mutant.line)
 
 

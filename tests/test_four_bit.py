@@ -1,0 +1,60 @@
+"""Triton's kernels compute what dequantise-and-multiply does; in Triton's interpreter, which needs no GPU."""
+
+import os
+
+from common.matrices import FEW, Matrix
+from tests.test_matrices import linears_of, numbers_of
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.triton
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    assert os.environ.get("TRITON_INTERPRET") == "1", "run these by `make test-kernels`"
+    from common import four_bit
+
+    return four_bit
+
+
+# one part of the columns; parts of other lengths, more ranks than a tile has; rows and columns as SmolLM2 has them
+CASES = [
+    (64, 64, 5, "nf4", torch.float16),
+    (128, 1088, 80, "nf4 double", torch.float16),
+    (192, 576, 16, "fp4 double", torch.float16),
+    (192, 576, 16, "nf4 double", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank", "kind", "dtype"), CASES)
+def test_kernels_dequantise_to_the_bit_and_multiply(kernels, rows, columns, rank, kind, dtype):
+    linears = linears_of(kind, [rows], columns)
+    codes, (truth,) = Matrix(linears, torch.float32).codes, numbers_of(linears)
+    assert kernels.readable(codes, (rows, columns))
+    dense = kernels.dequantised(codes, (rows, columns), dtype)
+    # the interpreter has no bf16, and cuts fp32 off where a GPU rounds it
+    assert torch.equal(dense, truth.to(dtype) if dtype == torch.float16 else cut_off(truth))
+    a, b = (torch.randn(*shape).to(dtype) / 8 for shape in ((rank, columns), (rows, rank)))
+    most = 0.004 if dtype == torch.float16 else 0.01
+    for tokens in (1, FEW):
+        x, add = torch.randn(tokens, columns).to(dtype), torch.randn(tokens, rows).to(dtype)
+        expected = x.float() @ dense.float().T
+        assert off(kernels.products(x, codes, rows), expected) < most
+        expected += (x.float() @ a.float().T).to(dtype).float() @ b.float().T + add.float()
+        assert off(kernels.products(x, codes, rows, a, b, add), expected) < most
+
+
+def cut_off(numbers: torch.Tensor) -> torch.Tensor:
+    return (numbers.view(torch.int32) & -(2**16)).view(torch.float32).bfloat16()
+
+
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.float() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize(("shape", "fits"), [((64, 64), True), ((32, 64), False), ((64, 96), False)])
+def test_matrices_of_other_sizes_are_left_to_bitsandbytes(kernels, shape, fits):
+    codes = Matrix(linears_of("nf4", [64], 64), torch.float32).codes
+    assert kernels.readable(codes, shape) == fits
