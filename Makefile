@@ -106,8 +106,8 @@ verify-scorer: $(READY) ## score PRED=predictions.json against DATA=dev.json wit
 compare: $(READY) ## which prediction file is better, and how surely: PRED='a.json b.json …' against the first, by DATA=dev.json
 	@$(PY) -m common.verdict $(DATA) $(PRED)
 
-test: $(READY) $(SMOLLM2) ## the whole test suite
-	HF_HUB_OFFLINE=1 $(PY) -m pytest
+test: $(READY) $(SMOLLM2) ## the whole test suite, a process a core
+	HF_HUB_OFFLINE=1 $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-gpu: $(READY) $(SMOLLM2) ## what only a GPU can show; fails without one
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -m gpu

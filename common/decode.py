@@ -84,7 +84,7 @@ def predict(
     for timing models whose answers mean nothing.
     """
     check_positions(
-        model, max((len(t.prefix_ids) + max(map(len, t.branches)) for t in trees), default=0) + max_new_tokens
+        model, max((len(t.prefix_ids) + max(map(len, t.branches)) for t in trees), default=0), max_new_tokens
     )
     training = model.training
     model.eval()
@@ -101,12 +101,14 @@ def predict(
     return merge(answers)
 
 
-def check_positions(model: Any, tokens: int) -> None:
-    """Raises `UserError` where a prompt and its answer take more tokens than the model has positions."""
+def check_positions(model: Any, prompt_tokens: int, answer_tokens: int) -> None:
+    """Raises `UserError` where a prompt and the longest answer to it take more tokens than the model has positions."""
     most = getattr(model.config, "max_position_embeddings", None)
-    if most and tokens > most:
+    if most and prompt_tokens + answer_tokens > most:
+        knob = "window.answer" if answer_tokens > prompt_tokens else "window.context, or ask for fewer prompt.shots"
         raise UserError(
-            f"{tokens} tokens of a prompt and its answer, and this model has {most} positions: fewer prompt.shots"
+            f"{prompt_tokens} tokens of a prompt and up to {answer_tokens} of its answer, and this model has {most} "
+            f"positions: lower {knob}"
         )
 
 

@@ -151,7 +151,7 @@ def ask(
     """From text to text: the answer, what it took (the most probable first, where the context is read in windows), and
     whether the context was longer than the window."""
     built = build_trees([example], tokenizer, window, train=False, options=prompt, window_tokenizer=window_tokenizer)
-    decode.check_positions(engine.model, max(map(len, built.trees)) + window.answer)
+    decode.check_positions(engine.model, max(map(len, built.trees)), window.answer)
     prompts = [tree.prefix_ids + tree.branches[0].prompt_ids for tree in built.trees]
     found = [engine.answer(ids, script, to_the_limit, tick) for ids in prompts]
     found.sort(key=lambda answer: (answer.logprob, answer.token_ids), reverse=True)

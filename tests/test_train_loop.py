@@ -500,6 +500,74 @@ def test_em_rises_and_falls_and_the_best_weights_are_kept(course):
     assert predictions[0] == predictions[1]
 
 
+def test_a_result_says_what_was_trained_on_what_and_for_how_long(course):
+    words = json.loads((course.config.parent / "runs" / course.run.name / "record.json").read_text())
+    assert words["result"] == course.result
+    result, vocabulary = (
+        course.result,
+        json.loads(Path(words["config"]["base"]["path"], "config.json").read_text())["vocab_size"],
+    )
+    # rank 4 on q, o [64, 64], k, v [32, 64], gate, up [128, 64], down [64, 128], of two layers
+    trained = 2 * 4 * (2 * (64 + 64) + 2 * (32 + 64) + 3 * (128 + 64))
+    frozen = 2 * 64 * vocabulary + 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64 + 2 * 64) + 64
+    assert (result["trained_weights"], result["frozen_weights"]) == (trained, frozen) == (8192, frozen)
+    asked = [row["questions"] for row in metrics(course.run) if "loss" in row]
+    assert (result["steps"], result["questions"], result["n"], result["processes"]) == (16, sum(asked), 48, 1)
+    assert (len(asked), sum(asked[:12])) == (16, 96), "an epoch, and four steps of the next"
+    assert (result["stopped_early"], result["selected_on"], result["random_weights"]) == (False, "dev", False)
+    assert (result["pack_tokens"], result["kept_layers"], result["recomputed"]) == (512, 2, 0.0)
+    assert (result["counted_bytes"], result["peak"]["allocated_bytes"]) == (None, None)
+    counts = {"questions": 96, "truncated": 0, "dropped_outside": 0, "dropped_long": 0}
+    assert result["window_counts"] == counts
+    train, dev = (squad.read(words["config"]["data"][split], split).sha256 for split in ("train", "dev"))
+    assert result["identity"] == {"config": load(str(course.config)).hash("train"), "train": train, "dev": dev}
+    assert words["must_match"]["data"] == dev
+    said = course.said.splitlines()
+    assert said[0].startswith("answering on CPU")
+    assert said[0].endswith(f"torch.float32: trains 8,192 weights beside {frozen:,} frozen ones ({8192 / frozen:.3%})")
+    assert f"{counts}, 0 offsets fixed, " in said[1]
+    assert said[2] == f"16 steps of ~8 questions; every 2 steps EM on 48 questions of dev; run {course.run}"
+    assert said[3] == "fused layers, 2 of 2 keep their activations, packs of 512 tokens"
+    assert said[-2].endswith(f"adapter in {course.run}/best")
+
+
+def test_other_dev_data_is_another_training_too(tiny_config, dev_file, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at_evaluation(patch, 2)
+        train_loop.main([str(tiny_config)])
+    before = dev_file.read_text()
+    squad_file(dev_file, paragraphs=5, questions=3, seed=1)
+    with pytest.raises(UserError, match=r"data has changed.*FRESH=1"):
+        train_loop.main([str(tiny_config)])
+    dev_file.write_text(before)
+    train_loop.main([str(tiny_config)])
+    first = last_json(capsys)["run"]
+    squad_file(dev_file, paragraphs=5, questions=3, seed=1)
+    train_loop.main([str(tiny_config)])
+    assert last_json(capsys)["run"] != first
+
+
+def test_a_paragraph_of_more_questions_than_a_step_has_is_split(tiny_config, tmp_path):
+    train_loop.main([str(tiny_config), "train.questions_per_step=3", "train.epochs=1", "train.eval_every=99"])
+    rows = [row["questions"] for row in metrics(only_run(tmp_path)) if "loss" in row]
+    assert sum(rows) == 32
+    assert len(rows) == 32 // 3
+    assert max(rows) <= 2 * 3
+
+
+@pytest.mark.parametrize(("budget", "expected"), [("null", 7.0), ("5", 5.0)])
+def test_an_evaluation_keeps_to_the_budget_of_the_training_that_it_interrupts(
+    tiny_config, monkeypatch, budget, expected
+):
+    seen, predict = [], decode.predict
+    monkeypatch.setattr(decode, "predict", lambda *args, **how: seen.append(args) or predict(*args, **how))
+    words = [f"train.memory_budget_gib={budget}", "eval.memory_budget_gib=7", "eval.parts=3", "train.max_steps=1"]
+    train_loop.main([str(tiny_config), *words])
+    _, _, trees, stops, limit, options, *_ = seen[0]
+    assert (options.memory_budget_gib, options.parts, limit, len(trees)) == (expected, 3, 32, 4)
+    assert stops == decode.stop_ids(load_tokenizer(load(str(tiny_config)).base.path))
+
+
 @pytest.mark.parametrize(("patience", "min_delta"), [(1, 0.0), (2, 0.0), (2, 22.0), (3, 100.0)])
 def test_patience_and_the_smallest_gain_decide_what_is_kept_and_when_it_ends(
     course, tmp_path, capsys, patience, min_delta
