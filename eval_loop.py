@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Answered:
     seconds: float | None
     device: dict[str, Any]
     made_by: dict[str, Any]
-    result: dict[str, Any] = field(default_factory=dict)  # what its record says beside what every record does
+    result: dict[str, Any]  # what its record says beside what every record does
     run: Path | None = None  # its folder, where there is one already
 
 

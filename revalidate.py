@@ -14,6 +14,7 @@ with; accepted.json keeps the history.
 import argparse
 import fcntl
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -46,6 +47,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{' '.join(names)}: name one sweep")
     file = jobs.find(names[0])
     runs = next((word.removeprefix("runs=") for word in args.words if word.startswith("runs=")), "runs")
+    if not runs.strip():
+        raise UserError("runs=: must not be empty; leave it out for runs/")
     root = Path(runs) / "revalidate"
     root.mkdir(parents=True, exist_ok=True)
     accepted = root / "accepted.json"
@@ -60,7 +63,7 @@ def main(argv: list[str]) -> None:
 
     # ---- one at a time ---------------------------------------------------------------------------------------------
     with alone(root):
-        numbers = sorted(path for path in root.iterdir() if path.name.isdigit())
+        numbers = sorted(path for path in root.iterdir() if re.fullmatch("[0-9]+", path.name))
         if args.accept is not None:
             accept(args.accept, args.run or (numbers[-1] if numbers else root), accepted, history)
             return

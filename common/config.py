@@ -6,21 +6,45 @@ Imports no torch.
 import dataclasses
 import hashlib
 import json
+import os
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from common.errors import UserError
-from common.strict import nearest, read
+from common.strict import nearest, read, shown
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+MANY = 10**9  # of anything that is counted; more is a slip of the finger
+NAME, PATH = 255, 4095  # bytes of a file's name, and of a path: what Linux takes
 
 
-def _need(holds: bool, key: str, what: str) -> None:
+def need(holds: bool, key: str, what: str) -> None:
     if not holds:
-        raise ValueError(f"{key}: {what}")
+        raise UserError(f"{key}: {what}")
+
+
+def between(section: Any, **bounds: tuple[float, float]) -> None:
+    for key, (low, high) in bounds.items():
+        value = getattr(section, key)
+        need(value is None or low <= value <= high, key, f"must be between {low:,} and {high:,}")
+
+
+def plain_words(section: Any, *keys: str) -> None:
+    """Names, and paths of files: neither empty, nor longer than Linux takes, nor with control characters."""
+    for key in keys:
+        value = getattr(section, key)
+        if value is None:
+            continue
+        need(value.strip() != "", key, "must not be empty")
+        control = any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in value)
+        need(not control, key, "must have no control characters and no line breaks")
+        fits = len(value.encode()) <= PATH and all(len(name.encode()) <= NAME for name in value.split("/"))
+        need(fits, key, f"too long: a name has at most {NAME} bytes, a path {PATH}")
 
 
 @dataclass(frozen=True)
@@ -32,41 +56,44 @@ class Base:
     quant: Literal["nf4", "fp4", "none"] = "nf4"  # storage of the frozen linear layers
     double_quant: bool = True  # quantise the quantisation constants too
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # compute; auto: bf16 or fp16 on a GPU, fp32 on a CPU
-    min_gpu_gib: float = 0.0  # smallest GPU memory that training and evaluation fit in; 0: a CPU does too
+    min_gpu_gib: float = 0.0  # smallest GPU memory that training and evaluation fit in, ≤ 10,000; 0: a CPU does too
 
     def __post_init__(self) -> None:
-        _need(self.min_gpu_gib >= 0, "min_gpu_gib", "must be ≥ 0")
+        plain_words(self, "path", "revision", "tokenizer")
+        between(self, min_gpu_gib=(0, 10_000))
 
 
 @dataclass(frozen=True)
 class Lora:
-    rank: int = 16  # columns of A and rows of B, ≥ 1
-    alpha: float = 16.0  # the update is scaled by alpha / rank
+    rank: int = 16  # columns of B and rows of A, 1 to 4,096
+    alpha: float = 16.0  # the update is scaled by alpha / rank; 0.001 to a million
     dropout: float = 0.0  # on the adapter's input, [0, 1); above 0 shared prefixes are no longer exact
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     def __post_init__(self) -> None:
-        _need(self.rank >= 1, "rank", "must be ≥ 1")
-        _need(self.alpha > 0, "alpha", "must be > 0")
-        _need(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
-        _need(len(self.targets) > 0, "targets", "name at least one layer")
+        between(self, rank=(1, 4096), alpha=(0.001, 10**6))
+        need(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
+        need(len(self.targets) > 0, "targets", "name at least one layer")
+        named = all(re.fullmatch(r"[A-Za-z0-9_.-]{1,255}", name) for name in self.targets)
+        need(named, "targets", "no layer is called like that")
+        need(len(set(self.targets)) == len(self.targets), "targets", "name each layer once")
 
 
 @dataclass(frozen=True)
 class Data:
     train: str = "rajpurkar/squad"  # SQuAD v1.1 JSON (plain or .gz), or a hub id; SQUAD_DIR wins over this one
     dev: str = "rajpurkar/squad"  # the same for the dev split
-    train_paragraphs: int | None = None  # only the first N paragraphs; null: all
-    dev_questions: int | None = None  # only a fixed, article-stratified N; null: all
+    train_paragraphs: int | None = None  # only the first N paragraphs, 1 to a billion; null: all
+    dev_questions: int | None = None  # only a fixed, article-stratified N, 1 to a billion; null: all
     fix_offsets: bool = False  # repair an answer_start that is off, and count it
 
     def __post_init__(self) -> None:
-        _need(self.train_paragraphs is None or self.train_paragraphs >= 1, "train_paragraphs", "must be ≥ 1")
-        _need(self.dev_questions is None or self.dev_questions >= 1, "dev_questions", "must be ≥ 1")
+        plain_words(self, "train", "dev")
+        between(self, train_paragraphs=(1, MANY), dev_questions=(1, MANY))
 
 
 @dataclass(frozen=True)
-class Window:
+class Window:  # each of the three 16 to a million tokens
     context: int = 416  # most tokens of "Context: …", BOS included
     question: int = 64  # most tokens of "\n\nQuestion: …\n\nAnswer:"
     answer: int = 32  # most tokens of an answer: trained on with EOS, decoded at most
@@ -80,23 +107,24 @@ class Window:
         return self.context + self.question + self.answer
 
     def __post_init__(self) -> None:
-        for key in ("context", "question", "answer"):
-            _need(getattr(self, key) >= 16, key, "must be ≥ 16")
-        _need(1 <= self.stride <= self.context, "stride", "must be between 1 and window.context")
+        between(self, context=(16, 10**6), question=(16, 10**6), answer=(16, 10**6))
+        plain_words(self, "tokenizer")
+        need(1 <= self.stride <= self.context, "stride", "must be between 1 and window.context")
 
 
 @dataclass(frozen=True)
 class Prompt:
     order: Literal["context", "question", "both"] = "context"  # what comes first; both: the question before and after
     chat: bool = False  # as one message of a user, in the model's own chat template; for models that were tuned to chat
-    shots: int = 0  # questions of train with their answers in front, each with its paragraph, beside the window
-    shots_seed: int = 0  # which ones
+    shots: int = 0  # questions of train, answered, in front: each with its paragraph, beside the window; ≤ 1,000
+    shots_seed: int = 0  # which ones, [0, 2^32)
     earlier: bool = False  # the earlier questions of the paragraph and their gold answers before each: another task
     before: str = ""  # what stands in front of every prompt: the shots, filled in where they are asked for
 
     def __post_init__(self) -> None:
-        _need(self.shots >= 0, "shots", "must be ≥ 0")
-        _need(not self.earlier or self.order == "context", "earlier", "needs order=context")
+        between(self, shots=(0, 1000))
+        need(0 <= self.shots_seed < 2**32, "shots_seed", "must be in [0, 2^32)")
+        need(not self.earlier or self.order == "context", "earlier", "needs order=context")
 
     def spare(self, window: Window) -> int:
         """Tokens of `window.context` that are not the context's: a second question's, and 4 as seams may cost more."""
@@ -105,105 +133,91 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Train:
-    lr: float = 2e-4  # peak learning rate
-    epochs: float = 1.0  # passes over the train set
-    questions_per_step: int = 64  # the batch size: questions of one optimizer step
-    pack_tokens: int | None = None  # tokens of one micro-batch; null: by device, fused and memory_budget_gib
-    memory_budget_gib: float | None = None  # fused: peak GPU memory; null: gradient_checkpointing decides
+    lr: float = 2e-4  # peak learning rate, 1e-12 to 100
+    epochs: float = 1.0  # passes over the train set, 0.0001 to 10,000
+    questions_per_step: int = 64  # the batch size: questions of one optimizer step, 1 to a million
+    pack_tokens: int | None = None  # tokens of one micro-batch, 64 to a million; null: by device, fused and budget
+    memory_budget_gib: float | None = None  # fused: peak GPU memory, 0.001 to 10,000; null: by gradient_checkpointing
     loss: Literal["token", "question"] = "token"  # mean over a step's answer tokens, or over its questions' own means
     label_smoothing: float = 0.0  # share of each target that goes to all tokens alike, [0, 1)
     share_prefixes: bool = True  # false: every question reads its paragraph anew, in the same steps; to compare with
     fused: bool = True  # compute Llama layers by common/fused.py; false: by transformers' and PEFT's modules
     warmup: float = 0.03  # share of the steps in which the rate rises, [0, 1]
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # times the rate, per step; ≤ 100
     average: float = 0.0  # decay of a running mean of the weights, which is what is kept, [0, 1); 0: keep the last
-    max_grad_norm: float = 1.0  # clip the gradient's norm to this
+    max_grad_norm: float = 1.0  # clip the gradient's norm to this, 1e-9 to a billion
     gradient_checkpointing: bool = True  # without a budget: recompute activations (less memory, more time) or not
-    eval_every: int = 250  # steps between two evaluations (and saves)
-    max_steps: int | None = None  # stop here at the latest; the schedule ends here too
+    eval_every: int = 250  # steps between two evaluations (and saves), 1 to a billion
+    max_steps: int | None = None  # stop here at the latest, 1 to a billion; the schedule ends here too
 
     def __post_init__(self) -> None:
-        for key in ("lr", "epochs", "max_grad_norm"):
-            _need(getattr(self, key) > 0, key, "must be > 0")
-        for key in ("questions_per_step", "eval_every"):
-            _need(getattr(self, key) >= 1, key, "must be ≥ 1")
-        _need(0 <= self.warmup <= 1, "warmup", "must be in [0, 1]")
-        _need(self.weight_decay >= 0, "weight_decay", "must be ≥ 0")
-        _need(0 <= self.average < 1, "average", "must be in [0, 1)")
-        _need(0 <= self.label_smoothing < 1, "label_smoothing", "must be in [0, 1)")
-        _need(self.max_steps is None or self.max_steps >= 1, "max_steps", "must be ≥ 1")
-        _need(self.memory_budget_gib is None or self.memory_budget_gib > 0, "memory_budget_gib", "must be > 0")
-        _need(self.pack_tokens is None or self.pack_tokens >= 64, "pack_tokens", "must be ≥ 64")
+        between(self, lr=(1e-12, 100), epochs=(1e-4, 10_000), questions_per_step=(1, 10**6), pack_tokens=(64, 10**6))
+        between(self, memory_budget_gib=(0.001, 10_000), warmup=(0, 1), weight_decay=(0, 100))
+        between(self, max_grad_norm=(1e-9, MANY), eval_every=(1, MANY), max_steps=(1, MANY))
+        need(0 <= self.average < 1, "average", "must be in [0, 1)")
+        need(0 <= self.label_smoothing < 1, "label_smoothing", "must be in [0, 1)")
 
 
 @dataclass(frozen=True)
 class EarlyStop:
-    patience: int = 4  # evaluations without a gain before training stops
-    min_delta: float = 0.1  # smallest gain in EM points that counts
+    patience: int = 4  # evaluations without a gain before training stops, 1 to a billion
+    min_delta: float = 0.1  # smallest gain in EM points that counts, [0, 100]
     split: Literal["dev", "heldout"] = "dev"  # heldout: whole articles taken out of train
-    heldout_share: float = 0.05  # heldout: share of the train questions, (0, 0.5]
-    questions: int | None = None  # a fixed, article-stratified N of that split; null: all of it
+    heldout_share: float = 0.05  # heldout: share of the train questions, [0.0001, 0.5]
+    questions: int | None = None  # a fixed, article-stratified N of that split, 1 to a billion; null: all of it
 
     def __post_init__(self) -> None:
-        _need(self.patience >= 1, "patience", "must be ≥ 1")
-        _need(self.min_delta >= 0, "min_delta", "must be ≥ 0")
-        _need(0 < self.heldout_share <= 0.5, "heldout_share", "must be in (0, 0.5]")
-        _need(self.questions is None or self.questions >= 1, "questions", "must be ≥ 1")
+        between(self, patience=(1, MANY), min_delta=(0, 100), heldout_share=(1e-4, 0.5), questions=(1, MANY))
 
 
 @dataclass(frozen=True)
 class Eval:
     engine: Literal["auto", "plain"] = "auto"  # plain: transformers' and PEFT's modules, as for all but Llamas
-    memory_budget_gib: float = 12.0  # what may be allocated at the peak, the base included; less where less is free
-    pass_tokens: int | None = None  # tokens of one forward pass; null: by device and memory
-    parts: int | None = None  # read each apart: answers of several processes are one's, to the bit; null: fastest
+    memory_budget_gib: float = 12.0  # peak allocation, the base included, 0.001 to 10,000; less where less is free
+    pass_tokens: int | None = None  # tokens of one forward pass, 64 to a million; null: by device and memory
+    parts: int | None = None  # 1 to 1,024, read each apart: N processes answer as one, to the bit; null: fastest
 
     def __post_init__(self) -> None:
-        _need(self.memory_budget_gib > 0, "memory_budget_gib", "must be > 0")
-        _need(self.pass_tokens is None or self.pass_tokens >= 64, "pass_tokens", "must be ≥ 64")
-        _need(self.parts is None or self.parts >= 1, "parts", "must be ≥ 1")
+        between(self, memory_budget_gib=(0.001, 10_000), pass_tokens=(64, 10**6), parts=(1, 1024))
 
 
 @dataclass(frozen=True)
 class Bench:
-    queries: int = 1000  # timed single queries, drawn article by article from dev
-    warmup_queries: int = 10  # before the clock starts
-    processes: int = 3  # fresh ones, one after the other
+    queries: int = 1000  # timed single queries, drawn article by article from dev; 1 to a million
+    warmup_queries: int = 10  # before the clock starts, ≤ a million
+    processes: int = 3  # fresh ones, one after the other; 1 to 100
 
     def __post_init__(self) -> None:
-        _need(self.processes >= 1, "processes", "must be ≥ 1")
-        _need(self.queries >= 1, "queries", "must be ≥ 1")
-        _need(self.warmup_queries >= 0, "warmup_queries", "must be ≥ 0")
+        between(self, queries=(1, 10**6), warmup_queries=(0, 10**6), processes=(1, 100))
 
 
 @dataclass(frozen=True)
 class Api:
     url: str  # of an OpenAI-compatible endpoint, up to and with /v1; `base.path` is the model's name there
     key: str = "API_KEY"  # the environment variable that holds the key; where it is unset, none is sent
-    concurrency: int = 8  # requests at a time in an evaluation; single queries are timed one by one
-    tries: int = 8  # of a request that met 429, 5xx, a timeout or an answer cut short
-    timeout_s: float = 60.0  # of connecting, and of waiting for the next bytes
-    usd_per_million_read: float = 0.0  # price of tokens of prompts
-    usd_per_million_written: float = 0.0  # price of tokens of answers
-    max_requests: int | None = None  # of a run, every try counted; null: no limit
-    max_cost_usd: float | None = None  # of a run, by the two prices; null: no limit
+    concurrency: int = 8  # requests at a time in an evaluation, 1 to 1,000; single queries are timed one by one
+    tries: int = 8  # of a request that met 429, 5xx, a timeout or an answer cut short; 1 to 1,000
+    timeout_s: float = 60.0  # of connecting, and of waiting for the next bytes; 0.001 to 86,400 (a day)
+    usd_per_million_read: float = 0.0  # price of tokens of prompts, ≤ a million
+    usd_per_million_written: float = 0.0  # price of tokens of answers, ≤ a million
+    max_requests: int | None = None  # of a run, every try counted, ≤ a billion; null: no limit
+    max_cost_usd: float | None = None  # of a run, by the two prices, ≤ a billion; null: no limit
 
     def __post_init__(self) -> None:
-        _need(self.url.startswith(("http://", "https://")), "url", "must begin with http:// or https://")
-        for key in ("concurrency", "tries"):
-            _need(getattr(self, key) >= 1, key, "must be ≥ 1")
-        _need(self.timeout_s > 0, "timeout_s", "must be > 0")
-        for key in ("usd_per_million_read", "usd_per_million_written", "max_requests", "max_cost_usd"):
-            _need((getattr(self, key) or 0) >= 0, key, "must be ≥ 0")
+        need(_is_url(self.url), "url", "must begin with http:// or https://, and name a host")
+        variable = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", self.key) is not None
+        need(variable, "key", "is the name of an environment variable, not what it holds")
+        between(self, concurrency=(1, 1000), tries=(1, 1000), timeout_s=(0.001, 86_400), max_requests=(0, MANY))
+        between(self, usd_per_million_read=(0, 10**6), usd_per_million_written=(0, 10**6), max_cost_usd=(0, MANY))
         priced = self.usd_per_million_read > 0 or self.usd_per_million_written > 0
-        _need(self.max_cost_usd is None or priced, "max_cost_usd", "needs the prices: usd_per_million_read, …_written")
+        need(self.max_cost_usd is None or priced, "max_cost_usd", "needs the prices: usd_per_million_read, …_written")
 
 
 @dataclass(frozen=True)
 class Config:
-    system: str  # the name in tables, run folders and `MODEL=`
+    system: str  # the name in tables, run folders and `MODEL=`: letters, digits, - and _, at most 100
     base: Base
-    seed: int = 0  # sampler order, LoRA init, dropout
+    seed: int = 0  # sampler order, LoRA init, dropout; [0, 2^32)
     lora: Lora | None = None  # null: the base as it is
     api: Api | None = None  # null: the base runs here
     adapter: str | None = None  # folder of a trained adapter; null: of the newest finished training like this
@@ -218,20 +232,22 @@ class Config:
     tracker: str | None = None  # tensorboard, wandb or another that Accelerate knows; null: metrics.jsonl alone
 
     def __post_init__(self) -> None:
-        _need(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.system) is not None, "system", "use letters, digits, - _")
-        _need(0 <= self.seed < 2**32, "seed", "must be in [0, 2^32)")
+        named = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", self.system) is not None
+        need(named, "system", "use letters, digits, - and _, at most 100")
+        plain_words(self, "adapter", "runs", "tracker")
+        need(0 <= self.seed < 2**32, "seed", "must be in [0, 2^32)")
         left = self.window.context - self.prompt.spare(self.window)
-        _need(left >= 16, "prompt", f"in this order {left} tokens are left for the context; raise window.context")
-        _need(self.adapter is None or self.lora is not None, "adapter", "needs a lora section beside it")
-        _need(self.api is None or self.lora is None, "api", "a hosted model has no lora section")
-        _need(
+        need(left >= 16, "prompt", f"in this order {left} tokens are left for the context; raise window.context")
+        need(self.adapter is None or self.lora is not None, "adapter", "needs a lora section beside it")
+        need(self.api is None or self.lora is None, "api", "a hosted model has no lora section")
+        need(
             self.api is None or self.window.tokenizer is not None, "window.tokenizer", "an api needs one to cut text by"
         )
-        _need(self.api is None or self.window.overflow == "truncate", "window.overflow", "an api reads one window")
+        need(self.api is None or self.window.overflow == "truncate", "window.overflow", "an api reads one window")
         asked = self.prompt
-        _need(not asked.earlier or self.window.overflow == "truncate", "prompt.earlier", "reads one window: truncate")
+        need(not asked.earlier or self.window.overflow == "truncate", "prompt.earlier", "reads one window: truncate")
         plain = not (asked.chat or asked.shots or asked.earlier or asked.before)
-        _need(self.lora is None or plain, "prompt", "chat, shots and earlier are of models as they are, without lora")
+        need(self.lora is None or plain, "prompt", "chat, shots and earlier are of models as they are, without lora")
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -256,6 +272,16 @@ class Config:
             for key in ("memory_budget_gib", "pass_tokens", "parts"):
                 del decides["eval"][key]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _is_url(text: str) -> bool:
+    """Whether an HTTP client takes it: a host, a port if any, and only characters that a URL may have."""
+    host, port, path = r"([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])", r"(:[0-9]+)?", r"([/?][!-~]{0,2000})?"
+    try:
+        urlsplit(text).port  # noqa: B018, raises where it is none
+    except ValueError:
+        return False
+    return re.fullmatch(rf"https?://([!-~]+@)?{host}{port}{path}", text) is not None
 
 
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
@@ -285,13 +311,13 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
 def find(name: str) -> Path:
     """`MODEL=` names a file of `configs/`, or is a path to a YAML file itself."""
     if name.endswith((".yaml", ".yml")):
-        if not Path(name).is_file():
-            raise UserError(f"{name}: no such file")
+        if not os.path.isfile(name):  # Path.is_file raises where a name is too long
+            raise UserError(f"{shown(name)}: no such file")
         return Path(name)
     known = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
     if name not in known:
         names = f"{', '.join(known)}, a .yaml file, a folder or a hub id"
-        raise UserError(f'unknown MODEL "{name}"{nearest(name, known)}; known: {names}')
+        raise UserError(f'unknown MODEL "{shown(name)}"{nearest(name, known)}; known: {names}')
     return known[name]
 
 
@@ -302,9 +328,9 @@ def load(name: str, overrides: Iterable[str] = ()) -> Config:
     override) of the first thing that is wrong.
     """
     hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith((".yaml", ".yml"))
-    known = not name or (CONFIGS / f"{name}.yaml").is_file()
-    if not known and (Path(name).is_dir() or hub_id):
-        system = re.sub(r"[^A-Za-z0-9]+", "-", Path(name).name).strip("-")
+    known = not name or os.path.isfile(CONFIGS / f"{name}.yaml")
+    if not known and (os.path.isdir(name) or hub_id):
+        system = re.sub(r"[^A-Za-z0-9]+", "-", Path(name).name).strip("-")[:100]
         words = [f"system={json.dumps(system)}", f"base.path={json.dumps(name)}"]
         return read(Config, None, [*words, *overrides])
     return read(Config, find(name), overrides)

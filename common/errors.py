@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+NO_SUCH_PLACE = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+
 
 class UserError(ValueError):
     """What is wrong, where (file, line or id), and what to do about it, in one line."""
@@ -26,8 +28,8 @@ def one_line_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR) and error.filename:
-            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        if error.errno in NO_SUCH_PLACE and error.filename:
+            print(f"error: {str(error.filename)[:200]}: {error.strerror}", file=sys.stderr)
             sys.exit(2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

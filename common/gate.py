@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common import record
+from common.config import between, need
 from common.errors import UserError
 from common.stats import differences, slower, worse
 
@@ -22,17 +23,15 @@ KINDS = ("eval", "bench")
 
 @dataclass(frozen=True)
 class Rules:
-    em_margin: float = 0.5  # points that EM may lie lower, over all seeds together
+    em_margin: float = 0.5  # points that EM may lie lower, over all seeds together, [0, 100]
     f1_margin: float = 0.5
-    p95_ratio: float = 1.1  # how many times as long p95 may take
-    memory_mib: float = 256.0  # how much more a GPU may have allocated at the peak
+    p95_ratio: float = 1.1  # how many times as long p95 may take, 1 to 1,000
+    memory_mib: float = 256.0  # how much more a GPU may have allocated at the peak, ≤ a billion
     false_alarms: float = 0.001  # of runs in which nothing has changed, at most
 
     def __post_init__(self) -> None:
-        if min(self.em_margin, self.f1_margin, self.memory_mib) < 0 or self.p95_ratio < 1:
-            raise ValueError("em_margin: margins must be ≥ 0, and p95_ratio ≥ 1")
-        if not 0 < self.false_alarms < 1:
-            raise ValueError("false_alarms: must be in (0, 1)")
+        between(self, em_margin=(0, 100), f1_margin=(0, 100), p95_ratio=(1, 1000), memory_mib=(0, 10**9))
+        need(0 < self.false_alarms < 1, "false_alarms", "must be in (0, 1)")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from common import prompt, record
-from common.config import CONFIGS, Config, load
+from common.config import CONFIGS, Config, load, need, plain_words
 from common.errors import UserError
 from common.gate import Rules
 from common.strict import read
@@ -33,8 +33,8 @@ class Sweep:
 
     def __post_init__(self) -> None:
         for name in ("systems", "seeds", "variants", "kinds"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}: name at least one")
+            need(len(getattr(self, name)) > 0, name, "name at least one")
+        plain_words(self, "adapters")
 
 
 @dataclass(frozen=True)

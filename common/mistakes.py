@@ -4,6 +4,7 @@ A kind is found from the text alone: where the predicted words stand in the cont
 Imports no torch.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,10 +21,10 @@ KINDS = (  # the first that holds
     "right sentence, other words",
     "another sentence",
 )
-OFF = {"1 word": 1, "2 words": 2, "3 or 4": 4, "5 or more": 10**9}  # of both ends together, at most
+OFF = {"1 word": 1, "2 words": 2, "3 or 4": 4, "5 or more": math.inf}  # of both ends together, at most
 WORDS = ("what", "who", "when", "where", "which", "why", "how many", "how much", "how")
-LENGTHS = {"1 word": 1, "2 words": 2, "3 words": 3, "4 or 5": 5, "6 to 9": 9, "10 or more": 10**9}
-CONTEXTS = {"up to 80 words": 80, "81 to 120 words": 120, "121 to 160 words": 160, "more than 160 words": 10**9}
+LENGTHS = {"1 word": 1, "2 words": 2, "3 words": 3, "4 or 5": 5, "6 to 9": 9, "10 or more": math.inf}
+CONTEXTS = {"up to 80 words": 80, "81 to 120 words": 120, "121 to 160 words": 160, "more than 160 words": math.inf}
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
 
 Span = tuple[int, int]  # characters
@@ -119,5 +120,5 @@ def _places(context: str, text: str) -> Iterator[Span]:
         start = context.find(text, start + 1)
 
 
-def _class_of(value: int, classes: dict[str, int]) -> str:
+def _class_of(value: int, classes: dict[str, float]) -> str:
     return next(name for name, most in classes.items() if value <= most)

@@ -47,7 +47,7 @@ def share(trees: Sequence[Tree], ranks: int) -> list[list[Tree]]:
     shares, nothing = _largest_first(size, ranks), len(trees)
     size.append(0)
     tokens = [sum(size[i] for i in mine) for mine in shares]
-    while ranks > 1 and max(tokens) > (1 + EVEN) * sum(tokens) / ranks:
+    while max(tokens) > (1 + EVEN) * sum(tokens) / ranks:
         giver = tokens.index(max(tokens))
         most, taker, given, taken = min(
             (max(tokens[giver] - moved, tokens[rank] + moved), rank, i, j)

@@ -11,7 +11,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from common import squad
@@ -99,7 +99,7 @@ class Tree:
 @dataclass(frozen=True)
 class Trees:
     trees: list[Tree]
-    counts: dict[str, int] = field(default_factory=dict)  # what the window did; see `build_trees`
+    counts: dict[str, int]  # what the window did; see `build_trees`
 
 
 def fill(options: Prompt, train: Iterable[Example]) -> Prompt:
@@ -185,9 +185,9 @@ def build_trees(
             counts["dropped_long"] += 1
             continue
         # a question whose ids differ from the others' in what all begin with gets a tree of its own
-        same = _SHARED.format(row.context) if options.order == "context" else None
-        start = row.prompt.rfind(same) if same else -1
-        shared = _tokens_within(encoding, start + len(same)) if same and start >= 0 else None
+        same = _SHARED.format(row.context)
+        start = row.prompt.rfind(same) if options.order == "context" else -1
+        shared = _tokens_within(encoding, start + len(same)) if start >= 0 else None
         groups.setdefault((row.context, *ids[: shared or n]), []).append(Branch(row.id, ids[:n], answer_ids))
     return Trees([_tree(group) for group in groups.values()], dict(counts))
 

@@ -19,6 +19,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -241,7 +242,7 @@ def write_text(path: Path, text: str) -> None:
 def _runs(config: Config, kind: str) -> list[Path]:
     """All run folders of this configuration; a copy under a name of its own (`….bak`) is none."""
     stem = _stem(config, kind)
-    return [p for p in Path(config.runs).glob(f"{stem}-*") if p.name.removeprefix(f"{stem}-").isdecimal()]
+    return [p for p in Path(config.runs).glob(f"{stem}-*") if re.fullmatch(f"{stem}-[0-9]+", p.name)]
 
 
 def _number(run: Path) -> int:

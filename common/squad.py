@@ -103,8 +103,7 @@ def stratified(examples: list[Example], n: int) -> list[Example]:
 
     Depends on nothing but the ids, so it is the same for every system, seed and machine. File order is kept.
     """
-    if n >= len(examples):
-        return examples
+    n = min(n, len(examples))
     by_article: dict[str, list[Example]] = {}
     for example in examples:
         by_article.setdefault(example.title, []).append(example)

@@ -1,5 +1,6 @@
 """SIGTERM, SIGINT and a terminal that closes ask a long run to save and end; a second one ends it at once."""
 
+import contextlib
 import os
 import signal
 import stat
@@ -7,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
 CODES = (129, 130, 143)  # exit codes of what SIGHUP, SIGINT or SIGTERM has ended
@@ -22,16 +22,17 @@ class Request:
     """What came so far: `code` is 128 + the signal's number, a shell's exit code for it; 0 before any came."""
 
     code = 0
-    _when = 0.0
+    _when: float  # of the first, monotonic seconds
 
     def receive(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             _leave_terminal()
         if not self.code:
-            self.code, self._when = 128 + number, time.monotonic()
+            self._when, self.code = time.monotonic(), 128 + number
             name = signal.Signals(number).name
             if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
-                os.write(sys.stderr.fileno(), f"\n{name}: saving, then ending; once more ends at once\n".encode())
+                with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or its reader has gone
+                    os.write(sys.stderr.fileno(), f"\n{name}: saving, then ending; once more ends at once\n".encode())
         elif time.monotonic() - self._when > ECHO_S:
             os._exit(128 + number)
 
@@ -47,7 +48,7 @@ def run(command: list[str]) -> int:
         passed_on = False
         while True:
             try:
-                code = child.wait(1)
+                code = child.wait(0.1)
                 return request.code or code
             except subprocess.TimeoutExpired:
                 if request.code and not passed_on:
@@ -55,7 +56,7 @@ def run(command: list[str]) -> int:
                     passed_on = True
 
 
-@contextmanager
+@contextlib.contextmanager
 def listen() -> Iterator[Request]:
     """While the body runs, signals are only noted; afterwards they do what they did before."""
     request, numbers = Request(), [signal.SIGTERM, signal.SIGINT]

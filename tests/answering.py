@@ -6,8 +6,8 @@ second word where there is one ("north gate"), and ends by itself. Two attention
     layer 0   "Answer:" looks at the kind that is asked (animal, tool, place) and takes its code over
     layer 1   "Answer:" looks for the token with that code, and copies which one it is into what the logits read
 
-What follows a word (a second word, or EOS) stands in that word's own embedding. As a base it makes mistakes that an
-adapter can learn to avoid, in words of `FAULTS`, and one that it can't: of two animals it can't know which one is meant.
+What follows a word (a second word, or EOS) stands in that word's own embedding. As a base it makes the mistakes of
+`FAULTS`, which an adapter can learn to avoid. Of two animals in a context it can't know which one is meant.
 """
 
 import json

@@ -63,14 +63,14 @@ def tiny_base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def answering_base(tmp_path_factory) -> Path:
-    """A folder with a tiny Llama that answers: it copies words of the context, ends by itself, and is sometimes wrong."""
+    """A tiny Llama that answers: it copies words of the context, ends by itself, and is sometimes wrong."""
     from tests import answering
 
     return answering.save(tmp_path_factory.mktemp("base") / "answering-llama")
 
 
 def answering_yaml(folder: Path, base: Path) -> Path:
-    """A YAML of a system on the answering base: EM 33 as it is, 77 after eight steps of training, and less after sixteen."""
+    """A YAML of a system on the answering base: EM 33 as it is, 77 after 8 steps of training, less after 16."""
     from tests import answering
 
     train = answering.squad_file(folder / "answering-train.json", paragraphs=32)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from common import cache, prompt
-from common.config import Window
+from common.config import Prompt, Window
 from common.squad import read
 from tests.conftest import ROOT
 
@@ -51,6 +51,45 @@ def test_whatever_decides_the_trees_makes_another_file(folder, tokenizer, exampl
     assert len(list(folder.iterdir())) == 7
 
 
+def test_a_prompts_options_and_a_tokenizers_eos_make_another_file_and_a_template_where_it_is_used(
+    folder, examples, tiny_base
+):
+    def made(options: Prompt = Prompt(), **changes: str) -> str:
+        """The name of the one new file, or nothing."""
+        tokenizer, before = AutoTokenizer.from_pretrained(tiny_base), set(folder.glob("*"))
+        for key, value in ({"chat_template": "{{ messages[0]['content'] }}"} | changes).items():
+            setattr(tokenizer, key, value)
+        built = cache.build_trees(examples, tokenizer, Window(), train=True, options=options)
+        assert built == prompt.build_trees(examples, tokenizer, Window(), train=True, options=options)
+        return "".join(file.name for file in set(folder.glob("*")) - before)
+
+    other_template = "{{ messages[0]['content'] }}."
+    assert made() != ""
+    assert made() == made(chat_template=other_template) == ""
+    assert made(Prompt(order="both")) != ""
+    assert made(eos_token="<pad>") != ""
+    assert made(Prompt(chat=True)) != ""
+    assert made(Prompt(chat=True)) == ""
+    assert made(Prompt(chat=True), chat_template=other_template) != ""
+
+
+def test_a_code_that_was_changed_or_other_tokenizers_make_another_file(
+    folder, tokenizer, examples, tmp_path, monkeypatch
+):
+    for module in (cache, prompt):
+        copy = tmp_path / f"{module.__name__}.py"
+        copy.write_text((ROOT / "common" / f"{module.__name__.rpartition('.')[2]}.py").read_text())
+        monkeypatch.setattr(module, "__file__", str(copy))
+    for n in range(1, 5):
+        for _ in range(2):
+            cache.build_trees(examples, tokenizer, Window(), train=True)
+            assert len(list(folder.iterdir())) == n
+        if n < 3:
+            copy = tmp_path / f"{(cache, prompt)[n - 1].__name__}.py"
+            copy.write_text(copy.read_text() + "# changed\n")
+        monkeypatch.setattr(cache.tokenizers, "__version__", "9.9" if n == 3 else cache.tokenizers.__version__)
+
+
 def test_a_broken_file_is_made_anew_and_a_folder_that_cannot_be_written_is_done_without(folder, tokenizer, examples):
     built = cache.build_trees(examples, tokenizer, Window(), train=True)
     (file,) = folder.iterdir()
@@ -68,7 +107,21 @@ def test_a_broken_file_is_made_anew_and_a_folder_that_cannot_be_written_is_done_
     assert cache.build_trees(examples, tokenizer, Window(), train=True) == built
 
 
-def test_few_questions_are_not_kept(folder, tokenizer, examples, monkeypatch):
-    monkeypatch.setattr(prompt, "MANY", 21)
-    cache.build_trees(examples, tokenizer, Window(), train=True)
-    assert not folder.exists()
+def test_a_disk_that_is_full_leaves_no_partial_file(folder, tokenizer, examples, monkeypatch):
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(cache.np, "savez", full)
+    built = cache.build_trees(examples, tokenizer, Window(), train=True)
+    assert built == prompt.build_trees(examples, tokenizer, Window(), train=True)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(("many", "kept"), [(20, True), (21, False)])
+def test_few_questions_are_not_kept(folder, tokenizer, examples, monkeypatch, many, kept):
+    assert len(examples) == 20
+    monkeypatch.setattr(prompt, "MANY", many)
+    built = cache.build_trees(examples, tokenizer, Window(), train=True, window_tokenizer=tokenizer)
+    assert built == prompt.build_trees(examples, tokenizer, Window(), train=True)
+    assert folder.exists() == kept

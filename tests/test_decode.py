@@ -4,14 +4,17 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
-from common import decode, reader, squad
+from common import decode, memory, plan, ranks, reader, squad
 from common.config import Base, Eval, Window
-from common.decode import predict, stop_ids, to_text
+from common.decode import Prediction, check_positions, gold_ids, merge, predict, stop_ids, to_text
+from common.errors import UserError
 from common.model import load_base, load_tokenizer
 from common.prompt import Branch, Tree, build_trees
+from common.squad import Example
 from tests.conftest import ROOT
-from tests.test_fused import adapter_weights
+from tests.test_fused import adapter_weights, first_layers
 from tests.test_packing import lora_model, trees_of
 
 import pytest
@@ -58,8 +61,12 @@ def truth(folder: Path, paragraphs: int, questions: int = 5) -> dict[str, list[i
 
 @pytest.mark.parametrize("engine", ["auto", "plain"])
 @pytest.mark.parametrize(("base", "paragraphs", "questions"), [("tiny_base", 8, 5), ("smollm2_base", 1, 3)])
-def test_every_answer_equals_generate_at_batch_one_token_for_token(base, paragraphs, questions, engine, request):
+def test_every_answer_equals_generate_at_batch_one_token_for_token(
+    base, paragraphs, questions, engine, request, tmp_path_factory
+):
     folder = request.getfixturevalue(base)
+    if base == "smollm2_base":
+        folder = first_layers(folder, tmp_path_factory.getbasetemp() / "first-layers", 4)
     model, tokenizer = system(folder)
     trees = [Tree(tree.prefix_ids, tree.branches[:questions]) for tree in demo_trees(tokenizer, paragraphs)]
     answers = predict(model, tokenizer, trees, stop_ids(tokenizer), LIMIT, Eval(engine), progress=None)
@@ -207,3 +214,233 @@ def test_a_model_that_is_no_llama_goes_the_plain_way(tiny_base, monkeypatch):
     monkeypatch.setattr(decode, "Reader", None)
     found = predict(model, tokenizer, trees, [], 4, progress=None)
     assert {k: v.token_ids for k, v in found.items()} == {k: v.token_ids for k, v in expected.items()}
+
+
+# ---- answers that end by themselves ----------------------------------------------------------------------------------
+
+NOTE = "Note 1: here are the otter, the chisel, the north gate and nothing more."
+BOTH = pytest.mark.parametrize("engine", ["auto", "plain"])
+
+
+def notes(tokenizer, context: str = NOTE) -> list[Tree]:
+    """Which animal, and which place: a token and EOS, and two and EOS."""
+    asked = [Example(kind, "T", context, f"Which {kind} is meant?", ()) for kind in ("animal", "place")]
+    return build_trees(asked, tokenizer, Window(), train=False).trees
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("limit", "texts", "cut"),
+    [
+        (1, ("otter", "north"), (True, True)),
+        (2, ("otter", "north gate"), (False, True)),  # EOS falls exactly on the limit: it has ended by itself
+        (3, ("otter", "north gate"), (False, False)),
+        (9, ("otter", "north gate"), (False, False)),
+    ],
+)
+def test_what_ends_by_its_stop_token_is_not_cut_by_the_limit(answering_base, engine, limit, texts, cut):
+    model, tokenizer = system(answering_base)
+    found = predict(model, tokenizer, notes(tokenizer), stop_ids(tokenizer), limit, Eval(engine), progress=None)
+    animal, place = found["animal"], found["place"]
+    assert (animal.text, place.text) == texts
+    assert (animal.hit_limit, place.hit_limit) == cut
+    assert [len(answer.token_ids) for answer in (animal, place)] == [min(2, limit), min(3, limit)]
+    assert [answer.token_ids[-1] == tokenizer.eos_token_id for answer in (animal, place)] == [not c for c in cut]
+
+
+@BOTH
+def test_the_probability_of_an_answer_is_that_of_its_stop_token_too(answering_base, engine):
+    model, tokenizer = system(answering_base)
+    (tree,) = notes(tokenizer)
+    found = predict(model, tokenizer, [tree], stop_ids(tokenizer), 9, Eval(engine), progress=None)
+    for branch in tree.branches:
+        prompt, ids = tree.prefix_ids + branch.prompt_ids, found[branch.id].token_ids
+        logits = model(input_ids=torch.tensor([prompt + ids])).logits[0].double()
+        steps = [logits[len(prompt) - 1 + i].softmax(-1)[token] for i, token in enumerate(ids)]
+        assert found[branch.id].logprob == pytest.approx(torch.stack(steps).log().sum().item(), abs=1e-4)
+        assert 0.1 < torch.stack(steps).prod() < 1
+
+
+def test_tokens_that_another_ties_with_are_counted_by_the_stream(answering_base):
+    model, tokenizer = system(answering_base)
+    trees, stops = notes(tokenizer), stop_ids(tokenizer)
+    (gate,) = tokenizer(" gate", add_special_tokens=False).input_ids
+    assert {a.ties for a in predict(model, tokenizer, trees, stops, 9, progress=None).values()} == {0}
+    assert {a.ties for a in predict(model, tokenizer, trees, stops, 9, Eval("plain"), progress=None).values()} == {None}
+    with torch.no_grad():
+        model.lm_head.weight[-1] = model.lm_head.weight[gate]
+    found = predict(model, tokenizer, trees, stops, 9, progress=None)
+    assert (found["animal"].ties, found["place"].ties) == (0, 1)
+
+
+def test_scripts_are_what_the_stream_draws_and_the_plain_engine_refuses_them(answering_base):
+    model, tokenizer = system(answering_base)
+    trees, stops = notes(tokenizer), stop_ids(tokenizer)
+    script = gold_ids(tokenizer, "chisel", 9)
+    found = predict(model, tokenizer, trees, stops, 9, progress=None, scripts={"animal": script})
+    assert (found["animal"].text, found["animal"].token_ids) == ("chisel", script)
+    assert found["place"].text == "north gate"
+    assert found["animal"].logprob < -1
+    with pytest.raises(ValueError, match="follows no scripts"):
+        predict(model, tokenizer, trees, stops, 9, Eval("plain"), progress=None, scripts={"animal": script})
+
+
+def test_a_gold_answer_as_a_script_ends_with_eos_within_the_limit(answering_base):
+    tokenizer = load_tokenizer(str(answering_base))
+    north, gate = tokenizer(" north gate", add_special_tokens=False).input_ids
+    assert gold_ids(tokenizer, "north gate", 9) == [north, gate, 1]
+    assert gold_ids(tokenizer, "north gate", 3) == [north, gate, 1]
+    assert gold_ids(tokenizer, "north gate", 2) == [north, 1]
+    assert gold_ids(tokenizer, "north gate", 1) == [1]
+
+
+# ---- of several windows ----------------------------------------------------------------------------------------------
+
+
+def said(id_: str, text: str, logprob: float | None, *ids: int) -> Prediction:
+    return Prediction(id_, text, list(ids), logprob, False)
+
+
+@pytest.mark.parametrize(
+    ("answers", "kept"),
+    [
+        ([said("q", "sure", -0.1, 5), said("q", "unsure", -2.0, 9)], "sure"),
+        ([said("q", "unsure", -2.0, 9), said("q", "sure", -0.1, 5)], "sure"),
+        ([said("q", "b", -2.0, 9), said("q", "sure", -0.1, 5), said("q", "c", -3.0, 7)], "sure"),
+        ([said("q", "low", -1.0, 4, 9), said("q", "high", -1.0, 5)], "high"),  # as likely: whatever came first
+        ([said("q", "high", -1.0, 5), said("q", "low", -1.0, 4, 9)], "high"),
+        ([said("q", "early", None), said("q", "late", None)], "late"),
+        ([said("q", "early", None), said("q", "late", -9.0)], "late"),
+    ],
+)
+def test_of_a_questions_answers_the_most_probable_stays_in_whatever_order_they_come(answers, kept):
+    others = [said("z", "z", -1.0, 1), said("a", "a", -5.0, 1)]
+    found = merge([others[0], *answers, others[1]])
+    assert list(found) == ["a", "q", "z"]
+    assert {id_: answer.text for id_, answer in found.items()} == {"a": "a", "q": kept, "z": "z"}
+
+
+@BOTH
+def test_the_window_that_holds_the_answer_answers(answering_base, engine):
+    """The others answer too: they have nothing to copy, and are less sure."""
+    model, tokenizer = system(answering_base)
+    apart = [notes(tokenizer, text)[0] for text in ("Note 2: nothing is here at all, and nothing more.", NOTE)]
+    for trees in (apart, apart[::-1]):
+        found = predict(model, tokenizer, trees, stop_ids(tokenizer), 9, Eval(engine), progress=None)
+        assert {id_: answer.text for id_, answer in found.items()} == {"animal": "otter", "place": "north gate"}
+
+
+# ---- what it does beside ---------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_and_its_answer_may_take_all_positions_and_no_more():
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=100))
+    check_positions(model, 90, 10)
+    check_positions(model, 10, 90)
+    check_positions(SimpleNamespace(config=SimpleNamespace()), 10**6, 10**6)
+    check_positions(SimpleNamespace(config=SimpleNamespace(max_position_embeddings=None)), 10**6, 10**6)
+    words = (
+        "91 tokens of a prompt and up to 10 of its answer, and this model has 100 positions: lower window.context, or"
+    )
+    with pytest.raises(UserError, match=rf"^{words} ask for fewer prompt\.shots$"):
+        check_positions(model, 91, 10)
+    with pytest.raises(UserError, match=r"^10 tokens .* up to 91 of its answer.*: lower window\.answer$"):
+        check_positions(model, 10, 91)
+    with pytest.raises(UserError, match=r"lower window\.context"):
+        check_positions(model, 51, 51)
+
+
+def test_the_longest_question_of_the_largest_paragraph_decides_whether_positions_suffice(tiny_base):
+    model, tokenizer = system(tiny_base)
+    trees = [
+        Tree([5] * 30, (Branch("a", [5] * 10, []), Branch("b", [5] * 4, []))), Tree([5] * 36, (Branch("c", [5], []),)),
+    ]  # fmt: skip
+    model.config.max_position_embeddings = 44
+    assert len(predict(model, tokenizer, trees, [], 4, progress=None)) == 3
+    with pytest.raises(UserError, match="40 tokens of a prompt and up to 5 of its answer"):
+        predict(model, tokenizer, trees, [], 5, progress=None)
+
+
+def test_stops_are_the_tokens_that_byte_level_vocabularies_write_as_a_line_break(answering_base):
+    tokenizer = load_tokenizer(str(answering_base))
+    assert stop_ids(tokenizer) == sorted({1} | {i for token, i in tokenizer.get_vocab().items() if "Ċ" in token})
+    assert len(stop_ids(tokenizer)) > 1
+
+
+def test_text_ends_where_its_first_line_does(answering_base):
+    tokenizer = load_tokenizer(str(answering_base))
+    for text, expected in (("\nnorth gate", ""), (" north\n gate\n", "north"), ("  gate ", "gate")):
+        assert to_text(tokenizer, tokenizer(text, add_special_tokens=False).input_ids) == expected
+    assert to_text(tokenizer, []) == ""
+
+
+@BOTH
+def test_work_is_left_between_passes_and_the_model_is_then_as_it_was(tiny_base, engine):
+    model, tokenizer = system(tiny_base)
+    model.train()
+    passes: list[bool] = []
+
+    def check() -> None:
+        passes.append(model.training)
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(model, tokenizer, demo_trees(tokenizer, 4), [], 4, Eval(engine, pass_tokens=400), None, check)
+    assert passes == [False, False]
+    assert model.training
+    model.eval()
+    predict(model, tokenizer, demo_trees(tokenizer, 1), [], 1, progress=None)
+    assert not model.training
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, 8192), (300, 300)])
+def test_the_plain_engines_packs_have_as_many_tokens_as_asked_for(tiny_base, monkeypatch, given, used):
+    model, tokenizer = system(tiny_base)
+    asked: list[int] = []
+    monkeypatch.setattr(decode.plan, "fill", lambda trees, tokens: asked.append(tokens) or plan.pack_up(trees))
+    monkeypatch.setattr(plan, "pack_up", lambda trees: [[tree] for tree in trees], raising=False)
+    predict(model, tokenizer, demo_trees(tokenizer, 1), [], 1, Eval("plain", pass_tokens=given), progress=None)
+    assert asked == [used]
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_the_streams_sizes_are_of_this_model_and_recorded_where_there_is_flash_attention(tiny_base, monkeypatch, flash):
+    model, _ = system(tiny_base)
+    options, asked = Eval(memory_budget_gib=3), []
+    monkeypatch.setattr(decode.attention, "has_flash", lambda device, dtype: flash and dtype == torch.float32)
+    monkeypatch.setattr(decode.memory, "decoding", lambda *args, **record: asked.append((args, record)) or "sizes")
+    assert decode.sizes_of(model, options) == "sizes"
+    assert asked == [((options, memory.Shapes.of(model), CPU), {"record": flash})]
+
+
+@pytest.mark.parametrize(("record", "recorded"), [(True, 77), (False, 0)])
+def test_the_stream_reads_by_its_sizes(tiny_base, monkeypatch, record, recorded):
+    model, tokenizer = system(tiny_base)
+    asked: list[tuple] = []
+    monkeypatch.setattr(decode, "sizes_of", lambda model, options: memory.Decoding(77, 3000, record))
+    monkeypatch.setattr(decode, "Reader", lambda *args: asked.append(args[1:]) or reader.Reader(args[0], args[1]))
+    passes = decode.stream.answers
+    monkeypatch.setattr(decode.stream, "answers", lambda *args: asked.append(args[4]) or passes(*args))
+    assert len(predict(model, tokenizer, demo_trees(tokenizer, 1), [], 1, progress=None)) == 5
+    assert asked == [(3000, recorded), 77]
+
+
+def test_progress_is_of_questions_and_of_as_many_as_there_are(tiny_base, capsys):
+    model, tokenizer = system(tiny_base)
+    predict(model, tokenizer, demo_trees(tokenizer, 2), [], 1, progress="some work")
+    assert "some work: 100%" in (said := capsys.readouterr().err)
+    assert "10/10" in said
+    predict(model, tokenizer, demo_trees(tokenizer, 2), [], 1, progress=None)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_largest_paragraphs_go_first_and_parts_are_taken_one_by_one(monkeypatch):
+    small, large, middle = (Tree([5] * n, (Branch(f"{n}", [5], []),)) for n in (3, 30, 10))
+    rounds: list[str] = []
+    monkeypatch.setattr(ranks, "take", lambda items, name: rounds.append(name) or iter(items))
+    (stream,) = decode._streams([small, large, middle], None, "evaluation at 3")
+    assert list(stream) == [large, middle, small]
+    parts = list(decode._streams([small, large, middle], 2, "evaluation at 4"))
+    assert [sorted(len(tree) for tree in part) for part in parts] == [[31], [4, 11]]
+    assert rounds == ["evaluation at 3", "evaluation at 4"]

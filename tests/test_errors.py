@@ -25,6 +25,16 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path}/file/below: Not a directory\n"
 
 
+def test_a_name_that_is_too_long_is_named_in_part(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught, one_line_errors():
+        (tmp_path / ("x" * 3000)).read_text()
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path}/xxx")
+    assert said.endswith("x: File name too long\n")
+    assert len(said) < 300
+
+
 def test_our_own_mistakes_are_not_hidden():
     with pytest.raises(ValueError, match="ours"), one_line_errors():
         raise ValueError("ours")

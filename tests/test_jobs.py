@@ -2,7 +2,9 @@
 
 from common import jobs, prompt, record
 from common.errors import UserError
+from common.gate import Rules
 from common.squad import Dataset
+from tests.conftest import ROOT
 
 import pytest
 
@@ -24,10 +26,10 @@ def sweep(tmp_path):
     return make
 
 
-def finish(config, kind: str, seconds: float = 60.0):
+def finish(config, kind: str, seconds: float = 60.0, **result: float):
     run = record.new_run(config, kind)
     data = Dataset([], "x.json")
-    record.write(run, config, kind, data, {"name": "a test"}, {"seconds": seconds})
+    record.write(run, config, kind, data, {"name": "a test"}, {"seconds": seconds, **result})
     return run
 
 
@@ -95,6 +97,62 @@ def test_stored_adapters_can_answer(sweep, tmp_path):
     assert all(job.config.adapter is None for job in jobs.plan(shapes)[0])  # random weights need none
 
 
+@pytest.mark.parametrize("key", ["train.lr=1e-3", "lora.rank=8", "early_stop.patience=9"])
+def test_what_only_a_training_reads_makes_no_second_run_of_a_system_without_an_adapter(sweep, key):
+    planned, _ = jobs.plan(sweep(variants=f'["", "{key}"]'))
+    assert [(job.config.system, job.variant) for job in planned] == [("raw", ""), ("tuned", ""), ("tuned", key)]
+    planned, _ = jobs.plan(sweep(), [key])
+    assert [job.overrides for job in planned] == [("seed=0",), (key, "seed=0")]
+    assert planned[0].config.lora is None
+
+
+def test_a_job_is_known_by_its_system_variant_and_seed(sweep, tmp_path):
+    (raw, _), _ = jobs.plan(sweep(seeds="[3]"))
+    assert raw.name == f"{tmp_path / 'raw.yaml'} seed=3"
+    *_, last = jobs.plan(sweep(seeds="[3, 4]", variants='["", "train.lr=1e-3  lora.rank=8"]'))[0]
+    assert last.name == f"{tmp_path / 'tuned.yaml'} train.lr=1e-3 lora.rank=8 seed=4"
+    assert last.overrides == ("train.lr=1e-3", "lora.rank=8", "seed=4")
+
+
+def test_what_is_left_out_of_a_sweep_has_its_default(tmp_path):
+    (tmp_path / "sweep.yaml").write_text("systems: [smollm2-qlora]\n")
+    (job,), chosen = jobs.plan(tmp_path / "sweep.yaml")
+    assert chosen == jobs.Sweep(("smollm2-qlora",), (0,), ("",), (), ("train", "eval"), None, Rules())
+    assert job.config.seed == 0
+
+
+def test_adapters_that_are_named_are_not_looked_for(sweep, tmp_path):
+    finish(jobs.load(str(sweep().parent / "tuned.yaml")), "train")
+    (tmp_path / "mine").mkdir()
+    file = sweep(
+        kinds="[train, eval, bench]", adapters=str(tmp_path / "runs"), overrides=f"[tuned:adapter={tmp_path}/mine]"
+    )
+    file.write_text(file.read_text().replace("tuned:adapter", f"{tmp_path}/tuned.yaml:adapter"))
+    (raw, tuned), chosen = jobs.plan(file, [f"runs={tmp_path / 'new'}"])
+    assert (raw.config.adapter, tuned.config.adapter) == (None, f"{tmp_path}/mine")
+    assert [word for word in tuned.overrides if word.startswith("adapter")] == [f"adapter={tmp_path}/mine"]
+    assert [kind for kind, _ in jobs.left(tuned, chosen.kinds)] == ["eval", "bench"]  # it needs no training
+
+
+def test_a_colon_or_an_equals_sign_in_a_value_is_no_system(sweep):
+    file = sweep(systems="[raw7b, qlora7b]", overrides='["runs=a:b", "qlora7b:base.path=x=y:z"]')
+    (raw, tuned), _ = jobs.plan(file, ["base.revision=main"])
+    assert raw.overrides == ("runs=a:b", "base.revision=main", "seed=0")
+    assert tuned.overrides == ("runs=a:b", "base.path=x=y:z", "base.revision=main", "seed=0")
+    with pytest.raises(UserError, match=r"a:b:base\.path=x: a is none of raw7b, qlora7b"):
+        jobs.plan(file, ["a:b:base.path=x"])
+    with pytest.raises(UserError, match=r'unknown key "raw7b"'):
+        jobs.plan(file, ["raw7b=1"])
+
+
+def test_steps_come_in_the_order_of_work_whatever_order_they_are_named_in(sweep):
+    (raw, tuned), chosen = jobs.plan(sweep(kinds="[bench, eval, train]"))
+    assert [kind for kind, _ in jobs.left(tuned, chosen.kinds)] == ["train", "eval", "bench"]
+    assert [kind for kind, _ in jobs.left(raw, chosen.kinds)] == ["eval", "bench"]
+    finish(raw.config, "eval")
+    assert jobs.left(raw, chosen.kinds) == [("bench", ["seed=0"])]
+
+
 def test_an_unfinished_run_is_still_to_do(sweep):
     (raw, tuned), chosen = jobs.plan(sweep(kinds="[eval]"))
     record.new_run(raw.config, "eval")
@@ -108,6 +166,12 @@ def test_time_is_expected_from_what_is_on_record(sweep):
     finish(planned[1].config, "train", 100)
     finish(planned[2].config, "train", 300)
     assert jobs.expected_seconds(planned, chosen.kinds) == (200, 4)  # one training, and evaluations never seen
+    finish(planned[2].config, "train", 500, start_seconds=40.5)  # until its first step
+    assert jobs.expected_seconds(planned, chosen.kinds) == (300, 4)  # the median of 100, 300 and 540.5
+    finish(planned[2].config, "train", 500, start_seconds=40.5)
+    assert jobs.expected_seconds(iter(planned), chosen.kinds) == ((300 + 540.5) / 2, 4)
+    finish(planned[0].config, "eval", 7)
+    assert jobs.expected_seconds(planned, chosen.kinds) == (420.25, 3)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +190,10 @@ def test_a_mistake_in_a_sweep_is_named(sweep, keys, message):
 
 
 def test_a_sweep_is_found_by_name_or_path(tmp_path):
-    assert jobs.find("seeds").name == "seeds.yaml"
+    assert jobs.find("seeds") == ROOT / "configs" / "sweeps" / "seeds.yaml"
+    for name in ("mine.yaml", "mine.yml"):
+        (tmp_path / name).touch()
+        assert jobs.find(str(tmp_path / name)) == tmp_path / name
     for name in ("sedes", str(tmp_path / "absent.yaml")):
         with pytest.raises(UserError, match="known: orders, recipe, revalidate, seeds"):
             jobs.find(name)

@@ -1,10 +1,23 @@
 """A budget decides what is kept and how large packs are, and says so; what cannot fit is refused."""
 
 import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 from common.config import Base, Eval, Lora, Train
 from common.errors import UserError
-from common.memory import GIB, LEAST_ARENA_TOKENS, LEAST_PASS_TOKENS, Shapes, choose, decoding, fit
+from common.memory import (
+    GIB,
+    LEAST_ARENA_TOKENS,
+    LEAST_PASS_TOKENS,
+    Decoding,
+    Shapes,
+    choose,
+    decoding,
+    fit,
+    free,
+)
 from common.model import add_lora, load_base, parameter_counts
 from tests.conftest import ROOT
 
@@ -106,16 +119,137 @@ def test_what_a_budget_leaves_when_all_activations_are_kept_holds_matrices():
     assert 8 < held[2] < 32 == held[3]
 
 
-def test_shapes_are_those_of_the_model(smollm2_base):
-    model = add_lora(load_base(Base(str(smollm2_base)), CPU), Lora(), seed=0)
-    trained, frozen = parameter_counts(model)
-    shapes = Shapes.of(model, trained)
-    assert (shapes.layers, shapes.hidden, shapes.intermediate, shapes.query, shapes.key) == (30, 576, 1536, 576, 192)
-    matrices = shapes.layers * shapes.layer_matrices // shapes.item
-    embeddings = shapes.vocabulary * shapes.hidden
-    assert 0 <= frozen - matrices - embeddings < 0.001 * frozen  # norms
-    four_bit, double_quantised = matrices / 2, matrices / 64
-    assert shapes.base_bytes == pytest.approx(four_bit + double_quantised + 4 * embeddings, rel=0.01)
+@pytest.mark.parametrize(
+    ("base", "constants"),
+    [
+        (Base("tiny", dtype="fp32"), 36_864 // 2 + 576 + 7 * 4),  # a byte a block of 64, and fp32 for 256 of these
+        (Base("tiny", dtype="fp32", double_quant=False), 36_864 // 2 + 4 * 576),
+        (Base("tiny", dtype="fp32", quant="none"), 4 * 36_864),
+        (Base("tiny", dtype="bf16", quant="none"), 2 * 36_864),
+    ],
+)
+def test_shapes_are_those_of_the_model(tiny_base, base, constants):
+    """Of a layer's seven matrices: q and o 64 × 64, k and v 32 × 64, gate, up and down 128 × 64."""
+    model = load_base(replace(base, path=str(tiny_base)), CPU)
+    item, vocabulary = model.dtype.itemsize, model.config.vocab_size
+    bytes_ = 2 * constants + item * (2 * vocabulary * 64 + 5 * 64)  # embeddings, head, norms
+    assert Shapes.of(model) == Shapes(bytes_, 0, 2, 64, 128, 64, 32, vocabulary, item)
+    model = add_lora(model, Lora(2, targets=("q_proj",)), seed=0)
+    assert parameter_counts(model)[0] == 2 * 2 * (64 + 64)
+    assert Shapes.of(model, 512) == Shapes(bytes_, 512, 2, 64, 128, 64, 32, vocabulary, item)
+
+
+@pytest.mark.parametrize(
+    ("config", "query", "key"),
+    [
+        ({}, 128, 128),
+        ({"head_dim": None, "num_key_value_heads": None}, 128, 128),
+        ({"head_dim": 48}, 192, 192),
+        ({"num_key_value_heads": 1}, 128, 32),
+        ({"head_dim": 48, "num_key_value_heads": 2}, 192, 96),
+    ],
+)
+def test_heads_that_a_configuration_leaves_out_are_as_wide_and_as_many_as_the_others(config, query, key):
+    c = {"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 7, "num_attention_heads": 4, "vocab_size": 9}
+    model = SimpleNamespace(config=SimpleNamespace(**c, **config), parameters=lambda: [], dtype=torch.float16)
+    assert Shapes.of(model) == Shapes(0, 0, 3, 128, 7, query, key, 9, 2)
+
+
+# ---- what is counted, by hand ----------------------------------------------------------------------------------------
+
+SMALL = Shapes(1000, 10, layers=4, hidden=7, intermediate=11, query=13, key=5, vocabulary=101, item=2)
+
+
+def test_a_layer_of_llama_2_7b_is_counted_by_its_published_shapes():
+    weights = 4 * 4096 * 4096 + 3 * 4096 * 11008
+    assert LLAMA.layer_matrices == 2 * weights == 404_750_336
+    assert LLAMA.kept_per_token == 2 * (3 * 4096 + 4096 + 4096 + 2 * 11008) == 84_992  # q, k, v; out; middle; gate, up
+    assert LLAMA.kept_in_arena == 2 * 32 * 2 * 4096 == 524_288  # the well-known half MiB a token
+
+
+@pytest.mark.parametrize(
+    ("answers", "keep", "hold", "average", "changed"),
+    [
+        (9, 1, 2, False, {}),
+        (9, 1, 2, True, {"adapter": 10 * (4 + 4 + 2 + 2 + 4 + 4)}),
+        (9, 1, 4, False, {"held matrices": 4 * 966, "logits or one layer's work": 14_400 + 13_000}),
+        (9, 4, 2, False, {"kept activations": 4 * 13_000, "small tensors": (5600 + 52_000) // 50,
+                          "logits or one layer's work": 14_400 + 966}),
+        (9, 0, 0, False, {"kept activations": 0, "held matrices": 0, "small tensors": 112}),
+        (30, 1, 2, False, {"logits or one layer's work": (2 + 4 + 4 + 4) * 101 * 30}),
+    ],
+)  # fmt: skip
+def test_every_term_of_training_is_as_counted_by_hand(answers, keep, hold, average, changed):
+    assert SMALL.layer_matrices == 2 * 7 * (13 + 5 + 5 + 13 + 11 + 11 + 11) == 966
+    assert SMALL.kept_per_token == 2 * (13 + 5 + 5 + 13 + 7 + 11 + 11) == 130
+    plain = {
+        "base": 1000,
+        "held matrices": 2 * 966,
+        "adapter": 10 * (4 + 4 + 2 + 2),
+        "optimizer": 10 * (1 + 1),
+        "layer inputs": 100 * 4 * 2 * 7,
+        "kept activations": 100 * 130,
+        "small tensors": (5600 + 13_000) // 50,
+        "logits or one layer's work": 100 * 2 * (4 * 11 + 4 * 7) + 966 + 100 * 130,
+    }
+    assert SMALL.table(100, answers, keep, hold, average) == plain | changed
+
+
+@pytest.mark.parametrize(
+    ("pass_tokens", "arena", "vocabulary", "record", "bytes_"),
+    [
+        (8, 0, 101, False, 308 + 10 * 101 * 2 + 30),  # a matrix of gate and up; logits of a quarter; the adapter's copy
+        (8, 20, 101, False, 308 + 10 * 101 * 2 + 30 + 20 * 80),
+        (5, 0, 101, False, 308 + 10 * 101 * 2 + 30),
+        (8, 0, 50, False, 308 + 8 * 2 * (5 * 11 + 6 * 7) + 30),
+        (8, 20, 101, True, 308 + 2020 + 30 + 1600 + (308 + 1552 + 8 * 2 * (7 + 13 + 13) + 80)),
+    ],
+)
+def test_every_term_of_decoding_is_as_counted_by_hand(pass_tokens, arena, vocabulary, record, bytes_):
+    assert SMALL.kept_in_arena == 2 * 4 * 5 * 2
+    assert replace(SMALL, vocabulary=vocabulary).evaluation(pass_tokens, arena, record) == bytes_
+
+
+def test_bytes_free_are_what_nobody_has_and_what_is_ours_less_a_tenth(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", {GPU: (100, 1000)}.get)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", {GPU: 51}.get)
+    assert free(GPU) == 135  # of 151
+
+
+@pytest.mark.parametrize(
+    ("budget", "unused", "reserved", "allocated", "room"),
+    [(6, 90, 10, 2, 4), (60, 8, 2, 1, 7), (60, 90, 10, 2, 58), (60, 8, 4, 4, 0.9 * 12 - 4)],  # GiB
+)
+def test_decoding_has_the_budget_less_what_is_allocated_or_what_is_free(
+    monkeypatch, budget, unused, reserved, allocated, room
+):
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", {GPU: (unused * GIB, 0)}.get)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", {GPU: reserved * GIB}.get)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", {GPU: allocated * GIB}.get)
+    for record in (False, True):
+        options = Eval(memory_budget_gib=budget)
+        assert decoding(options, LLAMA, GPU, record) == fit(options, LLAMA, int(room * GIB), record)
+    assert emptied
+    assert decoding(Eval(), LLAMA, CPU, record=True) == Decoding(1024, 16384, False)
+    assert decoding(Eval(pass_tokens=77), LLAMA, CPU, record=True) == Decoding(77, 16384, False)
+
+
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("room", [2.2, 3, 4.7, 6, 45, 60])  # GiB
+def test_passes_are_the_largest_beside_which_ten_times_as_many_tokens_have_room(room, record):
+    def fits(pass_tokens: int, arena: int) -> bool:
+        return LLAMA.evaluation(pass_tokens, arena, record) <= room * GIB
+
+    found = fit(Eval(), LLAMA, int(room * GIB), record)
+    passes = max((n for n in range(512, 8193, 128) if fits(n, 10 * n)), default=512)
+    assert (found.pass_tokens, found.record) == (passes, record)
+    assert fits(passes, found.arena_tokens)
+    assert found.arena_tokens == 81_920 or not fits(passes, found.arena_tokens + 1)
+    given = fit(Eval(pass_tokens=600), LLAMA, int(room * GIB), record)
+    assert (given.pass_tokens, given.record) == (600, record)
+    assert given.arena_tokens == 81_920 or not fits(600, given.arena_tokens + 1)
 
 
 def test_the_figures_used_here_are_those_of_7bs_config():
@@ -168,3 +302,80 @@ def test_a_budget_without_room_for_an_evaluation_is_refused_before_the_first_ste
     evaluation = LLAMA.evaluation(LEAST_PASS_TOKENS, LEAST_ARENA_TOKENS)
     with pytest.raises(UserError, match=r"memory_budget_gib=4\.9, .* an evaluation between two steps takes 5\.\d GiB"):
         choose(Train(memory_budget_gib=4.9), LLAMA, GPU, STEP, SHARE, 70 * GIB, evaluation)
+
+
+def brute_force(budget: float, pack: int, evaluation: int, free: int, average: bool = False) -> tuple[int, int]:
+    """(kept, held) layers: as many kept as the budget allows, then as many held beside an evaluation."""
+    answers = math.ceil(1.15 * SHARE * pack)
+
+    def total(keep: int, hold: int) -> int:
+        return sum(LLAMA.table(pack, answers, keep, hold, average).values())
+
+    keep = max((n for n in range(33) if total(n, 0) <= budget * GIB), default=0)
+    hold = max((n for n in range(33) if total(keep, n) <= min(budget * GIB, free - evaluation)), default=0)
+    return keep, hold
+
+
+@pytest.mark.parametrize("average", [0.0, 0.99])
+@pytest.mark.parametrize("budget", [7, 9.3, 17, 23.7, 26, 28, 41])
+@pytest.mark.parametrize("free_gib", [24, 80])
+def test_kept_and_held_layers_are_the_most_that_fit(budget, free_gib, average):
+    evaluation = LLAMA.evaluation(LEAST_PASS_TOKENS, LEAST_ARENA_TOKENS)
+    train = Train(memory_budget_gib=budget, average=average)
+    budget = min(budget, free_gib)
+    found = choose(train, LLAMA, GPU, STEP, SHARE, free_gib * GIB, evaluation)
+    assert found.pack_tokens == 4608
+    truth = brute_force(budget, 4608, evaluation, free_gib * GIB, average > 0)
+    assert (found.keep_layers, found.hold_layers) == truth
+    answers = math.ceil(1.15 * SHARE * 4608)
+    assert found.counted == LLAMA.table(4608, answers, *truth, average > 0)
+
+
+def test_packs_shrink_by_256_tokens_until_they_fit_and_no_further():
+    found = choose(Train(memory_budget_gib=5), LLAMA, GPU, STEP, SHARE)
+
+    def total(pack: int) -> int:
+        return sum(LLAMA.table(pack, math.ceil(1.15 * SHARE * pack), 0, 0).values())
+
+    assert total(found.pack_tokens) <= 5 * GIB < total(found.pack_tokens + 256)
+    assert (4608 - found.pack_tokens) % 256 == 0
+    exactly = total(4608) / GIB
+    assert choose(Train(memory_budget_gib=exactly), LLAMA, GPU, STEP, SHARE).pack_tokens == 4608
+    given = Train(memory_budget_gib=total(700) / GIB, pack_tokens=700)
+    assert choose(given, LLAMA, GPU, STEP, SHARE).pack_tokens == 700
+
+
+def test_the_choice_is_said_in_one_sentence():
+    found = choose(Train(memory_budget_gib=8), LLAMA, GPU, STEP, SHARE)
+    gib = ", ".join(f"{name} {n / 2**30:.2f}" for name, n in found.counted.items())
+    assert found.sentence == (
+        f"fused layers, {found.keep_layers} of 32 keep their activations, packs of 4608 tokens, about "
+        f"{sum(found.counted.values()) / 2**30:.1f} GiB at the peak: {gib}"
+    )
+    assert "kept activations " in gib
+    held = choose(Train(gradient_checkpointing=False), replace(LLAMA, layers=2), CPU, STEP, SHARE)
+    assert held.sentence == (
+        "fused layers, 2 of 2 keep their activations and 2 their dequantised matrices, packs of 1024 tokens"
+    )
+
+
+@pytest.mark.parametrize(("spare", "held"), [(0, 5), (-1, 0)])
+def test_matrices_are_held_whatever_the_budget_up_to_a_gib(monkeypatch, spare, held):
+    monkeypatch.setattr("common.memory.HELD_BYTES", 5 * LLAMA.layer_matrices + spare)
+    few = replace(LLAMA, layers=5)
+    assert choose(Train(), few, GPU, STEP, SHARE).hold_layers == held
+    everything = sum(few.table(4608, math.ceil(1.15 * SHARE * 4608), 0, 5).values())
+    assert choose(Train(memory_budget_gib=everything / GIB), few, GPU, STEP, SHARE).hold_layers == held
+    assert choose(Train(memory_budget_gib=(everything - 1) / GIB), few, GPU, STEP, SHARE).hold_layers < 5
+
+
+def test_an_evaluation_may_take_the_last_byte():
+    least = choose(Train(memory_budget_gib=8, pack_tokens=512), LLAMA, GPU, STEP, SHARE, 70 * GIB)
+    static = sum(least.counted[name] for name in ("base", "adapter", "optimizer"))
+    for spare in (0, -1):
+        evaluation = 8 * GIB - static - spare
+        if spare:
+            with pytest.raises(UserError, match=r"of which there are 8\.0: an evaluation .* takes 8\.0 GiB"):
+                choose(Train(memory_budget_gib=8, pack_tokens=512), LLAMA, GPU, STEP, SHARE, 70 * GIB, evaluation)
+        else:
+            choose(Train(memory_budget_gib=8, pack_tokens=512), LLAMA, GPU, STEP, SHARE, 70 * GIB, evaluation)

@@ -1,20 +1,26 @@
 """Bases stay frozen and exact, adapters fit or are refused."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
-from common import decode, preflight
-from common.config import Base, Config, Lora, load
+from common import decode, model, preflight
+from common.config import Api, Base, Config, Lora, Window, load
 from common.errors import UserError
 from common.model import (
     add_lora,
     compute_dtype,
     load_adapter,
     load_base,
+    load_system,
     load_tokenizer,
+    load_tokenizers,
+    load_weights,
     parameter_counts,
     random_weights,
+    sources,
     tokenizer_sha256,
 )
 from tests.test_packing import gradient, lora_model, packed_loss, trees_of
@@ -24,7 +30,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 CPU = torch.device("cpu")
 
@@ -87,6 +93,42 @@ def test_the_seed_decides_the_adapters_start(tiny_base):
     assert not torch.equal(start(0), start(1))
 
 
+def test_a_new_adapter_is_as_configured_and_changes_nothing_yet(tiny_base):
+    """A is uniform(±1 / √inputs), as PEFT has it; B is zero; both fp32."""
+    base = load_base(Base(str(tiny_base), quant="none", dtype="bf16"), CPU)
+    ids = torch.arange(5, 25)[None]
+    before = base(input_ids=ids).logits
+    found = add_lora(base, Lora(rank=3, alpha=7, dropout=0.25, targets=("q_proj", "down_proj")), seed=0)
+    weights = {name: p for name, p in found.named_parameters() if p.requires_grad}
+    assert len(weights) == 2 * 2 * 2
+    for name, weight in weights.items():
+        assert weight.dtype == torch.float32
+        if "lora_A" in name:
+            inputs = 128 if "down_proj" in name else 64
+            assert weight.shape == (3, inputs)
+            assert 0.95 < weight.abs().max() * inputs**0.5 <= 1
+            assert weight.std().item() == pytest.approx((3 * inputs) ** -0.5, rel=0.15)
+        else:
+            assert weight.shape == (64, 3)
+            assert not weight.any()
+    assert torch.equal(found.eval()(input_ids=ids).logits, before)
+    settings = found.peft_config["default"]
+    assert (settings.r, settings.lora_alpha, settings.lora_dropout, settings.bias) == (3, 7, 0.25, "none")
+    assert (settings.target_modules, settings.task_type) == ({"q_proj", "down_proj"}, "CAUSAL_LM")
+
+
+def test_a_system_is_its_base_its_adapter_or_a_new_one_of_its_seed(tiny_base, monkeypatch):
+    done = []
+    monkeypatch.setattr(model, "load_base", lambda base, device: f"{base.path} on {device}")
+    monkeypatch.setattr(model, "load_adapter", lambda *args: done.append(args) or "trained")
+    monkeypatch.setattr(model, "add_lora", lambda *args: done.append(args) or SimpleNamespace(eval=lambda: "new"))
+    base, lora = Base("base"), Lora(rank=2)
+    assert load_system(Config("x", base), "adapter", CPU) == "base on cpu"
+    assert load_system(Config("x", base, lora=lora, seed=7), "adapter", CPU) == "trained"
+    assert load_system(Config("x", base, lora=lora, seed=7), None, CPU) == "new"
+    assert done == [("base on cpu", "adapter", base), ("base on cpu", lora, 7)]
+
+
 def test_qlora7b_trains_the_share_of_llama_2_that_its_rank_and_targets_say():
     config = load("qlora7b")
     with torch.device("meta"):
@@ -102,9 +144,65 @@ def test_a_four_bit_weight_counts_as_one_weight(tiny_base):
     assert parameter_counts(load_base(nf4(tiny_base), CPU)) == plain
 
 
-def test_compute_is_fp32_on_a_cpu_unless_said_otherwise():
+@pytest.mark.parametrize("bf16", [True, False])
+def test_compute_is_fp32_on_a_cpu_and_16_bits_as_a_gpu_has_them_unless_said_otherwise(monkeypatch, bf16):
+    gpu, asked = torch.device("cuda"), []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: asked.append(how) or bf16)
     assert compute_dtype(Base("x"), CPU) == torch.float32
-    assert compute_dtype(Base("x", dtype="bf16"), CPU) == torch.bfloat16
+    assert asked == []
+    assert compute_dtype(Base("x"), gpu) == (torch.bfloat16 if bf16 else torch.float16)
+    assert asked == [{"including_emulation": False}]
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        assert compute_dtype(Base("x", dtype=name), CPU) == compute_dtype(Base("x", dtype=name), gpu) == dtype
+
+
+@pytest.mark.parametrize(("quant", "double", "dtype"), [("nf4", True, "fp32"), ("fp4", False, "bf16")])
+def test_a_base_is_quantised_as_configured_and_frozen(tiny_base, quant, double, dtype):
+    base = load_base(Base(str(tiny_base), quant=quant, double_quant=double, dtype=dtype), CPU)
+    matrices = [m for m in base.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(matrices) == 2 * 7
+    for m in matrices:
+        state = m.weight.quant_state
+        assert (state.quant_type, state.nested, m.compute_dtype) == (
+            quant,
+            double,
+            compute_dtype(Base("x", dtype=dtype), CPU),
+        )
+        assert m.support_avx512bf16_for_cpu is False
+    assert not base.training
+    assert not any(p.requires_grad for p in base.parameters())
+    assert base.dtype == base.lm_head.weight.dtype == compute_dtype(Base("x", dtype=dtype), CPU)
+
+
+@pytest.mark.parametrize(
+    ("config", "loaded", "own", "cutter"),
+    [
+        (Config("x", Base("b", revision="r")), [("b", "r")], 0, 0),
+        (Config("x", Base("b", tokenizer="t")), [("t",)], 0, 0),
+        (Config("x", Base("b"), window=Window(tokenizer="w")), [("b", "main"), ("w",)], 0, 1),
+        (Config("x", Base("b", quant="none"), window=Window(tokenizer="w"), api=Api("http://host/v1")), [("w",)], 0, 0),
+    ],
+)
+def test_text_is_cut_by_the_systems_own_tokenizer_unless_another_is_named(monkeypatch, config, loaded, own, cutter):
+    asked: list[tuple] = []
+    monkeypatch.setattr(model, "load_tokenizer", lambda *args: asked.append(args) or str(len(asked) - 1))
+    assert load_tokenizers(config) == (str(own), str(cutter))
+    assert asked == loaded
+
+
+def test_a_tokenizer_without_eos_or_offsets_is_refused(monkeypatch):
+    asked: list[tuple] = []
+    made = SimpleNamespace(eos_token_id=0, is_fast=False)
+    monkeypatch.setattr(
+        model.AutoTokenizer, "from_pretrained", lambda *args, **more: asked.append((args, more)) or made
+    )
+    with pytest.raises(UserError, match=r"base: its tokenizer has no tokenizer\.json"):
+        load_tokenizer("base", "v2")
+    assert asked == [(("base",), {"revision": "v2"})]
+    made.eos_token_id = None
+    with pytest.raises(UserError, match="base: its tokenizer has no EOS token"):
+        load_tokenizer("base")
+    assert asked[1][1] == {"revision": "main"}
 
 
 # ---- random weights ------------------------------------------------------------------------------------------------
@@ -135,6 +233,44 @@ def test_the_shapes_of_gated_and_large_models_are_at_hand(name, size):
     _, _, weights = random_weights(Base(f"configs/shapes/{name}"))
     assert sum(w.numel() for w in weights.values()) == size
     assert len({w.untyped_storage().data_ptr() for w in weights.values() if w.dim() > 1}) == 1  # one buffer for all
+
+
+def test_random_weights_are_normal_as_the_config_says_norms_one_and_biases_zero(tmp_path):
+    config = Qwen2Config(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.125, tie_word_embeddings=True,
+    )  # fmt: skip
+    config.architectures = ["Qwen2ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    kind, found, weights = random_weights(Base(str(tmp_path)))
+    assert (kind.__name__, found.vocab_size) == ("Qwen2ForCausalLM", 300)
+    assert "lm_head.weight" not in weights  # tied: it is the embeddings
+    for name, weight in weights.items():
+        if weight.dim() > 1:
+            assert weight.dtype == torch.bfloat16
+            assert weight.float().std().item() == pytest.approx(0.125, rel=0.1)
+            assert abs(weight.float().mean().item()) < 0.01
+        else:
+            assert (weight == (0 if name.endswith("bias") else 1)).all()
+    assert any(name.endswith("bias") for name in weights)
+    starts = [w.storage_offset() for w in weights.values() if w.dim() > 1]
+    assert len(set(starts)) == len(starts) == 1 + 2 * 7
+
+
+def test_a_tokenizers_fingerprint_is_the_hash_of_vocabulary_ids_text_and_eos(tiny_base):
+    tokenizer = load_tokenizer(str(tiny_base))
+    ids = tokenizer(model.PROBE).input_ids
+    does = [sorted(tokenizer.get_vocab().items()), ids, tokenizer.decode(ids), 1]
+    before = hashlib.sha256(json.dumps(does).encode()).hexdigest()
+    assert tokenizer_sha256(tokenizer) == before
+    other = load_tokenizer(str(tiny_base))
+    other.add_tokens(["never in a text"])
+    assert tokenizer_sha256(other) != before
+    loaded = SimpleNamespace(config=SimpleNamespace(_commit_hash="c0ffee"))
+    sums = {"tokenizer": before, "cutter": tokenizer_sha256(other)}
+    assert sources(loaded, tokenizer, other) == {**sums, "base_commit": "c0ffee"}
+    assert sources(SimpleNamespace(config=object()), tokenizer, other) == {**sums, "base_commit": None}
+    assert sources(None, tokenizer, other) == {**sums, "base_commit": None}
 
 
 def test_a_tokenizers_fingerprint_is_of_what_it_does_and_not_of_its_file(tiny_base):
@@ -205,14 +341,30 @@ def test_an_adapter_of_another_base_is_refused_by_name(adapter, tiny_base):
         load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
 
 
-def test_an_adapter_of_other_shapes_is_refused(adapter, smollm2_base, tmp_path):
+def test_an_adapter_of_other_shapes_is_refused(adapter, tiny_base, tmp_path):
     moved = tmp_path / "tiny-llama"  # the name fits, the shapes do not
-    shutil.copytree(smollm2_base, moved, ignore=shutil.ignore_patterns("*.json"), dirs_exist_ok=True)
-    for file in smollm2_base.glob("*.json"):
-        shutil.copy(file, moved)
-    base = Base(str(moved), quant="none", dtype="fp32")
+    moved.mkdir()
+    settings = json.loads((tiny_base / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({**settings, "intermediate_size": 256}))
+    base = Base(str(moved), quant="none", dtype="fp32", random_weights=True)
     with pytest.raises(UserError, match="does not fit this base"):
         load_adapter(load_base(base, CPU), adapter, base)
+
+
+@pytest.mark.parametrize("harm", ["a weight less", "a weight more"])
+def test_weights_that_are_not_this_adapters_are_refused_by_name(adapter, tiny_base, harm):
+    found = add_lora(load_base(nf4(tiny_base), CPU), Lora(rank=4), seed=0)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    load_weights(found, weights, "here")
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    if harm == "a weight less":
+        del weights[name]
+    else:
+        weights = {**weights, name.replace("layers.1", "layers.2"): weights[name]}
+    with pytest.raises(
+        UserError, match=r"here: the adapter does not fit this base \(first odd weight: .*layers\.[12]\.mlp"
+    ):
+        load_weights(found, weights, "here")
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])

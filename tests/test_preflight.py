@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 from common import preflight
-from common.config import Base, Config, Window, load
+from common.config import Api, Base, Config, Window, load
 from common.errors import UserError
 from tests.conftest import ROOT
 
@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 LLAMA = Base("meta-llama/Llama-2-7b-hf", min_gpu_gib=8)
@@ -126,11 +127,105 @@ def test_the_systems_of_seven_billion_weights_ask_for_a_gpu():
 
 def test_it_needs_nothing_that_others_have_imported():
     """The hub's package gives its modules only to who imports them; under pytest someone always has."""
-    code = "from common import preflight; from common.config import Base; preflight.weights(Base('some/model'))"
+    code = "import sys, types; sys.modules['torch'] = types.ModuleType('torch'); "  # which takes seconds
+    code += "from common import preflight; from common.config import Base; preflight.weights(Base('some/model'))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
     )
     assert "UserError: base.path=some/model is not on this disk" in done.stderr
+
+
+@pytest.mark.parametrize(("gib", "fits"), [(7.99, False), (8, True), (8.01, True)])
+def test_a_gpu_of_just_the_size_that_is_needed_will_do(hub, monkeypatch, gib, fits):
+    set_gpu(monkeypatch, gib)
+    if fits:
+        preflight.gpu(LLAMA, "x")
+    else:
+        with pytest.raises(UserError, match=r"Some GPU has 8\.0 GiB\. x needs ≥ 8 GiB"):
+            preflight.gpu(LLAMA, "x")
+    set_gpu(monkeypatch, None)
+    preflight.gpu(replace(LLAMA, min_gpu_gib=0), "x")
+
+
+@pytest.mark.parametrize(
+    ("cached", "random_weights", "whence"),
+    [
+        ((), False, "may be downloaded"),
+        (("config.json",), False, "may be downloaded"),
+        (("config.json",), True, "here"),
+        (("model.safetensors",), True, "may be downloaded"),
+        (("config.json", "model.safetensors"), False, "here"),
+        (("config.json", "model.safetensors.index.json"), False, "here"),
+        (("model.safetensors",), False, "may be downloaded"),
+    ],
+)
+def test_weights_are_here_where_the_cache_has_config_and_weights_of_this_revision(hub, cached, random_weights, whence):
+    hub.try_to_load_from_cache.side_effect = lambda path, name, revision: (
+        f"/cache/{name}" if (path, revision) == (LLAMA.path, "v2") and name in cached else object()
+    )
+    base = replace(LLAMA, revision="v2", random_weights=random_weights)
+    assert preflight.weights(base) == whence
+    assert hub.auth_check.called == (whence != "here")
+    assert hub.model_info.called == (whence != "here" and not random_weights)
+    assert preflight.weights(replace(base, revision="v3")) == "may be downloaded"
+
+
+@pytest.mark.parametrize(("free", "fits"), [(7 * 2**30, True), (7 * 2**30 - 1, False)])
+def test_a_download_needs_room_for_all_weights_and_for_nothing_else(hub, monkeypatch, tmp_path, free, fits):
+    files = [("a.safetensors", 3 * 2**30), ("b.safetensors", 4 * 2**30), ("c.safetensors", None), ("d.bin", 10**18)]
+    hub.model_info.return_value = SimpleNamespace(siblings=[SimpleNamespace(rfilename=n, size=s) for n, s in files])
+    monkeypatch.setattr(preflight.constants, "HF_HUB_CACHE", str(tmp_path / "not" / "there"))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: {tmp_path: SimpleNamespace(free=free)}[folder])
+    base = replace(LLAMA, revision="v2")
+    if fits:
+        preflight.weights(base)
+    else:
+        with pytest.raises(
+            UserError, match=rf"Llama-2-7b-hf takes 7\.0 GiB and {tmp_path} has 7\.0 GiB free: make room"
+        ):
+            preflight.weights(base)
+    hub.model_info.assert_called_once_with(LLAMA.path, revision="v2", files_metadata=True)
+    hub.auth_check.assert_called_once_with(LLAMA.path)
+
+
+def test_a_revision_that_is_not_there_is_named(hub):
+    hub.model_info.side_effect = refusal(RevisionNotFoundError)
+    with pytest.raises(UserError, match=r"base\.revision=v9: meta-llama/Llama-2-7b-hf has no such revision"):
+        preflight.weights(replace(LLAMA, revision="v9"))
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("~/absent", "~/absent: no such model folder; set base.path to a model folder or a hub id"),
+        ("./absent", "no such model folder"),
+        ("/absent", "no such model folder"),
+        ("one/two/three", "no such model folder"),
+        (".cache/smollm2-of-mine", "no such model folder; make smollm2 fetches it"),
+        ("no id", "no id: no such folder here, and no hub id looks like that"),
+    ],
+)
+def test_a_path_that_is_none_is_no_hub_id(hub, path, words):
+    with pytest.raises(UserError, match=words):
+        preflight.weights(Base(path))
+    hub.auth_check.assert_not_called()
+
+
+@pytest.mark.parametrize("path", ["./absent", "/absent", "~/absent"])
+def test_a_window_tokenizers_folder_is_not_asked_of_the_hub(hub, path):
+    hub.auth_check.side_effect = AssertionError("asks the hub")
+    preflight.tokenizer(path)
+    hub.try_to_load_from_cache.side_effect = lambda path, name: "there" if name == "tokenizer.json" else None
+    preflight.tokenizer("some/model")
+    with pytest.raises(UserError, match="no hub id looks like that"):
+        preflight.tokenizer("no id")
+
+
+def test_a_hosted_models_weights_and_gpu_are_not_asked_for(hub, monkeypatch):
+    set_gpu(monkeypatch, None)
+    hub.auth_check.side_effect = AssertionError("asks the hub")
+    config = Config("x", replace(LLAMA, quant="none"), window=Window(tokenizer="./t"), api=Api("http://host/v1"))
+    preflight.check(config)
 
 
 def test_a_file_is_no_model(hub, tmp_path):

@@ -1,5 +1,6 @@
 """The scripts as a user meets them: what they print, what they write, and how they refuse."""
 
+import contextlib
 import io
 import json
 import os
@@ -15,11 +16,12 @@ import bench_latency
 import eval_loop
 import report
 import train_loop
-from common import stopping
 from common.errors import UserError
+from tests import answering
 from tests.conftest import ROOT
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 
@@ -30,100 +32,97 @@ def run(*command: str, **env: str) -> subprocess.CompletedProcess:
 # ---- from training to the report -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def finished(tiny_config, tmp_path, capsys, monkeypatch):
-    """A trained, scored and timed adapter and its scored base; returns what each script printed."""
-    monkeypatch.setattr(bench_latency, "FIXED", 3)
-    raw = tmp_path / "raw.yaml"
-    raw.write_text(tiny_config.read_text().replace("system: tiny", "system: raw"))
-    out = {}
+@pytest.fixture(scope="module")
+def finished(answering_base, tmp_path_factory):
+    """A trained, scored and timed adapter and its scored base: (folder, what each script printed)."""
+    folder = tmp_path_factory.mktemp("finished")
+    train, dev = (
+        answering.squad_file(folder / f"{name}.json", n, seed) for name, n, seed in (("train", 32, 0), ("dev", 12, 1))
+    )
+    config = {
+        "system": "small", "base": {"path": str(answering_base), "dtype": "fp32"}, "lora": {"rank": 4, "alpha": 8},
+        "data": {"train": str(train), "dev": str(dev)}, "window": {"answer": 16},
+        "train": {"lr": 0.01, "questions_per_step": 8, "max_steps": 16, "epochs": 2, "eval_every": 8,
+                  "pack_tokens": 512}, "runs": str(folder / "runs"),
+        "bench": {"queries": 4, "warmup_queries": 1, "processes": 1},
+    }  # fmt: skip
+    for system in ("small", "raw"):
+        (folder / f"{system}.yaml").write_text(yaml.safe_dump({**config, "system": system}))
+    small, out = str(folder / "small.yaml"), {}
     for name, main, arguments in (
-        ("train", train_loop.main, [str(tiny_config)]),
-        ("eval", eval_loop.main, [str(tiny_config)]),
-        ("bench", bench_latency.main, [str(tiny_config)]),
-        ("raw", eval_loop.main, [str(raw), "lora=null", "base.dtype=bf16"]),
-        ("report", report.main, [str(tmp_path / "runs")]),
+        ("train", train_loop.main, [small]),
+        ("eval", eval_loop.main, [small]),
+        ("bench", bench_latency.main, [small]),
+        ("raw", eval_loop.main, [str(folder / "raw.yaml"), "lora=null", "base.dtype=bf16"]),
+        ("report", report.main, [str(folder / "runs")]),
     ):
-        main(arguments)
-        out[name] = capsys.readouterr().out
-    return out
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bench_latency, "FIXED", 3)
+            main(arguments)
+        out[name] = said.getvalue()
+    return folder, out
 
 
-def test_every_script_ends_with_one_json_object_and_the_report_says_it_all(finished, tmp_path):
-    results = {name: json.loads(out.strip().splitlines()[-1]) for name, out in finished.items()}
+def test_every_script_ends_with_one_json_object_and_the_report_says_it_all(finished):
+    folder, out = finished
+    results = {name: json.loads(text.strip().splitlines()[-1]) for name, text in out.items()}
     evaluation, bench = results["eval"], results["bench"]
-    assert f"EM {evaluation['em']:.2f}" in finished["eval"]
-    assert evaluation["em_interval"][0] <= evaluation["em"] <= evaluation["em_interval"][1]
-    predictions = json.loads((tmp_path / evaluation["run"] / "predictions.json").read_text())
-    assert len(predictions) == evaluation["n"] == 12
+    assert f"EM {evaluation['em']:.2f}" in out["eval"]
+    assert 0 < results["raw"]["em"] < evaluation["em"], "training helps"
+    assert results["train"]["em"] == evaluation["em"]
+    assert evaluation["em_interval"][0] < evaluation["em"] < evaluation["em_interval"][1]
+    predictions = json.loads((Path(evaluation["run"]) / "predictions.json").read_text())
+    assert len(predictions) == evaluation["n"] == 36
     assert bench["n"] == bench["natural"]["n"] == 4
-    assert bench["fixed"]["n"] == 3  # as FIXED says here
-    assert bench["fixed"]["mean_tokens"] == 32
-    assert bench["latency"]["p95_ms"] >= bench["latency"]["p50_ms"] >= bench["ttft"]["p50_ms"] > 0
-    assert bench["latency"]["p95_interval_ms"] is None  # 4 queries cannot give one
-    assert "too small" in finished["bench"]
-    assert "no VRAM was measured" in finished["bench"]
-    assert bench["peak"]["rss_bytes"] > 0
+    assert (bench["fixed"]["n"], bench["fixed"]["mean_tokens"]) == (3, 16)
+    assert bench["adapter"] == evaluation["adapter"]
+    assert "no VRAM was measured" in out["bench"]
 
     (group,) = results["report"]["groups"]
-    assert {row["system"] for row in group["rows"]} == {"tiny", "raw"}
+    assert {row["system"] for row in group["rows"]} == {"small", "raw"}
     (test,) = group["tests"]
     assert test["em_gain"] == pytest.approx(evaluation["em"] - results["raw"]["em"])
-    page, markdown = ((tmp_path / "runs" / f"report.{kind}").read_text() for kind in ("html", "md"))
-    for text in (page, markdown, finished["report"]):
+    page, markdown = ((folder / "runs" / f"report.{kind}").read_text() for kind in ("html", "md"))
+    for text in (page, markdown, out["report"]):
         assert f"{evaluation['f1']:.2f}" in text
         assert "McNemar" in text
-    for run, found in zip((results["eval"], results["raw"]), group["mistakes"], strict=True):
+    of = {"small": evaluation, "raw": results["raw"]}
+    for row, found in zip(group["rows"], group["mistakes"], strict=True):
+        run = of[row["system"]]
         assert sum(found["kinds"].values()) == run["n"]
         assert 100 * found["kinds"]["right"] / run["n"] == pytest.approx(run["em"])
     assert all("Right and wrong answers" in text for text in (page, markdown))
 
 
-def test_a_record_says_what_decided_the_number(finished, tmp_path):
-    (path,) = (tmp_path / "runs").glob("tiny-*-eval-001/record.json")
+def test_a_record_says_what_decided_the_number(finished):
+    folder, _ = finished
+    (path,) = (folder / "runs").glob("small-*-eval-001/record.json")
     record = json.loads(path.read_text())
     assert record["must_match"].keys() == {"data", "questions", "prompt", "scorer", "window"}
     assert record["may_differ"]["versions"]["torch"]
     assert record["may_differ"]["engine"] == "stream"
-    for other in (tmp_path / "runs").glob("tiny-*/record.json"):
+    for other in (folder / "runs").glob("small-*/record.json"):
         assert json.loads(other.read_text())["may_differ"]["tokenizer"] == record["may_differ"]["tokenizer"]
     assert record["config"]["lora"]["rank"] == 4
 
 
-def test_an_untrained_system_says_how_to_train_it(tiny_config):
-    with pytest.raises(UserError, match="make train MODEL=tiny"):
-        eval_loop.main([str(tiny_config)])
-
-
-def test_a_context_longer_than_the_window_is_cut_and_counted(tiny_config, dev_file, capsys):
-    data = json.loads(dev_file.read_text())
-    paragraph = data["data"][0]["paragraphs"][0]
-    paragraph["context"] += " amber" * 2000
-    dev_file.write_text(json.dumps(data))
-    for overflow in ("truncate", "chunk"):
-        eval_loop.main([str(tiny_config), "lora=null", f"window.overflow={overflow}"])
-        result = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert result["truncated_share"] == len(paragraph["qas"]) / 12
-
-
-def test_dev_can_be_a_fixed_part_of_itself(tiny_config, capsys):
-    eval_loop.main([str(tiny_config), "lora=null", "data.dev_questions=5"])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 5
-
-
-def test_asking_prints_answer_span_confidence_and_time(tiny_config, capsys, monkeypatch):
-    arguments = [str(tiny_config), "lora=null", "--context", "An amber bridge stands by the canal.", "--question"]
-    ask.main([*arguments, "What stands by the canal?"])
+def test_asking_prints_answer_span_confidence_and_time(answering_config, capsys, monkeypatch):
+    context = "Note 1: here are the otter, the chisel and nothing more."
+    arguments = [str(answering_config), "lora=null", "--context", context, "--question"]
+    ask.main([*arguments, "Which animal is meant?"])
     answer, about, line = capsys.readouterr().out.splitlines()[-3:]
     result = json.loads(line)
-    assert result["answer"] == answer or answer == "(nothing)"
-    assert 0 < result["confidence"] <= 1
-    assert result["passes"] <= result["tokens"] <= 32
-    assert ("not a span" in about) == (result["span"] is None)
-    monkeypatch.setattr(ask.sys, "stdin", io.StringIO("What stands by the canal?\n"))
+    assert answer == result["answer"] == "otter"
+    assert result["span"] == [21, 26]
+    assert 0.5 < result["confidence"] <= 1
+    assert about.startswith(f"characters 21 to 26 of the context; confidence {result['confidence']:.0%}; ")
+    assert result["ended_by_itself"]
+    assert result["passes"] <= result["tokens"] == 2
+    assert not result["context_cut"]
+    monkeypatch.setattr(ask.sys, "stdin", io.StringIO("Which animal is meant?\n"))
     ask.main([*arguments, ""])
-    again = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert again["answer"] == result["answer"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["answer"] == "otter"
 
 
 @pytest.mark.parametrize(
@@ -147,15 +146,16 @@ def test_what_is_not_given_comes_from_stdin(monkeypatch, context, question, stdi
             ask.texts(context, question)
 
 
-def test_text_that_is_no_text_and_a_context_that_is_cut_are_said(tiny_config, capsys):
+def test_text_that_is_no_text_and_a_context_that_is_cut_are_said(answering_config, capsys):
     with pytest.raises(UserError, match="must be UTF-8"):
         ask.texts("caf\udce9", "q")
+    window = ["window.context=64", "window.stride=64", "window.answer=16"]
     for overflow, cut in (("truncate", True), ("chunk", False)):
-        ask.main([str(tiny_config), "lora=null", f"window.overflow={overflow}", "--question", "Which?", "--context",
-                  "amber bridge " * 600])  # fmt: skip
+        ask.main([str(answering_config), "lora=null", f"window.overflow={overflow}", *window, "--question", "Which?",
+                  "--context", "the otter and " * 50])  # fmt: skip
         said = capsys.readouterr().out
         assert json.loads(said.splitlines()[-1])["context_cut"] == cut
-        assert ("first 416 tokens" in said) == cut
+        assert ("first 64 tokens" in said) == cut
 
 
 def test_make_hands_text_on_as_it_was_typed(tmp_path):
@@ -169,66 +169,13 @@ def test_make_hands_text_on_as_it_was_typed(tmp_path):
     assert run("make", "-s", "ask", *typed, "-o", str(ready)).stdout == f"{text}|$1?"
 
 
-def test_a_measuring_process_that_dies_is_named(tiny_config, monkeypatch):
-    monkeypatch.setattr(stopping, "run", lambda command: -9)
-    with pytest.raises(UserError, match="measuring process 1 of 2 ended with -9"):
-        bench_latency.main([str(tiny_config), "lora=null", "bench.processes=2"])
-
-
-def test_the_process_in_the_middle_is_reported(tiny_config, monkeypatch, capsys):
-    """Three processes whose queries take 1, 3 and 2 times as long."""
-    times = iter([1.0, 3.0, 2.0])
-
-    def measured(command):
-        slow = next(times)
-        sample = {"first": 0.01 * slow, "last": 0.03 * slow, "tokens": 5, "passes": 2, "drafted": 15, "accepted": 3}
-        queries = [{**sample, "total": 0.04 * slow * (1 + i / 100)} for i in range(100)]
-        memory = {"allocated_bytes": None, "reserved_bytes": None, "rss_bytes": int(slow)}
-        found = {"ids": [str(i) for i in range(100)],
-                 "modes": dict.fromkeys(bench_latency.MODES, queries),
-                 "gauges": {"natural": memory}, "made_by": {"engine": "drafts"}, "peak": memory,
-                 "nvml": {"natural": {"process_bytes": None, "device_bytes": int(slow) * 2**30, "processes": 2,
-                                      "energy_j": 100 * slow, "clock_mhz": [1, 1000 * slow, 2000],
-                                      "throttled": ["power cap"] if slow == 3 else []}}}  # fmt: skip
-        Path(command[-1]).write_text(json.dumps(found))
-        return 0
-
-    monkeypatch.setattr(stopping, "run", measured)
-    bench_latency.main([str(tiny_config), "lora=null", "bench.processes=3"])
-    said = capsys.readouterr().out
-    result = json.loads(said.splitlines()[-1])
-    assert result["natural"]["processes_p95_ms"] == pytest.approx([77.62, 232.86, 155.24])
-    assert result["latency"]["p95_ms"] == pytest.approx(155.24)
-    low, high = result["latency"]["p95_interval_ms"]
-    assert low < 155.24 < high
-    assert result["tpot"]["p50_ms"] == pytest.approx(1000 * 0.04 / 4)
-    assert result["natural"]["drafts_accepted"] == 0.2
-    assert result["peak"]["rss_bytes"] == 3
-    assert "200.0% apart" in said
-    assert result["host"]["cores"] == os.cpu_count()
-    assert f"host: {result['host']['load']:.1f} processes at work" in said
-    assert result["phases"]["natural"] == {
-        "allocated_bytes": None, "reserved_bytes": None, "rss_bytes": 3, "process_bytes": None,
-        "device_bytes": 3 * 2**30, "processes": 2, "energy_j_per_query": 2.0, "clock_mhz": [1, 2000, 2000],
-        "throttled": ["power cap"],
-    }  # fmt: skip
-    assert result["nvml_peak"] == {"process_bytes": None, "device_bytes": 3 * 2**30}
-
-
 # ---- errors, from outside ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        (["sweep.py", "absent"], 'unknown sweep "absent"'),
-        (["report.py", "absent"], "no finished evaluation"),
-    ],
-)
-def test_a_mistake_is_one_line_and_exit_code_2(command, words):
-    result = run(sys.executable, *command, CUDA_VISIBLE_DEVICES="")
+def test_a_mistake_is_one_line_and_exit_code_2():
+    result = run(sys.executable, "sweep.py", "absent", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 2
-    assert words in result.stderr
+    assert 'unknown sweep "absent"' in result.stderr
     assert "Traceback" not in result.stderr
     assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
     assert result.stdout == ""
@@ -239,6 +186,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(command, words):
     [
         (train_loop.main, ["qlora7B"], 'did you mean "qlora7b"'),
         (bench_latency.main, ["smollm2-raw", "data.dev=absent.json"], "absent.json: no such file"),
+        (report.main, ["absent"], "no finished evaluation"),
     ],
 )
 def test_what_is_wrong_is_named(main, arguments, words):

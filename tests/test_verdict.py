@@ -1,10 +1,13 @@
 """A verdict says what the questions say, in words, and no more than they bear."""
 
 import json
+import math
+import runpy
+from dataclasses import replace
 
-from common import squad
+from common import verdict as module
 from common.errors import UserError
-from common.verdict import compare, main
+from common.verdict import Verdict, compare, main
 
 import pytest
 
@@ -15,6 +18,76 @@ def rows(right: str, articles: int = 17):
         str(i): {"em": mark == "x", "f1": 1.0 if mark == "x" else 0.25, "article": f"article {i % articles}"}
         for i, mark in enumerate(right)
     }
+
+
+# em of a and b, f1 of a and b
+TWO_ARTICLES = {
+    "P": [(1, 0, 1, 0.5), (1, 0, 1, 0), (1, 0, 1, 0.25), (1, 1, 1, 1)],
+    "Q": [(1, 0, 1, 0.75), (0, 1, 0.5, 1), (1, 1, 1, 1), (0, 0, 0, 0.5), (0, 0, 0.5, 0.5), (0, 0, 0, 0)],
+}
+T = 12.706205, 1.376382  # tables of t with one degree of freedom: at 0.975 and at 0.8
+
+
+def side(i: int):
+    return {
+        f"{article}{n}": {"em": bool(row[i]), "f1": row[2 + i], "article": article}
+        for article, found in TWO_ARTICLES.items()
+        for n, row in enumerate(found)
+    }
+
+
+def test_every_figure_of_a_verdict_is_its_own():
+    """Of two articles the interval is the range of their means: 3 of 4 and 0 of 6 in EM, 2.25 and -0.75 in F1."""
+    a, b = side(0), side(1)
+    (verdict, other) = compare([("new", "old", a, b), ("same", "old", b, b)])
+    error = math.sqrt(2 * (1.8**2 + 1.8**2)) / 10  # the articles' sums of EM, 3 and 0, less 4 and 6 times the mean 0.3
+    assert verdict == Verdict(
+        a="new", b="old",
+        em_gain=pytest.approx(30), em_interval=(pytest.approx(0), pytest.approx(75)),
+        f1_gain=pytest.approx(15), f1_interval=(pytest.approx(-12.5), pytest.approx(56.25)),
+        only_a=4, only_b=1, p=pytest.approx(2 * (1 + 5) / 2**5), p_adjusted=pytest.approx(0.75), tests=2,
+        detectable=pytest.approx(100 * sum(T) * error, rel=1e-6),
+    )  # fmt: skip
+    assert str(verdict) == (
+        "new and old cannot be told apart: +30.00 [0.00, 75.00] EM (a difference of 507.0 would mostly have been seen),"
+        " +15.00 [-12.50, 56.25] F1; right where the other is wrong: 4 against 1 questions, exact McNemar p = 0.38, "
+        "p = 0.75 among 2 tests"
+    )
+    assert str(other) == (
+        "same and old cannot be told apart: +0.00 [0.00, 0.00] EM, +0.00 [0.00, 0.00] F1; "
+        "right where the other is wrong: 0 against 0 questions, exact McNemar p = 1, p = 1 among 2 tests"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "better"),
+    [
+        ({}, True),
+        ({"em_gain": 0.5}, True),
+        ({"em_gain": -0.5}, False),
+        ({"p_adjusted": 0.05}, None),
+        ({"p_adjusted": 0.0499}, True),
+        ({"p": 0.9}, True),  # what is adjusted decides
+        ({"em_interval": (0.0, 3.0)}, None),
+        ({"em_interval": (0.01, 3.0)}, True),
+        ({"em_interval": (-3.0, 0.0), "em_gain": -2.0}, None),
+        ({"em_interval": (-3.0, -0.01), "em_gain": -2.0}, False),
+        ({"em_interval": None}, True),
+        ({"em_interval": None, "p_adjusted": 0.06}, None),
+        ({"f1_interval": (-1.0, 1.0), "f1_gain": -1.0}, True),  # EM decides
+    ],
+)
+def test_both_the_adjusted_p_and_the_interval_of_em_must_say_so(change, better):
+    verdict = Verdict("a", "b", 2.0, (1.0, 3.0), 1.0, (0.5, 1.5), 30, 10, 0.01, 0.02, 1, 1.4)
+    assert replace(verdict, **change).better is better
+
+
+@pytest.mark.parametrize(
+    ("p", "words"), [(1e-10, "p = 1e-10"), (9.99e-11, "p < 1e-10"), (0.0316, "p = 0.032"), (1.0, "p = 1")]
+)
+def test_a_p_has_two_digits_or_is_very_small(p, words):
+    verdict = Verdict("a", "b", 2.0, (1.0, 3.0), 1.0, (0.5, 1.5), 30, 10, p, p, 1, 1.4)
+    assert str(verdict).endswith(f"30 against 10 questions, exact McNemar {words}")
 
 
 def test_the_better_one_is_named_with_interval_counts_and_p():
@@ -77,23 +150,88 @@ def test_other_questions_are_refused():
     assert compare([]) == []
 
 
-def test_prediction_files_are_compared_with_the_first(tmp_path, dev_file, capsys):
-    dev = squad.read(str(dev_file), "dev").examples
-    gold = {e.id: e.answers[0].text for e in dev}
-    files = {"right": gold, "half": dict(list(gold.items())[::2]), "wrong": dict.fromkeys(gold, "no")}
-    paths = {name: tmp_path / f"{name}.json" for name in files}
-    for name, texts in files.items():
-        paths[name].write_text(json.dumps(texts))
-    main([str(dev_file), *(str(paths[name]) for name in files)])
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"{paths['right']}: EM 100.00 F1 100.00, n {len(dev)}"
-    assert said[1] == f"{paths['half']}: EM 50.00 F1 50.00, n {len(dev)}, {len(dev) // 2} missing"
-    assert len(said) == 5
-    assert said[4].startswith(f"{paths['wrong']} loses to {paths['right']}: -100.00")
-    assert said[4].endswith("within 1 EM of each other: p = 1")
-    one = json.loads(dev_file.read_text())
-    dev_file.write_text(json.dumps({**one, "data": [{**a, "title": "the only one"} for a in one["data"]]}))
-    main([str(dev_file), str(paths["right"]), str(paths["wrong"])])
-    assert "McNemar" in capsys.readouterr().out.splitlines()[-1]
+# ---- make compare --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dev(tmp_path):
+    """Three questions of article P and two of article Q, which all ask for `red stone`."""
+    context = "the red stone"
+    data = [
+        {"title": title, "paragraphs": [{"context": context, "qas": [
+            {"id": f"{title}{i}", "question": "?", "answers": [{"text": "red stone", "answer_start": 4}]}
+            for i in range(n)
+        ]}]}
+        for title, n in (("P", 3), ("Q", 2))
+    ]  # fmt: skip
+    (tmp_path / "dev.json").write_text(json.dumps({"data": data}))
+    return tmp_path / "dev.json"
+
+
+def predictions(path, **texts: str) -> str:
+    path.write_text(json.dumps(texts))
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    first = dict.fromkeys(("P0", "P1", "P2", "Q1"), "red stone") | {"Q0": "red"}
+    other = {"P0": "red", "P1": "stone", "P2": "The red stone!", "Q0": "red stone"}
+    return [
+        predictions(tmp_path / f"{name}.json", **texts)
+        for name, texts in (("first", first), ("other", other), ("same", first))
+    ]
+
+
+def test_prediction_files_are_compared_with_the_first(dev, files, capsys):
+    main([str(dev), *files])
+    first, other, same = files
+    error = 100 * math.sqrt(2 * (0.8**2 + 0.8**2)) / 5  # the articles' sums, -2 and 0, less 3 and 2 times the mean -0.4
+    alike = 0.5 + math.atan((0.4 - 0.01) * 100 / error) / math.pi  # Student's t with one degree of freedom
+    assert capsys.readouterr().out.splitlines() == [
+        f"{first}: EM 80.00 F1 93.33, n 5",
+        f"{other}: EM 40.00 F1 66.67, n 5, 1 missing",
+        f"{same}: EM 80.00 F1 93.33, n 5",
+        f"{other} and {first} cannot be told apart: -40.00 [-66.67, 0.00] EM "
+        f"(a difference of {sum(T) * error:.1f} would mostly have been seen), -26.67 [-33.33, -22.22] F1; "
+        "right where the other is wrong: 1 against 3 questions, exact McNemar p = 0.62, p = 1 among 2 tests; "
+        f"within 1 EM of each other: p = {alike:.2g}",
+        f"{same} and {first} cannot be told apart: +0.00 [0.00, 0.00] EM, +0.00 [0.00, 0.00] F1; "
+        "right where the other is wrong: 0 against 0 questions, exact McNemar p = 1, p = 1 among 2 tests; "
+        "within 1 EM of each other: p = 0",
+    ]
+
+
+def test_of_one_article_files_are_compared_without_intervals(dev, files, capsys):
+    dev.write_text(dev.read_text().replace('"title": "Q"', '"title": "P"'))
+    main([str(dev), *files[:2]])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        f"{files[1]} and {files[0]} cannot be told apart: -40.00 EM, -26.67 F1; "
+        "right where the other is wrong: 1 against 3 questions, exact McNemar p = 0.62"
+    ]
+
+
+def test_two_files_at_least_are_compared_on_a_dev_set(dev, files, tmp_path):
     with pytest.raises(UserError, match="usage: make compare"):
-        main([str(dev_file), str(paths["right"])])
+        main([str(dev), files[0]])
+    with pytest.raises(UserError, match=r"no such file \(data\.dev\)"):
+        main([str(tmp_path / "absent.json"), *files])
+
+
+def test_the_margin_within_which_two_are_alike_is_one_point_of_em(dev, files, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "equivalence", lambda *of: asked.append(of) or 0.0316)
+    main([str(dev), *files[:2]])
+    articles = {"P0": "P", "P1": "P", "P2": "P", "Q0": "Q", "Q1": "Q"}
+    assert asked == [({"P0": -1, "P1": -1, "P2": 0, "Q0": 1, "Q1": -1}, articles, 0.01)]
+    assert capsys.readouterr().out.endswith("; within 1 EM of each other: p = 0.032\n")
+
+
+def test_it_is_a_program(dev, files, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["verdict.py", str(dev), *files[:2]])
+    runpy.run_path(module.__file__, run_name="__main__")
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    monkeypatch.setattr("sys.argv", ["verdict.py", str(dev), files[0]])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(module.__file__, run_name="__main__")
+    assert capsys.readouterr().err.startswith("error: usage: make compare")

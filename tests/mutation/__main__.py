@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--sample", type=int, default=150, help="of a file that has more mutants; 0: all")
     parser.add_argument("--seed", type=int, default=0, help="which sample")
     parser.add_argument("--again", action="store_true", help="only what survived the last time")
+    parser.add_argument("--killers", type=int, default=0, help="show so many of the tests that killed most")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
     modules: dict[str, list[str]] = yaml.safe_load((HERE / "modules.yaml").read_text())
@@ -100,6 +102,8 @@ def one(
         f"{len(tried)} of its {len(candidates)} mutants, {time.monotonic() - began:.0f} s",
         flush=True,
     )
+    for killer, n in Counter(t.killer for t in tried if t.killer).most_common(args.killers):
+        print(f"  {n:4} by {killer}")
     RESULTS.mkdir(parents=True, exist_ok=True)
     memory.write_text(json.dumps([(mutant.was, mutant.now) for mutant in left]))
     return {"file": name, "killed": killed, "not_equivalent": real, "equivalent": len(same), "of": len(candidates)}
