@@ -110,9 +110,12 @@ test: $(READY) $(SMOLLM2) ## the whole test suite, a process a core
 	HF_HUB_OFFLINE=1 $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-gpu: $(READY) $(SMOLLM2) ## what only a GPU can show; fails without one
+	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	  { echo "error: no CUDA GPU is to be seen here; make doctor says why" >&2; exit 2; }
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -m gpu
 
 test-published: $(READY) ## the scorer on published predictions: bert-ensemble, logistic-regression, dev in DATA=folder
+	@test -d "$(DATA)" || { echo "error: DATA=$(DATA): name the folder that holds the published predictions" >&2; exit 2; }
 	PUBLISHED="$(DATA)" $(PY) -m pytest -m published
 
 test-api: $(READY) $(SMOLLM2) ## a hosted model by a real server on this machine, which answers as the model itself does
@@ -123,7 +126,10 @@ test-kernels: $(READY) ## our Triton kernels in Triton's interpreter, without a 
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/triton --requirement requirements-triton.lock
 	TRITON_INTERPRET=1 PYTHONPATH=.cache/triton $(PY) -m pytest -m triton
 
-test-page: $(READY) ## the report in a headless Chromium; fails without one
+test-page: $(READY) ## the report in a headless Chromium; installs one as root on Debian, else fails without
+	@for p in chromium chromium-browser google-chrome chrome; do command -v $$p && exit; done > /dev/null; { apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install --yes -qq --no-install-recommends chromium > /dev/null; } || \
+	  { echo "error: Chromium is not installed; as root on Debian: apt install chromium" >&2; exit 2; }
 	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements-page.lock
 	$(PY) -m pytest -m browser
 
@@ -131,7 +137,7 @@ test-planted: $(READY) $(SMOLLM2) ## regressions planted in the code are caught,
 	$(PY) -m pytest -m planted -s
 
 test-slurm: $(READY) ## a sweep on a real SLURM, started here; as root, on Debian
-	@command -v sbatch && command -v slurmctld && command -v slurmd && command -v munged || { apt-get update -qq && \
+	@command -v sbatch > /dev/null && command -v slurmctld > /dev/null && command -v slurmd > /dev/null && command -v munged > /dev/null || { apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install --yes -qq --no-install-recommends munge slurmctld slurmd slurm-client; } || \
 	  { echo "error: SLURM is not installed; as root on Debian: apt install munge slurmctld slurmd slurm-client" >&2; exit 2; }
 	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements-slurm.lock

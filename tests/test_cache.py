@@ -45,7 +45,9 @@ def test_whatever_decides_the_trees_makes_another_file(folder, tokenizer, exampl
     cache.build_trees(examples, tokenizer, Window(context=300), train=True)
     cache.build_trees(shorter, tokenizer, Window(), train=True)
     cache.build_trees(examples, other, Window(), train=True)
-    cache.build_trees(examples, tokenizer, Window(), train=True, window_tokenizer=other)
+    by_other = cache.build_trees(examples, tokenizer, Window(), train=True, window_tokenizer=other)
+    assert by_other == prompt.build_trees(examples, tokenizer, Window(), train=True, window_tokenizer=other)
+    assert by_other != prompt.build_trees(examples, tokenizer, Window(), train=True)
     monkeypatch.setattr(prompt, "_QUESTION", "\n\nQ: {}\n\nAnswer:")
     cache.build_trees(examples, tokenizer, Window(), train=True)
     assert len(list(folder.iterdir())) == 7

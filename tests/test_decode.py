@@ -252,13 +252,15 @@ def test_what_ends_by_its_stop_token_is_not_cut_by_the_limit(answering_base, eng
 def test_the_probability_of_an_answer_is_that_of_its_stop_token_too(answering_base, engine):
     model, tokenizer = system(answering_base)
     (tree,) = notes(tokenizer)
-    found = predict(model, tokenizer, [tree], stop_ids(tokenizer), 9, Eval(engine), progress=None)
+    stops = [tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in ("otter", "gate")]
+    found = predict(model, tokenizer, [tree], stops, 9, Eval(engine), progress=None)
+    assert {id_: answer.text for id_, answer in found.items()} == {"animal": "otter", "place": "north gate"}
     for branch in tree.branches:
         prompt, ids = tree.prefix_ids + branch.prompt_ids, found[branch.id].token_ids
         logits = model(input_ids=torch.tensor([prompt + ids])).logits[0].double()
         steps = [logits[len(prompt) - 1 + i].softmax(-1)[token] for i, token in enumerate(ids)]
         assert found[branch.id].logprob == pytest.approx(torch.stack(steps).log().sum().item(), abs=1e-4)
-        assert 0.1 < torch.stack(steps).prod() < 1
+        assert max(steps[-1], torch.stack(steps).prod()) < 0.9999
 
 
 def test_tokens_that_another_ties_with_are_counted_by_the_stream(answering_base):

@@ -347,7 +347,7 @@ def test_an_adapter_of_other_shapes_is_refused(adapter, tiny_base, tmp_path):
     settings = json.loads((tiny_base / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps({**settings, "intermediate_size": 256}))
     base = Base(str(moved), quant="none", dtype="fp32", random_weights=True)
-    with pytest.raises(UserError, match="does not fit this base"):
+    with pytest.raises(UserError, match=rf"^{adapter}: the adapter does not fit this base"):
         load_adapter(load_base(base, CPU), adapter, base)
 
 
@@ -402,6 +402,24 @@ def test_a_base_that_is_not_whole_is_refused_and_not_made_up(tiny_base, tmp_path
     (folder / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=r"harmed: no (whole model|model could be loaded)"):
         load_base(replace(nf4(folder), quant=quant), CPU)
+
+
+def test_what_a_base_lacks_is_named_and_counted(tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "harmed")
+    weights = load_file(tiny_base / "model.safetensors")
+    for more, name in (("", "up_proj"), (" and 1 more", "gate_proj"), (" and 2 more", "down_proj")):
+        del weights[f"model.layers.1.mlp.{name}.weight"]
+        save_file(weights, tmp_path / "harmed" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(
+            UserError, match=rf"no whole model: model\.layers\.1\.mlp\.\w+_proj\.weight{more} is missing"
+        ):
+            load_base(Base(str(tmp_path / "harmed"), quant="none"), CPU)
+
+
+def test_of_what_a_library_says_the_first_line_is_told():
+    assert model._first_line(ValueError("\n one \ntwo")) == "one "
+    assert model._first_line(ValueError("x" * 201)) == "x" * 200
+    assert model._first_line(KeyError()) == "KeyError"
 
 
 def test_smollm2_ends_answers_with_its_own_eos_and_pads_with_another_token(smollm2_base):

@@ -212,11 +212,15 @@ def test_a_path_that_is_none_is_no_hub_id(hub, path, words):
 
 
 @pytest.mark.parametrize("path", ["./absent", "/absent", "~/absent"])
-def test_a_window_tokenizers_folder_is_not_asked_of_the_hub(hub, path):
+def test_a_window_tokenizers_folder_is_not_asked_of_the_hub(hub, path, tmp_path, monkeypatch):
     hub.auth_check.side_effect = AssertionError("asks the hub")
     preflight.tokenizer(path)
     hub.try_to_load_from_cache.side_effect = lambda path, name: "there" if name == "tokenizer.json" else None
     preflight.tokenizer("some/model")
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    hub.try_to_load_from_cache.side_effect = AssertionError("looks into the cache")
+    preflight.tokenizer("mine")
     with pytest.raises(UserError, match="no hub id looks like that"):
         preflight.tokenizer("no id")
 

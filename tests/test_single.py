@@ -173,6 +173,18 @@ def test_what_ends_by_its_stop_token_is_the_same_however_near_the_limit(answerin
         assert answer.token_ids == [north, gate, 1][:limit]
 
 
+def test_the_probability_of_a_single_answer_is_that_of_its_stop_token_too(answering_base):
+    model, tokenizer = system(answering_base)
+    prompt = prompts(tokenizer)[1]
+    north, _ = tokenizer(" north gate", add_special_tokens=False).input_ids
+    expected = model(input_ids=torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1)[north].item()
+    assert -3 < expected < -0.01
+    for engine in (Single(model, [north], 9, 200), Plain(model, [north], 9)):
+        answer = engine.answer(prompt)
+        assert answer.token_ids == [north]
+        assert answer.logprob == pytest.approx(expected, abs=1e-4)
+
+
 def test_single_queries_count_tokens_that_another_ties_with(answering_base):
     model, tokenizer = system(answering_base)
     stops = stop_ids(tokenizer)
@@ -280,7 +292,9 @@ def test_a_query_beyond_the_models_positions_is_refused(answering_base):
     ):
         single.ask(Answers((-1.0, [9]), positions=n + 31), tokenizer, example, Window())
     windows = Window(context=64, stride=40, answer=16, overflow="chunk")
-    example = Example("asked", "", "nothing and " * 60, "Which animal is meant?", ())
+    example = Example(
+        "asked", "", " ".join(f"Sentence {i} says nothing." for i in range(14)), "Which animal is meant?", ()
+    )
     single.ask(engine := Answers(*[(-1.0, [9])] * 9), tokenizer, example, windows)
     n = max(len(ids) for ids, *_ in engine.asked)
     assert n > min(len(ids) for ids, *_ in engine.asked)
