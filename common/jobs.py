@@ -77,10 +77,10 @@ def plan(path: Path, overrides: Iterable[str] = ()) -> tuple[list[Job], Sweep]:
                     seed_word = f"seed={seed}"
                 given = (*words, *own, seed_word)
                 config = prompt.filled(load(system, given))
-                if sweep.adapters and config.lora and not config.adapter:
+                if sweep.adapters and not config.adapter:
                     adapter = record.trained_adapter(replace(config, runs=sweep.adapters))
-                    given = (*given, f"adapter={adapter}") if adapter else given  # random weights need none
-                    config = load(system, given)
+                    if adapter:  # random weights need none
+                        given, config = (*given, f"adapter={adapter}"), replace(config, adapter=str(adapter))
                 jobs.setdefault(config.hash(), Job(system, " ".join(own), given, config))
     return list(jobs.values()), sweep
 
@@ -93,7 +93,7 @@ def _of(system: str, words: Iterable[str], systems: Sequence[str]) -> list[str]:
         if colon and name not in systems:
             raise UserError(f"{word}: {name} is none of {', '.join(systems)}")
         if not colon or name == system:
-            out.append(word.removeprefix(f"{name}:") if colon else word)
+            out.append(word.removeprefix(f"{name}:"))
     return out
 
 

@@ -135,10 +135,10 @@ def test_adapters_that_are_named_are_not_looked_for(sweep, tmp_path):
 
 
 def test_a_colon_or_an_equals_sign_in_a_value_is_no_system(sweep):
-    file = sweep(systems="[raw7b, qlora7b]", overrides='["runs=a:b", "qlora7b:base.path=x=y:z"]')
+    file = sweep(systems="[raw7b, qlora7b]", overrides='["runs=a:b=c", "qlora7b:base.path=x=y:z"]')
     (raw, tuned), _ = jobs.plan(file, ["base.revision=main"])
-    assert raw.overrides == ("runs=a:b", "base.revision=main", "seed=0")
-    assert tuned.overrides == ("runs=a:b", "base.path=x=y:z", "base.revision=main", "seed=0")
+    assert raw.overrides == ("runs=a:b=c", "base.revision=main", "seed=0")
+    assert tuned.overrides == ("runs=a:b=c", "base.path=x=y:z", "base.revision=main", "seed=0")
     with pytest.raises(UserError, match=r"a:b:base\.path=x: a is none of raw7b, qlora7b"):
         jobs.plan(file, ["a:b:base.path=x"])
     with pytest.raises(UserError, match=r'unknown key "raw7b"'):
@@ -177,6 +177,7 @@ def test_time_is_expected_from_what_is_on_record(sweep):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
+        ({"adapters": "''"}, "sweep.yaml.*adapters: must not be empty"),
         ({"seeds": []}, "sweep.yaml.*seeds: name at least one"),
         ({"sedes": [1]}, 'sweep.yaml:2: unknown key "sedes" — did you mean "seeds"'),
         ({"kinds": "[trian]"}, "is one of train, eval, bench"),

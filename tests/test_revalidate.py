@@ -229,7 +229,8 @@ def test_mistakes_are_named(again, tmp_path):
 def test_rules_are_the_sweeps_own_and_checked(tmp_path):
     assert revalidate.jobs.plan(revalidate.jobs.find("revalidate"))[1].gate.p95_ratio == 1.1
     file = tmp_path / "sweep.yaml"
-    for rule, message in (("p95_ratio: 0.9", r"sweep.yaml:2: gate.p95_ratio: must be between 1 and 1,000"), ("p95: 2", 'unknown key "gate.p95"')):
+    wrong = {"p95_ratio: 0.9": "sweep.yaml:2: gate.p95_ratio: must be between 1 and 1,000", "p95: 2": 'key "gate.p95"'}
+    for rule, message in wrong.items():
         file.write_text(f"systems: [smollm2-qlora]\ngate: {{{rule}}}\n")
         with pytest.raises(UserError, match=message):
             revalidate.main([str(file), f"runs={tmp_path / 'runs'}"])
