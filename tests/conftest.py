@@ -11,6 +11,7 @@ from hypothesis import settings
 
 # before torch: the tests' models are too small to share out, and threads that wait for each other spin
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork has none of its parent's threads, and would wait for them
 
 settings.register_profile("repo", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("repo")
