@@ -20,30 +20,25 @@ def kernels():
 
 
 # one part of the columns; parts of other lengths, more ranks than a tile has; rows and columns as SmolLM2 has them
-CASES = [
-    (64, 64, 5, "nf4", torch.float16),
-    (128, 1088, 80, "nf4 double", torch.float16),
-    (192, 576, 16, "fp4 double", torch.float16),
-    (192, 576, 16, "nf4 double", torch.bfloat16),
-]
+CASES = [(64, 64, 5, "nf4"), (128, 1088, 80, "nf4 double"), (192, 576, 16, "fp4 double")]
 
 
-@pytest.mark.parametrize(("rows", "columns", "rank", "kind", "dtype"), CASES)
-def test_kernels_dequantise_to_the_bit_and_multiply(kernels, rows, columns, rank, kind, dtype):
+@pytest.mark.parametrize(("rows", "columns", "rank", "kind"), CASES)
+def test_kernels_dequantise_to_the_bit_and_multiply(kernels, rows, columns, rank, kind):
     linears = linears_of(kind, [rows], columns)
     codes, (truth,) = Matrix(linears, torch.float32).codes, numbers_of(linears)
     assert kernels.readable(codes, (rows, columns))
-    dense = kernels.dequantised(codes, (rows, columns), dtype)
-    # the interpreter has no bf16, and cuts fp32 off where a GPU rounds it
-    assert torch.equal(dense, truth.to(dtype) if dtype == torch.float16 else cut_off(truth))
-    a, b = (torch.randn(*shape).to(dtype) / 8 for shape in ((rank, columns), (rows, rank)))
-    most = 0.004 if dtype == torch.float16 else 0.01
-    for tokens in (1, FEW):
-        x, add = torch.randn(tokens, columns).to(dtype), torch.randn(tokens, rows).to(dtype)
+    dense = kernels.dequantised(codes, (rows, columns), torch.float16)
+    assert torch.equal(dense, truth.half())
+    # the interpreter has no bf16: it cuts fp32 off where a GPU rounds, and multiplies wrongly (so `make test-gpu` does)
+    assert torch.equal(kernels.dequantised(codes, (rows, columns), torch.bfloat16), cut_off(truth))
+    a, b = (torch.randn(*shape).half() / 8 for shape in ((rank, columns), (rows, rank)))
+    for tokens in (1, 3, FEW):
+        x, add = torch.randn(tokens, columns).half(), torch.randn(tokens, rows).half()
         expected = x.float() @ dense.float().T
-        assert off(kernels.products(x, codes, rows), expected) < most
-        expected += (x.float() @ a.float().T).to(dtype).float() @ b.float().T + add.float()
-        assert off(kernels.products(x, codes, rows, a, b, add), expected) < most
+        assert off(kernels.products(x, codes, rows), expected) < 0.004
+        expected += (x.float() @ a.float().T).half().float() @ b.float().T + add.float()
+        assert off(kernels.products(x, codes, rows, a, b, add), expected) < 0.004
 
 
 def cut_off(numbers: torch.Tensor) -> torch.Tensor:
