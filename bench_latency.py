@@ -200,7 +200,7 @@ def measure_api(config: Config, dev: squad.Dataset, file: Path) -> None:
 
 
 def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of one process and mode. Milliseconds; an interval is null where n is too small for one."""
+    """Figures of one process and mode: times in milliseconds, each interval null where n is too small for one."""
 
     def spread(values: list[float]) -> dict[str, Any]:
         ms = [1000 * value for value in values]

@@ -282,7 +282,7 @@ def ask_all(
 
 
 def read_transcript(path: Path) -> Iterator[dict[str, Any]]:
-    """Its lines; one that a crash cut short, at the end, is none. Raises `UserError` where another is not whole."""
+    """Lines of a transcript, without a last one that a crash cut short. Raises `UserError` where another is damaged."""
     text = path.read_bytes() if path.exists() else b""
     for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
         try:

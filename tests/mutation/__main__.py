@@ -41,7 +41,6 @@ RESULTS = ROOT / ".cache" / "mutation"  # of each file the survivors of the last
 class Tried:
     mutant: Mutant
     killer: str | None  # the test that failed first; None: it survived
-    seconds: float
 
 
 def main(argv: list[str]) -> None:
@@ -127,7 +126,7 @@ def _process(copy: Path, name: str, tests: Sequence[str], part: Sequence[Mutant]
         out, _ = worker.communicate(json.dumps([mutant.code for mutant in part]))
     if worker.returncode:
         raise UserError(f"{name}: its tests fail before anything is mutated, or too slowly:\n{out}")
-    return [Tried(mutant, *found) for mutant, found in zip(part, json.loads(out), strict=True)]
+    return [Tried(mutant, killer) for mutant, killer in zip(part, json.loads(out), strict=True)]
 
 
 def copied(folder: Path) -> None:

@@ -41,7 +41,7 @@ def mutants(code: str) -> list[Mutant]:
         node, place = mutation.original_node, places[mutation.original_node]
         if isinstance(node, cst.BaseStatement):  # whose code comes with its indentation
             mutated = module.deep_replace(node, mutation.mutated_node).code
-        else:  # the same, and a hundred times as fast
+        else:  # four to six times as fast
             begin, end = (begins[at.line - 1] + at.column for at in (place.start, place.end))
             mutated = code[:begin] + module.code_for_node(mutation.mutated_node) + code[end:]
         try:
