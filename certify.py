@@ -129,7 +129,7 @@ def replayed(
     config: Config, cutter: Any, run: Path, result: dict[str, Any], examples: Sequence[squad.Example],
     found: dict[str, str | None],
 ) -> dict[str, str]:  # fmt: skip
-    """The same of a hosted model, by the transcript of what it said; what does not fit of that goes to `found`."""
+    """Answers of a hosted model by id, from its transcript; what does not fit of that is added to `found`."""
     folder = Path(result["replayed"]) if result["replayed"] else run
     if not (folder / "transcript.jsonl").is_file():
         raise UserError(f"{folder}/transcript.jsonl: no such file, so nothing that was said can be replayed")

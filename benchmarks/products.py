@@ -101,7 +101,7 @@ class Weights:
             return self.theirs.products(x)
 
     def compiled(self) -> Tensor:
-        """Its absmaxes were dequantised before."""
+        """The matrix [rows, columns] by torch.compile; its absmaxes were dequantised before."""
         return dequantised(*self.parts).view(self.ours.shape)
 
 
@@ -114,7 +114,7 @@ def dequantised(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> 
 
 
 def microseconds(way: Any, layers: list[Weights]) -> float:
-    """Of one layer; the median of several runs of a graph over all."""
+    """Microseconds of one layer: the median of several runs of a graph over all."""
     with torch.no_grad():
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):

@@ -248,7 +248,7 @@ def ours(budget: float, args: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def flops_per_token(base: str, recomputed: float) -> float:
-    """Of the base's matrix products in the layers: forward, backward to the input, and what is computed again.
+    """FLOPs per token of the layers' matrix products: forward, backward to the input, and what is computed again.
 
     Attention, the adapter, the head and what is between products are left out, for all alike.
     """
