@@ -20,6 +20,7 @@ from tests.conftest import answering_yaml
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 TRAIN = "train.max_steps=2 train.eval_every=2 early_stop.questions=12 train.lr=2e-2"
@@ -126,6 +127,7 @@ def runs(tmp_path_factory, answering_base):
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
             patch.setattr(packing, "pack", lambda trees: packed.append(pack(trees)) or packed[-1])
             where = folder / "runs" / str(next(numbers))
+            AcceleratorState._reset_state()  # one precision a process, and this may be the second run of a test
             {trained: train_loop, evaluated: eval_loop}[seen].main([str(config), *words, f"runs={where}"])
         return seen(*where.iterdir(), iter([id_ for p in packed for id_ in p.ids]))
 
