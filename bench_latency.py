@@ -17,11 +17,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import api, checkpoint, decode, meter, preflight, prompt, record, single, squad, stopping
 from common.config import Config, load
+from common.data import prompt, squad
+from common.decode import hosted as api
+from common.decode import predict as decode
+from common.decode import single
 from common.errors import UserError, one_line_errors
-from common.model import load_system, load_tokenizers, sources
-from common.stats import percentile, percentile_interval
+from common.metrics.stats import percentile, percentile_interval
+from common.model.load import load_system, load_tokenizers, sources
+from common.runs import checkpoint, preflight, record
+from common.runs import gauges as meter
+from common.runs import signals as stopping
 
 from tqdm import tqdm
 

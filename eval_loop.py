@@ -16,12 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import api, cache, checkpoint, decode, meter, preflight, prompt, ranks, record, squad, stopping
 from common.config import Config, load
+from common.data import cache, prompt, squad
+from common.decode import hosted as api
+from common.decode import predict as decode
 from common.errors import UserError, one_line_errors
-from common.model import load_system, load_tokenizers, sources
-from common.score import score
-from common.stats import clustered, wilson
+from common.metrics.score import score
+from common.metrics.stats import clustered, wilson
+from common.model.load import load_system, load_tokenizers, sources
+from common.runs import checkpoint, preflight, ranks, record
+from common.runs import gauges as meter
+from common.runs import signals as stopping
 
 from accelerate.utils import broadcast_object_list, gather_object
 

@@ -19,27 +19,15 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from common import (
-    attention,
-    cache,
-    checkpoint,
-    decode,
-    fused,
-    graphs,
-    memory,
-    meter,
-    packing,
-    plan,
-    preflight,
-    ranks,
-    record,
-    squad,
-    stopping,
-)
-from common.average import Average
 from common.config import flat, load
+from common.data import cache, plan, squad
+from common.data.prompt import Tree
+from common.decode import predict as decode
 from common.errors import UserError, one_line_errors
-from common.model import (
+from common.metrics.score import score
+from common.model import attention, memory
+from common.model import pack as packing
+from common.model.load import (
     add_lora,
     compute_dtype,
     load_base,
@@ -48,8 +36,12 @@ from common.model import (
     parameter_counts,
     sources,
 )
-from common.prompt import Tree
-from common.score import score
+from common.runs import checkpoint, preflight, ranks, record
+from common.runs import gauges as meter
+from common.runs import signals as stopping
+from common.train import cuda_graphs as graphs
+from common.train import fused
+from common.train.ema import Average
 
 import bitsandbytes as bnb
 import torch

@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from common.files import ROOT
 
 
 def last_line(script: str, stack: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The JSON object that `benchmarks/SCRIPT.py STACK JOB.json` ends with, or {"failed": why}."""
     file = folder / "job.json"
     file.write_text(json.dumps(job))
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), stack, str(file)]
+    command = [sys.executable, "-m", f"benchmarks.{script}", stack, str(file)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     try:
         return json.loads(done.stdout.strip().splitlines()[-1])

@@ -1,6 +1,6 @@
 """One decoding stack, one process: answer the questions of a job file, print one JSON line.
 
-    python benchmarks/decode_peers.py ours|hf|unsloth|vllm JOB.json        (started by decode.py)
+    python -m benchmarks.decode_peers ours|hf|unsloth|vllm JOB.json        (started by decode_throughput)
 
 Each answers greedily with the same base, the same unmerged adapter and the same precision. A script, where the job
 names one, is what is drawn in place of the most probable tokens, by all alike: for models with random weights, whose
@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.filterwarnings("ignore")
@@ -76,10 +75,12 @@ def row(
 
 def ours(job: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
-    from common import decode, meter, single
     from common.config import Base, Eval, Lora
-    from common.model import add_lora, load_adapter, load_base, load_tokenizer
-    from common.prompt import Branch, Tree
+    from common.data.prompt import Branch, Tree
+    from common.decode import predict as decode
+    from common.decode import single
+    from common.model.load import add_lora, load_adapter, load_base, load_tokenizer
+    from common.runs import gauges as meter
 
     import torch
 

@@ -1,6 +1,6 @@
 """How often the gate of `make revalidate` raises an alarm where it should not, by simulation.
 
-    python benchmarks/false_alarms.py [--runs N] [--queries N]
+    python -m benchmarks.false_alarms [--runs N] [--queries N]
 
 A run is two systems, each evaluated on 10,570 questions of 48 articles and timed with 1,000 queries in each of three
 processes. Simulated are code that has not changed, in which a few answers flip by rounding and each process is a little
@@ -12,11 +12,9 @@ they did on an idle H100 (docs/log.md).
 import argparse
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.gate import Rules
-from common.stats import slower, wilson, worse
+from common.metrics.stats import slower, wilson, worse
+from common.runs.regression import Rules
 
 import numpy as np
 

@@ -1,6 +1,6 @@
 """One training stack, one process: time optimizer steps on the rows of a job file, print one JSON line.
 
-    python benchmarks/peers.py hf|trl|unsloth|matmul|base JOB.json        (started by train_throughput.py)
+    python -m benchmarks.peers  hf|trl|unsloth|matmul|base JOB.json        (started by train_throughput.py)
 
 Each trains the same LoRA on the same base with the same paged 8-bit optimizer, on one row a question, sorted by length
 within the measurement so that little is padding. Only the stack differs: `hf` is a plain loop of transformers and PEFT
@@ -267,11 +267,10 @@ def train_sft(
 
 def write_base(job: dict[str, Any]) -> str:
     """Random weights of the shapes in question, quantised, as a folder that every stack can load."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from common.config import Base
-    from common.meter import pick_device
-    from common.model import load_base, load_tokenizer
-    from common.packing import ATTENTION  # noqa: F401 - registers what load_base asks for
+    from common.model.load import load_base, load_tokenizer
+    from common.model.pack import ATTENTION  # noqa: F401 - registers what load_base asks for
+    from common.runs.gauges import pick_device
 
     base = Base(**job["base"])
     model = load_base(base, pick_device())

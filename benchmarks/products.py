@@ -1,10 +1,10 @@
 """What one layer's 4-bit products take, by how many tokens share them and by the way they are computed.
 
-    python benchmarks/products.py [--shape configs/shapes/llama-2-7b] [--tokens 1 4 ...]
+    python -m benchmarks.products [--shape configs/shapes/llama-2-7b] [--tokens 1 4 ...]
 
-The ways: ours (`common.four_bit`: for few tokens its products, else its dequantisation and a product); bitsandbytes'
-choice (`matmul_4bit`), its fused kernel whatever the number of tokens, its dequantisation and a product; dequantisation
-written in torch and compiled; and a product of 16-bit weights, which is no way but what the rest is measured against.
+The ways: ours (`common.model.nf4_kernels`: for few tokens its products, else its dequantisation and a product);
+bitsandbytes' choice (`matmul_4bit`), its fused kernel whatever the number of tokens, its dequantisation and a product;
+dequantisation written in torch and compiled; and a product of 16-bit weights, which the rest is measured against.
 Prints a table of microseconds a layer and one JSON line. Every way is one CUDA graph over several layers' weights:
 launches cost nothing, and the cache helps little.
 """
@@ -13,15 +13,12 @@ import argparse
 import json
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from common import meter
 from common.errors import UserError, one_line_errors
-from common.matrices import FEW, NESTED, Matrix
+from common.model.linears import FEW, NESTED, Matrix
+from common.runs import gauges as meter
 
 import bitsandbytes as bnb
 import torch
@@ -84,7 +81,7 @@ class Weights:
             linears.append(linear.to(device, DTYPE))
         self.ours, self.theirs = Matrix(linears, DTYPE), Matrix(linears, DTYPE)
         if not self.ours.kernels:
-            raise UserError("this GPU cannot run common.four_bit: compute capability 8.0 is needed")
+            raise UserError("this GPU cannot run common.model.nf4_kernels: compute capability 8.0 is needed")
         self.theirs.kernels = None
         self.plain = self.ours()
         codes: Any = self.ours.codes

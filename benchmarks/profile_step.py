@@ -1,6 +1,6 @@
 """Where the GPU's time goes in optimizer steps of train_loop.py, by class of kernel.
 
-    python benchmarks/profile_step.py [MODEL] [key=value ...]
+    python -m benchmarks.profile_step [MODEL] [key=value ...]
 
 Runs the loop itself for a few steps, and has torch's profiler watch the last of them. Prints a table and one JSON line.
 """
@@ -10,14 +10,11 @@ import re
 import sys
 import tempfile
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import train_loop
-from common import meter
 from common.errors import UserError, one_line_errors
+from common.runs import gauges as meter
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook

@@ -1,6 +1,6 @@
 """What several processes gain, a GPU each: train_loop.py and eval_loop.py by one of them, by two, …
 
-    python benchmarks/scaling.py [MODEL] [key=value ...] [--processes 1 2 4] [--questions 64 256] [--parts 16]
+    python -m benchmarks.scaling [MODEL] [key=value ...] [--processes 1 2 4] [--questions 64 256] [--parts 16]
 
 Every figure comes from fresh processes, one run after the other, so that a run has the host to itself; a first one lets
 all GPUs compile and load their kernels. Of a training the first step is left out, of an evaluation loading. Efficiency
@@ -19,14 +19,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from common.config import load
+from common.errors import UserError, one_line_errors
+from common.files import ROOT
+from common.runs import gauges as meter
+from common.runs import preflight, record
 
-from common import meter, preflight, record  # noqa: E402 - the repo is found first
-from common.config import load  # noqa: E402
-from common.errors import UserError, one_line_errors  # noqa: E402
-
-import torch  # noqa: E402
+import torch
 
 COLUMNS = ("", "processes", "questions/s", "efficiency", "idle", "differs from the first by")
 
@@ -115,7 +114,7 @@ def answer(
 
 def ended(n: int, script: str, *words: str) -> dict[str, Any]:
     """What the script's last line says. Raises `UserError` with the last thing it said where it failed."""
-    command = [sys.executable, *(["-m", "common.launch", str(n)] if n > 1 else []), script, *words]
+    command = [sys.executable, *(["-m", "common.runs.launch", str(n)] if n > 1 else []), script, *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         said = [line for line in done.stderr.strip().splitlines() if line.startswith("error: ")]

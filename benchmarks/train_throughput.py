@@ -1,6 +1,6 @@
 """Training throughput side by side: train_loop.py, a plain Hugging Face loop, TRL and Unsloth on the same questions.
 
-    python benchmarks/train_throughput.py [MODEL] [key=value ...] [--systems ours hf trl unsloth] [--budgets 8 24]
+    python -m benchmarks.train_throughput [MODEL] [key=value ...] [--systems ours hf trl unsloth] [--budgets 8 24]
 
 Every figure comes from a fresh process. `ours` is train_loop.py itself, read off its metrics.jsonl; the others are
 benchmarks/peers.py. All train on the questions of the same optimizer steps, with the same token ids, base, LoRA shape,
@@ -22,17 +22,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.child import last_line
+from common.config import Config, load
+from common.data import cache, plan, squad
+from common.errors import UserError, one_line_errors
+from common.files import ROOT
+from common.model.load import load_tokenizers
+from common.runs import preflight
 
-from benchmarks.child import last_line  # noqa: E402 - the repo is found first
-from common import cache, plan, preflight, squad  # noqa: E402
-from common.config import Config, load  # noqa: E402
-from common.errors import UserError, one_line_errors  # noqa: E402
-from common.model import load_tokenizers  # noqa: E402
-
-import torch  # noqa: E402
-from transformers import AutoConfig  # noqa: E402
+import torch
+from transformers import AutoConfig
 
 CPU_DEFAULT = [
     "train.questions_per_step=32", "train.epochs=1", "train.average=0", "train.label_smoothing=0",

@@ -1,4 +1,4 @@
-"""The configuration of one system: every key, its unit, its default and its limits. `common.strict` reads it.
+"""The configuration of one system: every key, its unit, its default and its limits. `common.config_file` reads it.
 
 Imports no torch.
 """
@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from common.config_file import nearest, read, shown
 from common.errors import UserError
-from common.strict import nearest, read, shown
+from common.files import ROOT
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 MANY = 10**9  # of anything that is counted; more is a slip of the finger
 NAME, PATH = 255, 4095  # bytes of a file's name, and of a path: what Linux takes
 
@@ -141,7 +142,7 @@ class Train:
     loss: Literal["token", "question"] = "token"  # mean over a step's answer tokens, or over its questions' own means
     label_smoothing: float = 0.0  # share of each target that goes to all tokens alike, [0, 1)
     share_prefixes: bool = True  # false: every question reads its paragraph anew, in the same steps; to compare with
-    fused: bool = True  # compute Llama layers by common/fused.py; false: by transformers' and PEFT's modules
+    fused: bool = True  # compute Llama layers by common/train/fused.py; false: by transformers' and PEFT's modules
     warmup: float = 0.03  # share of the steps in which the rate rises, [0, 1]
     weight_decay: float = 0.0  # times the rate, per step; ≤ 100
     average: float = 0.0  # decay of a running mean of the weights, which is what is kept, [0, 1); 0: keep the last

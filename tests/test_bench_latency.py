@@ -11,10 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import bench_latency
-from common import api, decode, meter, preflight, prompt, record, single, squad, stopping
 from common.config import load
+from common.data import prompt, squad
+from common.decode import hosted as api
+from common.decode import predict as decode
+from common.decode import single
 from common.errors import UserError
-from tests.test_api import KEY, Host
+from common.runs import gauges as meter
+from common.runs import preflight, record
+from common.runs import signals as stopping
+from tests.decode.test_hosted import KEY, Host
 
 import pytest
 import torch

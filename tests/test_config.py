@@ -6,9 +6,9 @@ import dataclasses
 import typing
 
 from common.config import CONFIGS, Base, Config, apart_from_memory, find, flat, load
+from common.config_file import known_keys
+from common.data.prompt import Window
 from common.errors import UserError
-from common.prompt import Window
-from common.strict import known_keys
 from tests.conftest import ROOT
 
 import pytest
@@ -533,7 +533,7 @@ def test_of_a_training_memory_decides_nothing_but_whether_there_is_a_budget():
 
 def test_every_key_is_read_by_some_code():
     read = set()
-    for path in [*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py")]:
+    for path in [*ROOT.glob("*.py"), *(ROOT / "common").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and not (path.name == "config.py" and node.attr != "revision"):
                 read.add(node.attr)

@@ -8,10 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import eval_loop
-from common import api, cache, checkpoint, decode, meter, preflight, prompt, ranks, record, squad, stopping
 from common.config import load
+from common.data import cache, prompt, squad
+from common.decode import hosted as api
+from common.decode import predict as decode
 from common.errors import UserError
-from tests.test_api import KEY, Host
+from common.runs import checkpoint, preflight, ranks, record
+from common.runs import gauges as meter
+from common.runs import signals as stopping
+from tests.decode.test_hosted import KEY, Host
 
 import pytest
 

@@ -11,27 +11,30 @@ from dataclasses import fields, replace
 import bench_latency
 import eval_loop
 import train_loop
-from common import attention, memory, meter, packing, ranks
 from common.config import Base, Eval, Lora, Train
-from common.decode import predict, stop_ids
+from common.data.prompt import Branch, Tree
+from common.decode.forward import Recorded
+from common.decode.predict import predict, stop_ids
+from common.decode.single import Single
 from common.errors import UserError
-from common.fused import Fused
-from common.graphs import Graphed
-from common.matrices import FEW, Matrix
-from common.memory import GIB, Shapes, choose
-from common.model import add_lora, load_base, load_tokenizer, parameter_counts
-from common.packing import IGNORED, Room, pack
-from common.prompt import Branch, Tree
-from common.reader import Recorded
-from common.single import Single
+from common.model import attention, memory
+from common.model import pack as packing
+from common.model.linears import FEW, Matrix
+from common.model.load import add_lora, load_base, load_tokenizer, parameter_counts
+from common.model.memory import GIB, Shapes, choose
+from common.model.pack import IGNORED, Room, pack
+from common.runs import gauges as meter
+from common.runs import ranks
+from common.train.cuda_graphs import Graphed
+from common.train.fused import Fused
 from tests.conftest import ROOT
-from tests.test_attention import reach_of
-from tests.test_attention import trees_of as attention_trees
-from tests.test_decode import LIMIT, demo_trees, generated
-from tests.test_fused import adapter_weights, fused_gradient, off
-from tests.test_model import four_bit_bytes, train_a_little
-from tests.test_packing import gradient, lora_model, packed_loss, rows_loss, trees_of
+from tests.decode.test_predict import LIMIT, demo_trees, generated
+from tests.model.test_attention import reach_of
+from tests.model.test_attention import trees_of as attention_trees
+from tests.model.test_load import four_bit_bytes, train_a_little
+from tests.model.test_pack import gradient, lora_model, packed_loss, rows_loss, trees_of
 from tests.test_train_loop import interrupt_at_evaluation, metrics
+from tests.train.test_fused import adapter_weights, fused_gradient, off
 
 import bitsandbytes as bnb
 import pytest

@@ -11,12 +11,11 @@ import sys
 import tomllib
 from pathlib import Path
 
-import ask
 import bench_latency
 import eval_loop
-import report
 import train_loop
 from common.errors import UserError
+from scripts import ask, report
 from tests import answering
 from tests.conftest import ROOT
 
@@ -173,7 +172,7 @@ def test_make_hands_text_on_as_it_was_typed(tmp_path):
 
 
 def test_a_mistake_is_one_line_and_exit_code_2():
-    result = run(sys.executable, "sweep.py", "absent", CUDA_VISIBLE_DEVICES="")
+    result = run(sys.executable, "-m", "scripts.sweep", "absent", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 2
     assert 'unknown sweep "absent"' in result.stderr
     assert "Traceback" not in result.stderr
@@ -215,11 +214,11 @@ def test_a_mistyped_target_is_named():
 def test_a_table_with_runs_that_failed_is_shown_and_one_that_was_mistyped_or_stopped_is_not(tmp_path, code, reported):
     fake = tmp_path / "bin" / "python"
     fake.parent.mkdir()
-    fake.write_text(f'#!/bin/sh\necho "ran $1"\n[ "$1" != sweep.py ] || exit {code}\n')
+    fake.write_text(f'#!/bin/sh\necho "ran $*"\n[ "$2" != scripts.sweep ] || exit {code}\n')
     fake.chmod(0o755)
     (tmp_path / ".ready").touch()
     result = run("make", "-s", "table", f"VENV={tmp_path}", "-o", str(tmp_path / ".ready"))
-    assert ("ran report.py" in result.stdout, result.returncode == 0) == (reported, reported)
+    assert ("ran -m scripts.report" in result.stdout, result.returncode == 0) == (reported, reported)
 
 
 def test_set_up_is_skipped_where_nothing_changed():

@@ -3,10 +3,10 @@
 import functools
 import json
 
-from common import record
 from common.config import Config, load, with_defaults
+from common.config_file import known_keys
 from common.errors import UserError
-from common.strict import known_keys
+from common.runs import record
 
 import pytest
 

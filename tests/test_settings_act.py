@@ -12,9 +12,9 @@ import json
 
 import eval_loop
 import train_loop
-from common import packing
 from common.config import Config
-from common.strict import known_keys
+from common.config_file import known_keys
+from common.model import pack as packing
 from tests import answering
 from tests.conftest import answering_yaml
 

@@ -14,13 +14,17 @@ from types import SimpleNamespace
 
 import eval_loop
 import train_loop
-from common import checkpoint, decode, meter, packing, plan, squad
 from common.config import load
+from common.data import plan, squad
+from common.data.prompt import build_trees
+from common.decode import predict as decode
 from common.errors import UserError
-from common.model import add_lora, load_base, load_tokenizer
-from common.prompt import build_trees
+from common.model import pack as packing
+from common.model.load import add_lora, load_base, load_tokenizer
+from common.runs import checkpoint
+from common.runs import gauges as meter
 from tests.conftest import answering_yaml, squad_file
-from tests.test_packing import rows_loss
+from tests.model.test_pack import rows_loss
 
 import pytest
 import torch

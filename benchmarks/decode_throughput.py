@@ -1,0 +1,180 @@
+"""How fast SQuAD is answered: ours beside Hugging Face's `generate`, Unsloth's inference and vLLM.
+
+    python -m benchmarks.decode_throughput [MODEL] [key=value ...] [--scripts natural | a b c] [--out FILE]
+
+Each stack runs in a fresh process, one after the other, with the same base and adapter. Ours answers the whole dev set
+in a stream, and single questions one at a time; peers answer as many as takes them a while, at each of their batch
+sizes. Models with random weights follow scripts, the same for all: (a) each question's gold answer and EOS, (b) 8 and
+(c) 32 fixed tokens. One table, and one JSON object as the last line.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.child import last_line
+from common.config import Config, load
+from common.data import cache, squad
+from common.decode import predict as decode
+from common.errors import UserError, one_line_errors
+from common.metrics.score import score
+from common.metrics.stats import mcnemar
+from common.model.load import load_tokenizers
+from common.runs import gauges as meter
+from common.runs import preflight, record
+
+import torch
+
+SYSTEMS = {"ours": "ours", "hf": "Hugging Face generate", "unsloth": "Unsloth", "vllm": "vLLM"}
+WHAT = {"natural": "until they end", "a": "gold answer, EOS", "b": "8 tokens", "c": "32 tokens"}
+COLUMNS = ("system", "answers", "batch", "questions/s", "ours is", "p50 ms", "p95 ms", "ours is", "allocated", "n")
+
+
+def main(argv: list[str]) -> None:
+    gpu = torch.cuda.is_available()
+    arguments = parser(gpu)
+    args = arguments.parse_intermixed_args(argv)
+    if "=" in args.model:
+        args.model, args.overrides = arguments.get_default("model"), [args.model, *args.overrides]
+    if not gpu and args.model == arguments.get_default("model"):
+        args.overrides = ["prompt.order=context", *args.overrides]  # there is nothing to share in the others
+    config = load(args.model, args.overrides)
+    kinds = args.scripts or (["a", "b", "c"] if config.base.random_weights else ["natural"])
+    if config.base.random_weights and "natural" in kinds:
+        raise UserError("random weights never end an answer: --scripts a, b or c")
+    preflight.check(config)
+    with tempfile.TemporaryDirectory(prefix="decode-") as folder:
+        job, examples = job_of(config, args, kinds, Path(folder))
+        if config.base.random_weights and set(args.systems) - {"ours"}:
+            written = last_line("peers", "base", job, Path(folder))
+            if "failed" in written:
+                raise UserError(f"{config.base.path}: {written['failed']}")
+        found = {}
+        for system in args.systems:
+            found[system] = last_line("decode_peers", system, job, Path(folder))
+            if args.out:  # as they come
+                args.out.write_text(json.dumps(found) + "\n")
+
+    # ---- table -----------------------------------------------------------------------------------------------------
+    rows = []
+    for system in args.systems:
+        if "failed" in found[system]:
+            print(f"{SYSTEMS[system]}: {found[system]['failed']}", file=sys.stderr)
+            rows.append({"system": system, "failed": found[system]["failed"]})
+        rows += [{"system": system, **row} for row in found[system].get("rows", ())]
+    for row in rows:
+        same = [r for r in rows if r["system"] == "ours" and r.get("kind") == row.get("kind")]
+        for key, batch in (("questions_per_s", None), ("p95_ms", 1)):
+            mine = next((r[key] for r in same if r["batch"] == batch and key in r), None)
+            ratio = None
+            if mine and row.get(key) and row["system"] != "ours":
+                ratio = mine / row[key] if key == "questions_per_s" else row[key] / mine
+            row[f"ours_is_{key}"] = ratio
+    device = meter.describe(meter.pick_device())["name"]
+    print(f"\n{config.title} on {device}: {len(job['questions'])} questions in a stream, {len(job['alone'])} alone")
+    print(table(rows))
+    result = {
+        "model": config.title, "overrides": args.overrides, "device": device, "rows": rows,
+        "start": {s: f.get("start") for s, f in found.items()}, "sizes": found.get("ours", {}).get("sizes"),
+        "versions": next((f["versions"] for f in found.values() if "versions" in f), None),
+        "equal": equal(examples, found, config),
+    }  # fmt: skip
+    if result["equal"]:
+        e = result["equal"]
+        print(f"of {e['n']} answers {e['same']} (alone: {e['same_alone']}) have the token ids that `generate` gives at "
+              f"batch 1; EM {e['em']:.2f} against {e['em_generate']:.2f} (McNemar p = {e['p']:.2g}); {e['ties']} of "
+              "the stream's tokens were ties")  # fmt: skip
+    print(json.dumps(result))
+
+
+def parser(gpu: bool) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    p.add_argument(
+        "model", nargs="?", default="qlora7b" if gpu else "smollm2-raw", help="a name in configs/, or a YAML"
+    )
+    p.add_argument("overrides", nargs="*", metavar="key=value")
+    p.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS) if gpu else ["ours", "hf"])
+    p.add_argument("--scripts", nargs="+", choices=list(WHAT))
+    p.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64] if gpu else [1], help="of peers")
+    p.add_argument("--questions", type=int, default=0 if gpu else 200, help="of dev, for the stream; 0: all")
+    p.add_argument("--alone", type=int, default=100 if gpu else 200, help="of these, asked one at a time")
+    p.add_argument("--peers-alone", type=int, help="how many of these a peer is asked (default: all)")
+    p.add_argument("--peers-batched", type=int, default=256, help="questions a peer is asked at a larger batch size")
+    p.add_argument("--out", type=Path, help="keep every stack's figures here as they come")
+    return p
+
+
+def job_of(config: Config, args: argparse.Namespace, kinds: list[str], folder: Path) -> tuple[dict[str, Any], Any]:
+    """What every stack is told, and the questions' examples."""
+    tokenizer, cutter = load_tokenizers(config)
+    examples = squad.load(config.data, "dev").examples[: args.questions or None]
+    trees = cache.build_trees(
+        examples, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
+    ).trees
+    gold = {e.id: decode.gold_ids(tokenizer, e.answers[0].text, config.window.answer) for e in examples}
+    questions: list[dict[str, Any]] = [
+        {"id": b.id, "prefix": t.prefix_ids, "prompt": b.prompt_ids, "gold": gold[b.id]}
+        for t in trees
+        for b in t.branches
+    ]
+    alone, batched = (
+        random.Random(0).sample(questions, min(n, len(questions))) for n in (args.alone, args.peers_batched)
+    )
+    adapter = record.trained_adapter(config)
+    base = config.to_dict()["base"]
+    counts = {b: (args.peers_alone or len(alone)) if b == 1 else args.peers_batched for b in args.batches}
+    return {
+        "base": base, "model": str(folder / "base") if config.base.random_weights else config.base.path,
+        "adapter": str(adapter.resolve()) if adapter else None,
+        "lora": config.to_dict()["lora"], "eval": config.to_dict()["eval"],
+        "window": max(len(q["prefix"] + q["prompt"]) for q in questions) + config.window.answer,
+        "limit": config.window.answer, "stops": decode.stop_ids(tokenizer), "eos": tokenizer.eos_token_id,
+        "kinds": kinds, "batches": args.batches, "counts": {str(b): n for b, n in counts.items()},
+        "questions": questions, "alone": alone, "batched": batched,
+    }, examples  # fmt: skip
+
+
+def equal(examples: Any, found: dict[str, Any], config: Config) -> dict[str, Any] | None:
+    """Ours beside `generate` at batch 1, question by question; None where answers mean nothing."""
+    ours, theirs = (found.get(system, {}).get("answers") or {} for system in ("ours", "hf"))
+    both = [e for e in examples if e.id in ours and e.id in theirs]
+    if not both:
+        return None
+    tokenizer, _ = load_tokenizers(config)
+    texts = [{e.id: decode.to_text(tokenizer, side[e.id]) for e in both} for side in (ours, theirs)]
+    scores = [score(both, side) for side in texts]
+    alone = found["ours"]["answers_alone"]
+    return {
+        "n": len(both), "same": sum(ours[e.id] == theirs[e.id] for e in both),
+        "same_alone": sum(alone[e.id] == theirs[e.id] for e in both),
+        "ties": found["ours"]["ties"], "em": scores[0].em, "em_generate": scores[1].em,
+        "p": mcnemar(scores[0].correct, scores[1].correct)[2],
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [COLUMNS, ("---",) * len(COLUMNS)]
+    for r in rows:
+        if "failed" in r:
+            lines.append((SYSTEMS[r["system"]], r["failed"], *[""] * (len(COLUMNS) - 2)))
+            continue
+
+        def ratio(key: str, r: dict[str, Any] = r) -> str:
+            return f"{r[key]:.1f} ×" if r[key] else ""
+
+        memory = f"{r['allocated_gib']:.2f} GiB" if r["allocated_gib"] else "–"
+        lines.append((
+            SYSTEMS[r["system"]], WHAT[r["kind"]], str(r["batch"] or "stream"), f"{r['questions_per_s']:.4g}",
+            ratio("ours_is_questions_per_s"), *(f"{r[p]:.1f}" if p in r else "" for p in ("p50_ms", "p95_ms")),
+            ratio("ours_is_p95_ms"), memory, str(r["questions"]),
+        ))  # fmt: skip
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])

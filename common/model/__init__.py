@@ -1,0 +1,1 @@
+"""A quantised Llama over packs of trees: loading, layout, attention, linears, memory."""

@@ -1,0 +1,1 @@
+"""What is around a run: its folder and record, checkpoints, ranks, signals, sweeps, the regression check."""

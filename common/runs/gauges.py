@@ -1,0 +1,118 @@
+"""The one clock and the memory gauges."""
+
+import contextlib
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import ROOT
+
+import torch
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a monotonic clock, after the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What a record says of the machine."""
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        return {"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1), "cuda": torch.version.cuda}
+    return {"name": f"CPU {_cpu_name()}", "threads": torch.get_num_threads()}
+
+
+def reset_peaks(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peaks(device: torch.device, before: dict[str, int | None] | None = None) -> dict[str, int | None]:
+    """Peak bytes: torch's allocator on a GPU; on a CPU the process's resident set since its start, loading included.
+
+    `before`: the peaks of an earlier part of the same run, which count as well.
+    """
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    cuda = device.type == "cuda"
+    found: dict[str, int | None] = {
+        "allocated_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
+        "reserved_bytes": torch.cuda.max_memory_reserved(device) if cuda else None,
+        "rss_bytes": rss,
+    }
+    return {name: max(value, (before or {}).get(name) or 0) if value else None for name, value in found.items()}
+
+
+def mark(device: torch.device) -> Any:
+    """A point in what the device computes, which the host does not wait for: see `between`."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(began: Any, ended: Any) -> float:
+    """Seconds from one mark to another, both of which the device has passed."""
+    return float(ended - began) if isinstance(began, float) else began.elapsed_time(ended) / 1000
+
+
+@contextmanager
+def out_of_memory(advice: str) -> Iterator[None]:
+    """Running out of memory in the body becomes a `UserError` that ends with `advice`: which knob to turn."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of GPU memory; {advice}") from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(f"out of memory; {advice}") from error
+
+
+@contextmanager
+def nvml_sampler(device: torch.device, file: Path) -> Iterator[Callable[[str], None]]:
+    """Sample NVML from a process of its own while the body runs, into `file` (`common.runs.nvml`).
+
+    Yields what begins a new phase by name; the first is "start". On a CPU nothing is sampled and no file written.
+    """
+    if device.type != "cuda":
+        yield lambda phase: None
+        return
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = [sys.executable, "-m", "common.runs.nvml", uuid, str(os.getpid()), str(file.resolve())]
+    # in a session of its own, where no Ctrl-C reaches it
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True) as sampler:
+        assert sampler.stdin
+
+        def begin(phase: str) -> None:
+            with contextlib.suppress(BrokenPipeError):  # a sampler that has died is missed when its file is read
+                print(phase, file=sampler.stdin, flush=True)
+
+        try:
+            yield begin
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                sampler.stdin.close()  # ends it
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

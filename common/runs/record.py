@@ -1,0 +1,282 @@
+"""Run folders and their records: what was run, on what, and what came out. Nothing is ever overwritten.
+
+    runs/SYSTEM-sSEED-CONFIGHASH-KIND-NUMBER/
+        config.yaml       as resolved from file and overrides
+        record.json       written last: a folder without it is unfinished
+        metrics.jsonl     train: a line per logged step and evaluation
+        predictions.json  train, eval: {id: text}, the official format
+        questions.jsonl   eval: a line per question
+        transcript.jsonl  eval, bench of a hosted model: every request and its answer
+        process-N.*       bench: what each process measured
+        best/ last/       train: checkpoints
+
+Imports no torch.
+"""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from common.config import Config, apart_from_memory, flat, with_defaults
+from common.data import prompt
+from common.data.squad import Dataset
+from common.errors import UserError
+from common.files import ROOT
+from common.metrics import score
+
+import yaml
+
+SCHEMA = 2  # before it a tokenizer was known by the hash of its file
+BY_FILE = "file "
+_claimed: list[TextIO] = []  # closing one would let go of it
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "bitsandbytes", "numpy", "scipy", "triton")
+
+
+def new_run(config: Config, kind: str) -> Path:
+    """Make the next free run folder of this system, seed and configuration, with its `config.yaml`."""
+    root = Path(config.runs)
+    stem = _stem(config, kind)
+    number = max((_number(path) for path in _runs(config, kind)), default=0) + 1
+    while True:
+        folder = root / f"{stem}-{number:03}"
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:  # another process took it meanwhile
+            number += 1
+        except OSError as error:
+            raise UserError(f"runs={config.runs}: cannot make a folder there ({error})") from error
+    write_text(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+    return folder
+
+
+def claim(run: Path) -> None:
+    """Keeps other processes out of an unfinished run for as long as this one lives."""
+    lock = (run / "config.yaml").open("r+")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise UserError(f"{run}: another process works there; wait until it is done, or FRESH=1 starts anew") from error
+    _claimed.append(lock)
+
+
+def newest_run(config: Config, kind: str) -> Path | None:
+    """The last run folder of exactly this configuration, finished or not; one that was never begun has no settings."""
+    return max((run for run in _runs(config, kind) if (run / "config.yaml").exists()), key=_number, default=None)
+
+
+def trained_adapter(config: Config) -> Path | None:
+    """The adapter a LoRA system answers with: `adapter` where given, else `best/` of its newest finished training.
+
+    One that was trained as this configuration says comes before those that were trained otherwise. None for a system
+    without LoRA, and for random weights that were not trained.
+    """
+    if config.lora is None:
+        return None
+    if config.adapter is not None:
+        if not Path(config.adapter).is_dir():
+            raise UserError(f"adapter={config.adapter}: no such folder")
+        return Path(config.adapter)
+
+    def decides(config: dict[str, Any]) -> list[Any]:
+        return [config["system"], config["seed"], weights_of(config["base"]), config["lora"], config["prompt"]["order"]]
+
+    mine = config.to_dict()
+    trained = [record for record in read_all(Path(config.runs)) if record["kind"] == "train"]
+    runs = [record for record in trained if decides(record["config"]) == decides(mine)]
+    if not runs and config.base.random_weights:
+        return None
+    if not runs:
+        parts = ("seed", "base", "lora", "prompt")
+        own = (r for r in trained if r["system"] == config.system)
+        others = [f"{r['folder']} has {_differ(r['config'], mine, parts)}" for r in own]
+        nearest = f" ({min(others, key=len)})" if others else ""
+        raise UserError(
+            f"{config.system} (seed {config.seed}) has no finished training under {config.runs}/ with this base, lora "
+            f"and prompt.order{nearest}: make train MODEL={config.system}, or name an adapter with ADAPTER=folder"
+        )
+    alike = [r for r in runs if _trains_as(r["config"], mine)]
+    return Path(max(alike or runs, key=lambda record: record["created"])["folder"]) / "best"
+
+
+def note_prompt(adapter: Path | None, config: Config) -> None:
+    """Says on stderr where an adapter of a run here was trained with another prompt or window than it is asked with."""
+    path = adapter and adapter.parent / "record.json"
+    if path and path.is_file():
+        trained, asked = read_one(path)["config"], config.to_dict()
+        other = _differ(trained, asked, ("prompt", "window"))
+        if other:
+            print(f"note: {adapter} was trained with {other}", file=sys.stderr)
+
+
+def _differ(a: dict[str, Any], b: dict[str, Any], parts: Sequence[str]) -> str:
+    """What `a` says otherwise than `b`, as overrides."""
+    mine, other = (flat({part: config[part] for part in parts}) for config in (a, b))
+    differ = (key for key in {**mine, **other} if mine.get(key) != other.get(key))
+    return " ".join(f"{key}={yaml.safe_dump(mine.get(key)).partition(chr(10))[0]}" for key in differ)
+
+
+def _trains_as(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    def decides(config: dict[str, Any]) -> list[Any]:
+        data = [config["data"][key] for key in ("train", "train_paragraphs", "fix_offsets")]
+        return [apart_from_memory(config["train"]), config["early_stop"], config["window"], data]
+
+    return decides(a) == decides(b)
+
+
+def weights_of(base: dict[str, Any]) -> dict[str, Any]:
+    """What decides a base's numbers and ids, of its section: not what it is computed in, nor what memory it needs."""
+    return {key: base[key] for key in ("path", "revision", "tokenizer", "random_weights", "quant", "double_quant")}
+
+
+def write(
+    folder: Path, config: Config, kind: str, data: Dataset, device: dict[str, Any], result: dict[str, Any],
+    made_by: dict[str, Any] | None = None,
+) -> dict:  # fmt: skip
+    """Write `record.json` and return it; `made_by` says more of what made the result (engine, tokenizer, …).
+
+    Of it, `cutter` is the sha256 of the tokenizer that cut the text: it stands in the window in place of a name.
+    """
+    commit, dirty = code()
+    made = dict(made_by or {})
+    record = {
+        "schema": SCHEMA,
+        "kind": kind,
+        "system": config.system,
+        "random_weights": config.base.random_weights,
+        "seed": config.seed,
+        "folder": str(folder),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "must_match": {
+            "data": data.sha256,
+            "questions": len(data.examples),
+            "prompt": prompt.fingerprint(config.prompt),
+            "scorer": score.VERSION,
+            "window": cut_by(config.to_dict()["window"], made.pop("cutter", None)),
+        },
+        "may_differ": {
+            "data_source": data.source,
+            "fixed_offsets": data.fixed_offsets,
+            "config_hash": config.hash(kind),
+            "commit": commit,
+            "dirty": dirty,
+            "python": platform.python_version(),
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)},
+            "device": device,
+            **made,
+        },
+        "config": config.to_dict(),
+        "result": result,
+    }
+    write_text(folder / "record.json", json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def cut_by(window: dict[str, Any], tokenizer_sha256: str | None) -> dict[str, Any]:
+    """A window as two records of it must have alike."""
+    return {**window, "tokenizer": tokenizer_sha256 and tokenizer_sha256[:12]}
+
+
+def read_all(root: Path) -> list[dict[str, Any]]:
+    """Every finished run's record below `root`, oldest first."""
+    found = (read_one(path) for path in root.glob("*/record.json") if path.is_file())
+    return sorted(found, key=lambda r: (r["created"], r["folder"]))
+
+
+def read_one(path: Path) -> dict[str, Any]:
+    """A `record.json`; its `folder` is where it is now, moved or not, and its `config` has all of today's keys."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        must = found["must_match"]
+        if found["schema"] < SCHEMA:
+            own = found["may_differ"].pop("tokenizer", None)
+            cut = must["window"].get("tokenizer") or own  # before windows said what cut the text, it was the own one
+            must["window"] = {**must["window"], "tokenizer": cut and BY_FILE + cut[:12]}
+        config, created = with_defaults(found["config"]), found["created"]
+        return {**found, "config": config, "created": created, "folder": str(path.parent)}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not a readable record ({error}); move the folder away") from error
+
+
+def read_questions(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Its rows by question. An evaluation from before articles were kept has each question for an article."""
+    path = Path(evaluation["folder"]) / "questions.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+        n = evaluation["result"]["n"]
+        if len(rows) != n:
+            raise ValueError(f"{len(rows)} lines for {n} questions")
+        kept = ("text", "em", "f1", "hit_limit")
+        return {r["id"]: {key: r[key] for key in kept}
+                | {"article": r.get("article", r["id"]), "logprob": r.get("logprob")} for r in rows}  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); evaluate that system again") from error
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl`, none where there is no file; a line that a crash cut short is left out."""
+    path = run / "metrics.jsonl"
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _runs(config: Config, kind: str) -> list[Path]:
+    """All run folders of this configuration; a copy under a name of its own (`….bak`) is none."""
+    stem = _stem(config, kind)
+    return [p for p in Path(config.runs).glob(f"{stem}-*") if re.fullmatch(f"{stem}-[0-9]+", p.name)]
+
+
+def _number(run: Path) -> int:
+    return int(run.name.rpartition("-")[2])
+
+
+def _stem(config: Config, kind: str) -> str:
+    return f"{config.system}-s{config.seed}-{config.hash(kind)}-{kind}"
+
+
+def mismatch(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What two records must have alike to be compared, and have not, of both; nothing where they may be."""
+    mine, other = a["must_match"], b["must_match"]
+    cut = [m["window"]["tokenizer"] for m in (mine, other)]
+    if None in cut or len({name.startswith(BY_FILE) for name in cut}) > 1:  # an older one does not say, or not so
+        mine, other = ({**m, "window": cut_by(m["window"], None)} for m in (mine, other))
+    return {key: (mine[key], other[key]) for key in mine if mine[key] != other[key]}
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:  # Triton, on a CPU
+        return False
+
+
+def code() -> tuple[str | None, bool | None]:
+    """Of this code: (commit, whether the tree differs from it); None where this is no git checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None

@@ -1,0 +1,141 @@
+"""The runs of a sweep: systems × variants × seeds, each trained, scored and timed as asked, and what is left to do.
+
+What is done is what `record.json`s say, so a sweep that was cut off goes on, and one that is repeated does nothing.
+Imports no torch.
+"""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from common.config import CONFIGS, Config, load, need, plain_words
+from common.config_file import read
+from common.data import prompt
+from common.errors import UserError
+from common.runs import record
+from common.runs.regression import Rules
+
+Kind = Literal["train", "eval", "bench"]
+TRAINED = ("train.", "lora.", "early_stop.")  # keys that change nothing about a system without an adapter
+
+
+@dataclass(frozen=True)
+class Sweep:
+    systems: tuple[str, ...]  # names in configs/, YAML files, folders or hub ids
+    seeds: tuple[int, ...] = (0,)
+    # SYSTEM:key=value is of one system only, in both
+    variants: tuple[str, ...] = ("",)  # each the overrides of one, spaces between; system=… gives it rows of its own
+    overrides: tuple[str, ...] = ()  # of all runs
+    kinds: tuple[Kind, ...] = ("train", "eval")
+    adapters: str | None = None  # a folder of runs whose trainings answer; null: those of where the sweep's own runs go
+    gate: Rules = field(default_factory=Rules)  # of `make revalidate`, which has this measured anew each time
+
+    def __post_init__(self) -> None:
+        for name in ("systems", "seeds", "variants", "kinds"):
+            need(len(getattr(self, name)) > 0, name, "name at least one")
+        plain_words(self, "adapters")
+
+
+@dataclass(frozen=True)
+class Job:
+    system: str  # as the sweep names it
+    variant: str
+    overrides: tuple[str, ...]  # what its scripts are given beside the system, the seed included
+    config: Config
+
+    @property
+    def name(self) -> str:
+        return f"{self.system} {self.variant} seed={self.config.seed}".replace("  ", " ")
+
+
+def find(name: str) -> Path:
+    """A sweep of `configs/sweeps/`, or a YAML file."""
+    folder = CONFIGS / "sweeps"
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise UserError(f'unknown sweep "{name}"; known: {known}, or a .yaml file')
+    return path
+
+
+def plan(path: Path, overrides: Iterable[str] = ()) -> tuple[list[Job], Sweep]:
+    """All jobs, seed by seed. A system without an adapter has no seeds, and only variants that change it."""
+    sweep: Sweep = read(Sweep, path)
+    jobs: dict[str, Job] = {}
+    for seed in sweep.seeds:
+        for variant in sweep.variants:
+            for system in sweep.systems:
+                words, own = (
+                    _of(system, some, sweep.systems) for some in ([*sweep.overrides, *overrides], variant.split())
+                )
+                if load(system).lora is None:
+                    own = [word for word in own if not word.startswith(TRAINED)]
+                    words = [word for word in words if not word.startswith(TRAINED)]
+                    seed_word = f"seed={sweep.seeds[0]}"
+                else:
+                    seed_word = f"seed={seed}"
+                given = (*words, *own, seed_word)
+                config = prompt.filled(load(system, given))
+                if sweep.adapters and not config.adapter:
+                    adapter = record.trained_adapter(replace(config, runs=sweep.adapters))
+                    if adapter:  # random weights need none
+                        given, config = (*given, f"adapter={adapter}"), replace(config, adapter=str(adapter))
+                jobs.setdefault(config.hash(), Job(system, " ".join(own), given, config))
+    return list(jobs.values()), sweep
+
+
+def _of(system: str, words: Iterable[str], systems: Sequence[str]) -> list[str]:
+    """Of overrides those for all systems, and those for this one, which SYSTEM:key=value says."""
+    out = []
+    for word in words:
+        name, colon, _ = word.partition("=")[0].partition(":")
+        if colon and name not in systems:
+            raise UserError(f"{word}: {name} is none of {', '.join(systems)}")
+        if not colon or name == system:
+            out.append(word.removeprefix(f"{name}:"))
+    return out
+
+
+def left(job: Job, kinds: Sequence[Kind]) -> list[tuple[Kind, list[str]]]:
+    """The steps without a finished record, each with what its script is given beside the system.
+
+    What follows a training answers with that training's adapter, whatever else was trained since; until it has ended,
+    the adapter is not in their words.
+    """
+    config, words = job.config, list(job.overrides)
+    steps: list[Kind] = [kind for kind in ("train", "eval", "bench") if kind in kinds]
+    if config.lora is None or config.adapter:
+        steps = [kind for kind in steps if kind != "train"]
+    if "train" in steps:
+        trained = finished(config, "train")
+        if trained is None:
+            return [(kind, words) for kind in steps]
+        adapter = str(trained / "best")
+        config, words = replace(config, adapter=adapter), [*words, f"adapter={adapter}"]
+    return [(kind, words) for kind in steps if kind != "train" and finished(config, kind) is None]
+
+
+def finished(config: Config, kind: Kind) -> Path | None:
+    """The newest run of this configuration, where that has ended."""
+    run = record.newest_run(config, kind)
+    return run if run and (run / "record.json").exists() else None
+
+
+def expected_seconds(jobs: Iterable[Job], kinds: Sequence[Kind]) -> tuple[float, int]:
+    """What is left: seconds of the steps of which the like is on record, and how many steps there are of no such."""
+    known: dict[tuple[str, str], list[float]] = {}
+    jobs = list(jobs)
+    for runs in {Path(job.config.runs) for job in jobs}:
+        for r in record.read_all(runs):
+            if r["result"].get("seconds"):
+                took = r["result"]["seconds"] + r["result"].get("start_seconds", 0.0)
+                known.setdefault((r["system"], r["kind"]), []).append(took)
+    seconds, unknown = 0.0, 0
+    for job in jobs:
+        for kind, _ in left(job, kinds):
+            times = known.get((job.config.system, kind))
+            seconds += statistics.median(times) if times else 0.0
+            unknown += not times
+    return seconds, unknown

@@ -1,0 +1,128 @@
+"""One question about one context, answered by any system.
+
+    python -m scripts.ask smollm2-qlora [key=value ...] --context TEXT --question TEXT
+    printf 'A paragraph.\nWhat is asked?\n' | python -m scripts.ask smollm2-qlora
+
+What is not given is taken from the environment's CONTEXT and QUESTION, and else from stdin: the context, or the
+question, or both, the question being the last line that is not empty.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common.config import Config, load
+from common.data import prompt
+from common.data.squad import Example
+from common.decode import hosted as api
+from common.decode import predict as decode
+from common.decode import single
+from common.errors import UserError, one_line_errors
+from common.model.load import load_system, load_tokenizers
+from common.runs import checkpoint, preflight, record
+from common.runs import gauges as meter
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="a name in configs/, or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--context", default=os.environ.get("CONTEXT", ""))
+    parser.add_argument("--question", default=os.environ.get("QUESTION", ""))
+    args = parser.parse_intermixed_args(argv)
+    config = load(args.model, args.overrides)
+    context, question = texts(args.context.strip(), args.question.strip())
+    preflight.check(config)
+    if config.prompt.earlier:
+        raise UserError("prompt.earlier: a single question has no earlier ones; it is of make eval")
+    config = prompt.filled(config)
+    result = ask_api(config, context, question) if config.api else ask_here(config, context, question)
+    text = result["answer"]
+    at = context.find(text) if text else -1
+    result["span"] = [at, at + len(text)] if at >= 0 else None
+    where = f"characters {at} to {at + len(text)} of the context" if at >= 0 else "not a span of the context"
+    print(text or "(nothing)")
+    if result["context_cut"]:
+        print(f"only the context's first {config.window.context} tokens were read; window.overflow=chunk reads all")
+    sure = f"; confidence {result['confidence']:.0%}" if result["confidence"] is not None else ""
+    print(f"{where}{sure}; {result['milliseconds']:.0f} ms, {config.title} on {result['on']}")
+    print(json.dumps(result, ensure_ascii=False))
+
+
+def ask_here(config: Config, context: str, question: str) -> dict[str, Any]:
+    adapter = checkpoint.verified(record.trained_adapter(config))
+    record.note_prompt(adapter, config)
+    device = meter.pick_device()
+    tokenizer, cutter = load_tokenizers(config)
+    model = load_system(config, adapter, device)
+    with meter.out_of_memory("a single query does not fit: lower window.context, or base.quant=nf4"):
+        stops = decode.stop_ids(tokenizer)
+        engine = single.engine(model, stops, config.window, config.eval, prompt.beside(tokenizer, config.prompt))
+        example = Example("asked", "", context, question, ())
+        # the first compiles, and loads kernels
+        single.ask(engine, tokenizer, example, config.window, cutter, prompt=config.prompt)
+        began = meter.now(device)
+        text, found, cut = single.ask(engine, tokenizer, example, config.window, cutter, prompt=config.prompt)
+        seconds = meter.now(device) - began
+    best = found[0]
+    return {
+        "system": config.system, "random_weights": config.base.random_weights, "answer": text,
+        "confidence": math.exp(best.logprob), "tokens": len(best.token_ids), "passes": sum(a.passes for a in found),
+        "windows": len(found), "ended_by_itself": best.token_ids[-1] in stops,
+        "context_cut": cut and config.window.overflow == "truncate", "milliseconds": 1000 * seconds,
+        "on": meter.describe(device)["name"],
+    }  # fmt: skip
+
+
+def ask_api(config: Config, context: str, question: str) -> dict[str, Any]:
+    assert config.api
+    _, cutter = load_tokenizers(config)
+    example = Example("asked", "", context, question, ())
+    ((_, text),), counts = prompt.texts([example], cutter, config.window, config.prompt)
+    with tempfile.TemporaryDirectory() as folder:
+        client = api.Client(config, Path(folder) / "transcript.jsonl")
+        reply = client.ask(text)
+        client.close()
+    return {
+        "system": config.system, "random_weights": False, "answer": reply.text, "confidence": None,
+        "tokens": reply.written, "windows": 1, "ended_by_itself": not reply.hit_limit,
+        "context_cut": bool(counts["truncated"]), "milliseconds": 1000 * reply.total, "on": config.api.url,
+    }  # fmt: skip
+
+
+def texts(context: str, question: str) -> tuple[str, str]:
+    """(context, question), what is missing taken from stdin."""
+    if not context or not question:
+        if sys.stdin.isatty():
+            print("context, then the question on the last line; end with Ctrl-D:", file=sys.stderr)
+        try:
+            given = sys.stdin.read().strip()
+        except UnicodeDecodeError as error:
+            raise UserError("stdin must be UTF-8 text") from error
+        if context:
+            question = given
+        elif question:
+            context = given
+        else:
+            context, _, question = (part.strip() for part in given.rpartition("\n"))
+    if not context or not question:
+        missing = "question" if context else "context"
+        raise UserError(
+            f"no {missing}: make ask CONTEXT='…' QUESTION='…' (--context, --question), "
+            "or both on stdin, the question as the last line"
+        )
+    try:
+        (context + question).encode()
+    except UnicodeEncodeError as error:
+        raise UserError("context and question must be UTF-8 text") from error
+    return context, question
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])

@@ -1,0 +1,241 @@
+"""One file with all that a machine without a network needs beside the repo: `make bundle` here, `make unbundle` there.
+
+    python -m scripts.bundle pack MODEL ... [key=value ...] [--have LIST] [--pip='OPTIONS']
+    python -m scripts.bundle unpack
+
+`bundle.tar` holds wheels, SQuAD, and what the systems load: config, tokenizer and weights, as the hub's client keeps
+them. It is unpacked into `.cache/`, from where the Makefile hands them to pip and to the scripts. Unpacking needs the
+standard library alone.
+"""
+
+import argparse
+import gzip
+import hashlib
+import importlib.metadata
+import io
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from common.errors import UserError, one_line_errors
+from common.files import ROOT
+
+BUNDLE, CACHE = ROOT / "bundle.tar", ROOT / ".cache"
+LIST = "bundle.json"  # the first member: what is in the others, and their sha256
+ON_TOP = "on-top"  # a member where packages go on top of those that the machine has
+TEXTS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt")  # config and tokenizer
+WEIGHTS = ("*.safetensors",)
+
+# ---- where there is a network --------------------------------------------------------------------------------------
+
+
+def pack(models: list[str], overrides: list[str], have: Path | None = None, pip: str = "", to: Path = BUNDLE) -> None:
+    """Write the bundle of these systems. `have`: the target's `pip list --format=freeze`; what it has stays at home.
+
+    `pip`: its options for another platform than this one, such as `--platform manylinux_2_28_x86_64`.
+    Raises `UserError` where something cannot be fetched; a bundle that was there is then still there.
+    """
+    from common.config import load
+
+    configs = [load(model, overrides) for model in models]
+    with tempfile.TemporaryDirectory(dir=to.parent, prefix=".bundle-") as folder:
+        scratch = Path(folder)
+        members: dict[str, Path] = {}
+        for config in configs:
+            members |= dict(_models(config, scratch)) | dict(_squad(config, scratch))
+        members |= dict(_wheels(scratch, have, pip))
+        sums = {name: _sha256(members[name]) for name in sorted(members)}
+        with tarfile.open(scratch / to.name, "w") as tar:
+            listing = json.dumps({"models": models, "sha256": sums}, indent=1).encode()
+            head = tarfile.TarInfo(LIST)
+            head.size = len(listing)
+            tar.addfile(head, io.BytesIO(listing))
+            for name in sums:
+                tar.add(members[name].resolve(), name)
+        (scratch / to.name).replace(to)
+    size = to.stat().st_size / 2**20
+    print(f"{to.name}: {size:,.0f} MiB for {', '.join(models)}. Copy it into a clone there: make unbundle")
+
+
+def lacking(lock: str, have: str, ranges: Iterable[str]) -> list[str]:
+    """The pins of `lock` that a machine which has `have` lacks: it has none, or one outside the `ranges`."""
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+    from packaging.utils import canonicalize_name
+
+    there = {canonicalize_name(name): version for name, _, version in (row.partition("==") for row in have.split())}
+    wanted: dict[str, SpecifierSet] = {}
+    for r in map(Requirement, ranges):
+        if not r.marker or r.marker.evaluate({"extra": ""}):
+            wanted[canonicalize_name(r.name)] = wanted.get(canonicalize_name(r.name), SpecifierSet()) & r.specifier
+    missing = []
+    for pin in _pins(lock):
+        name = canonicalize_name(pin.partition("==")[0])
+        fits = wanted.get(name, SpecifierSet())
+        if name not in there or not fits.contains(there[name], prereleases=True):
+            missing.append(pin)
+    return missing
+
+
+def _pins(lock: str) -> list[str]:
+    return [line for line in lock.splitlines() if line and not line.startswith("#")]
+
+
+def _wheels(scratch: Path, have: Path | None, pip: str) -> Iterator[tuple[str, Path]]:
+    import tomllib
+
+    needs, lock = scratch / "requirements.txt", (ROOT / "requirements.lock").read_text()
+    if have:
+        if not have.is_file():
+            raise UserError(f"HAVE={have}: no such file; there: pip list --format=freeze > {have.name}")
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        ranges = project["dependencies"] + project["optional-dependencies"]["dev"]
+        for pin in _pins(lock):  # and what these ask of each other
+            ranges += importlib.metadata.requires(pin.partition("==")[0]) or []
+        lock = "\n".join(lacking(lock, have.read_text(), ranges)) + "\n"
+        (scratch / ON_TOP).touch()
+        yield ON_TOP, scratch / ON_TOP
+    needs.write_text(lock)
+    yield needs.name, needs
+    # the lock is whole but for what torch's CUDA build brings along
+    alone = [] if "\ntorch==" in f"\n{lock}" else ["--no-deps"]
+    command = [sys.executable, "-m", "pip", "download", "--only-binary=:all:", *alone, *shlex.split(pip)]
+    if subprocess.run([*command, "-r", str(needs), "-d", str(scratch / "wheels")]).returncode:
+        raise UserError("pip could not fetch the wheels (see above)")
+    for path in sorted((scratch / "wheels").iterdir()):
+        yield f"wheels/{path.name}", path
+
+
+def _models(config: Any, scratch: Path) -> Iterator[tuple[str, Path]]:
+    from common.model import smollm2
+    from common.runs import preflight
+
+    base = config.base
+    if config.api:
+        raise UserError(f"{config.system} answers at {config.api.url}: there are no weights to pack")
+    if Path(base.path).resolve() == smollm2.FOLDER:
+        smollm2.fetch(scratch / "wheels")  # a fifth of what is made of it there
+    else:
+        preflight.weights(base)
+        yield from _folder_or_hub(base.path, base.revision, TEXTS + (() if base.random_weights else WEIGHTS), scratch)
+    for tokenizer in filter(None, (base.tokenizer, config.window.tokenizer)):
+        yield from _folder_or_hub(tokenizer, "main", TEXTS, scratch)
+
+
+def _folder_or_hub(source: str, revision: str, patterns: tuple[str, ...], scratch: Path) -> Iterator[tuple[str, Path]]:
+    import huggingface_hub
+
+    folder = Path(source).resolve()
+    if folder.is_dir():
+        if folder.is_relative_to(ROOT) and not folder.is_relative_to(CACHE):
+            return  # the clone has it
+        within = f"models/{folder.name}"
+        print(f"{source} is going to be .cache/{within} there; name it so")
+    else:
+        try:
+            folder = Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
+        except Exception as error:  # the hub's client raises many kinds; each means: not to be had from there
+            raise UserError(f"{source}: could not be fetched from the hub ({type(error).__name__}: {error})") from error
+        commit, home = folder.name, f"hub/models--{source.replace('/', '--')}"
+        within = f"{home}/snapshots/{commit}"
+        ref = scratch / home / revision
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit)
+        yield f"{home}/refs/{revision}", ref
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and any(path.match(pattern) for pattern in patterns):
+            yield f"{within}/{path.relative_to(folder).as_posix()}", path
+
+
+def _squad(config: Any, scratch: Path) -> Iterator[tuple[str, Path]]:
+    from common.data import squad
+
+    for split in squad.SPLITS:
+        source = getattr(config.data, split)
+        path = squad.locate(source, split)
+        if source.endswith((".json", ".gz")):
+            if not Path(source).resolve().is_relative_to(ROOT):
+                print(f"data.{split}={source} is not packed: copy it yourself")
+            continue
+        if path is None:
+            path = scratch / f"{split}.gz"
+            articles = {"version": "1.1", "data": squad.hub_articles(source, split)}
+            path.write_bytes(gzip.compress(json.dumps(articles).encode(), mtime=0))
+        yield f"squad/{split}-v1.1.json{'.gz' if path.suffix == '.gz' else ''}", path
+
+
+# ---- where there is none -------------------------------------------------------------------------------------------
+
+
+def unpack(bundle: Path = BUNDLE, into: Path = CACHE) -> None:
+    """Every file is checked against its sha256 before it gets its name. Raises `UserError` for a damaged bundle."""
+    if not bundle.is_file():
+        raise UserError(
+            f"{bundle.name} is not here; where there is a network: make bundle MODEL=name, then copy it here"
+        )
+    for old in ("wheels", "requirements.txt", ON_TOP, LIST):
+        shutil.rmtree(into / old) if (into / old).is_dir() else (into / old).unlink(missing_ok=True)
+    damaged = f"{bundle.name} is damaged or was cut short; copy it again"
+    try:
+        with tarfile.open(bundle) as tar:
+            head = tar.next()
+            file = tar.extractfile(head) if head and head.name == LIST else None
+            if file is None:
+                raise UserError(f"{bundle.name} was not made by make bundle")
+            listing = file.read()
+            sums = dict(json.loads(listing)["sha256"])
+            for member in tar:
+                file, path = tar.extractfile(member), PurePosixPath(member.name)
+                if member.name == LIST:
+                    continue
+                if file is None or path.is_absolute() or ".." in path.parts:
+                    raise UserError(f"{bundle.name} was not made by make bundle: it holds {member.name}")
+                target = into / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                part = target.with_name(f"{target.name}.part")
+                with part.open("wb") as out:
+                    shutil.copyfileobj(file, out, 2**20)
+                if _sha256(part) != sums.pop(member.name, None):
+                    part.unlink()
+                    raise UserError(f"{damaged} ({member.name})")
+                part.replace(target)
+    except UserError:
+        raise
+    except (tarfile.TarError, EOFError, ValueError, KeyError) as error:
+        raise UserError(damaged) from error
+    if sums:
+        raise UserError(f"{damaged} ({len(sums)} files are missing)")
+    (into / LIST).write_bytes(listing)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    packing = commands.add_parser("pack")
+    packing.add_argument("models", nargs="+", help="names in configs/ or YAML files, and key=value")
+    packing.add_argument("--have", type=Path, help="pip list --format=freeze of the other machine")
+    packing.add_argument("--pip", default="", help="options for pip download")
+    commands.add_parser("unpack")
+    args = parser.parse_args(argv)
+    if args.command == "unpack":
+        unpack()
+    else:
+        overrides = [word for word in args.models if "=" in word]
+        pack([word for word in args.models if word not in overrides], overrides, args.have, args.pip)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])

@@ -1,0 +1,169 @@
+"""Certify one evaluation: score its predictions again, derive its fingerprint again, answer some questions again.
+
+    python -m scripts.certify runs/SYSTEM-s0-HASH-eval-001 [key=value ...] [--questions 50]
+
+Overrides say where things are by now: data.dev, adapter, base.path, base.tokenizer, window.tokenizer. The last line but
+one is CERTIFIED, with exit code 0, or what does not fit, with 1. What a hosted model said is replayed, all of it. In
+fp32 every answer must be the same; in 16 bits another order of summation may change one where two are about as likely,
+and so many may differ as would by chance if a tenth did.
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.config import Config, flat, load
+from common.data import prompt, squad
+from common.data.prompt import Tree
+from common.decode import hosted as api
+from common.decode import predict as decode
+from common.errors import UserError, one_line_errors
+from common.metrics import score
+from common.model.load import compute_dtype, load_system, load_tokenizers, tokenizer_sha256
+from common.runs import checkpoint, preflight, record
+from common.runs import gauges as meter
+
+import torch
+from scipy import stats
+
+# what may have another name by now
+MOVED = ("data.dev", "adapter", "base.path", "base.tokenizer", "window.tokenizer", "runs")
+CHANGED_BY_ROUNDING, CONFIDENCE = 0.1, 0.999
+
+
+def main(argv: list[str]) -> None:
+    # ---- settings --------------------------------------------------------------------------------------------------
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("run", type=Path, help="the folder of an evaluation")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--questions", type=int, default=50, help="how many are answered again, drawn anew each time")
+    args = parser.parse_intermixed_args(argv)
+    if args.questions < 1:
+        raise UserError("--questions: at least one is answered again")
+    if not (args.run / "record.json").is_file():
+        raise UserError(f"{args.run}: no finished run is there; RUN=runs/… names the folder of an evaluation")
+    was = record.read_one(args.run / "record.json")
+    if was["kind"] != "eval" or was["result"]["em"] is None:
+        raise UserError(f"{args.run}: not an evaluation with an accuracy")
+    for word in args.overrides:
+        if word.partition("=")[0] not in MOVED:
+            raise UserError(f"{word}: only where things are may be said anew: {', '.join(MOVED)}")
+    config = load(str(args.run / "config.yaml"), args.overrides)
+    found: dict[str, str | None] = {}  # check → what does not fit
+
+    # ---- what is stored --------------------------------------------------------------------------------------------
+    stored, result = {key: v for key, v in flat(was["config"]).items() if key not in MOVED}, was["result"]
+    mine = flat(config.to_dict())
+    other = [f"{key} is {mine.get(key)}, was {value}" for key, value in stored.items() if mine.get(key) != value]
+    found["configuration"] = "; ".join(other) or None
+    preflight.check(config)
+    dev = squad.load(config.data, "dev")
+    tokenizer, cutter = load_tokenizers(config)
+    now = {
+        "data": dev.sha256, "questions": len(dev.examples), "prompt": prompt.fingerprint(config.prompt),
+        "scorer": score.VERSION, "window": record.cut_by(config.to_dict()["window"], tokenizer_sha256(cutter)),
+    }  # fmt: skip
+    for name, (old, new) in record.mismatch(was, {"must_match": now}).items():
+        found[name] = f"{new}, was {old}"
+    texts = score.read_predictions(args.run / "predictions.json")
+    scored = score.score(dev.examples, texts)
+    again = {"em": scored.em, "f1": scored.f1, "n": scored.n}
+    wrong = [f"{key} {value}, was {result[key]}" for key, value in again.items() if abs(value - result[key]) > 1e-9]
+    found["score of the predictions"] = "; ".join(wrong) or None
+
+    # ---- what answers ----------------------------------------------------------------------------------------------
+    device = meter.pick_device()
+    here = {"name": config.api.url} if config.api else meter.describe(device)
+    some = dev.examples
+    if config.api:
+        answers = replayed(config, cutter, args.run, result, some, found)
+        exact = True
+    else:
+        some = random.SystemRandom().sample(some, min(args.questions, len(some)))
+        adapter = Path(config.adapter or result["adapter"]) if result["adapter"] else None
+        found["adapter"] = changed(adapter, result["adapter_sha256"]) if adapter else None
+        answers = answered_again(config, tokenizer, cutter, adapter, device, dev.examples, some)
+        exact = compute_dtype(config.base, device) == torch.float32 and in_fp32(was)
+    ids_by = tokenizer_sha256(tokenizer)
+    if was["may_differ"].get("tokenizer", ids_by) != ids_by:  # older records do not say it
+        found["tokenizer"] = f"sha256 {ids_by}, was {was['may_differ']['tokenizer']}"
+    different = [e.id for e in some if answers[e.id] != texts.get(e.id)]
+    chance = int(stats.binom.ppf(CONFIDENCE, len(some), CHANGED_BY_ROUNDING))
+    may = 0 if exact else min(chance, len(some) - 1)
+    shown = ", ".join(f"{id_}: {answers[id_]!r}, was {texts.get(id_)!r}" for id_ in different[:3])
+    told = f"{len(different)} of {len(some)} differ"
+    found["answers"] = f"{told}, at most {may} may: {shown}" if len(different) > may else None
+
+    # ---- verdict ---------------------------------------------------------------------------------------------------
+    commit, dirty = record.code()
+    differs = {"commit": (commit, was["may_differ"]["commit"]), "dirty": (dirty, was["may_differ"]["dirty"])}
+    differs["device"] = (here["name"], was["may_differ"]["device"]["name"])
+    for name, (new, old) in differs.items():
+        print(f"{name}: {new}" if new == old else f"{name}: {new}, was {old} (which may be)")
+    print(f"answers: {told}" + (f" ({shown})" if different else ""))
+    misfits = {name: what for name, what in found.items() if what}
+    for name, what in misfits.items():
+        print(f"{name}: {what}")
+    print(f"CERTIFIED: EM {scored.em:.2f} F1 {scored.f1:.2f}, {args.run}" if not misfits else "NOT CERTIFIED")
+    print(json.dumps({"run": str(args.run), "certified": not misfits, "misfits": misfits, "different": different}))
+    sys.exit(bool(misfits))
+
+
+def answered_again(
+    config: Config, tokenizer: Any, cutter: Any, adapter: Path | None, device: torch.device,
+    examples: Sequence[squad.Example], some: Sequence[squad.Example],
+) -> dict[str, str]:  # fmt: skip
+    """Answers by id, by the model itself."""
+    model = load_system(config, adapter, device)
+    asked = {e.id for e in some}
+    found = prompt.build_trees(  # of all, since a prompt may hold what was asked before it
+        examples, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
+    ).trees
+    own = [Tree(tree.prefix_ids, tuple(b for b in tree.branches if b.id in asked)) for tree in found]
+    trees = [tree for tree in own if tree.branches]
+    stops = decode.stop_ids(tokenizer)
+    answers = decode.predict(model, tokenizer, trees, stops, config.window.answer, config.eval, "answer again")
+    return {id_: answer.text for id_, answer in answers.items()}
+
+
+def replayed(
+    config: Config, cutter: Any, run: Path, result: dict[str, Any], examples: Sequence[squad.Example],
+    found: dict[str, str | None],
+) -> dict[str, str]:  # fmt: skip
+    """Answers of a hosted model by id, from its transcript; what does not fit of that is added to `found`."""
+    folder = Path(result["replayed"]) if result["replayed"] else run
+    if not (folder / "transcript.jsonl").is_file():
+        raise UserError(f"{folder}/transcript.jsonl: no such file, so nothing that was said can be replayed")
+    client = api.Client(config, folder / "transcript.jsonl", replay=True)
+    now, then = checkpoint.sha256(client.transcript), result["transcript_sha256"]
+    found["transcript"] = None if now == then else f"sha256 {now}, was {then}"
+    prompts, _ = prompt.texts(examples, cutter, config.window, config.prompt)
+    replies = api.ask_all(client, dict(prompts), progress=None)
+    client.close()
+    return {id_: reply.text for id_, reply in replies.items()}
+
+
+def changed(adapter: Path, sha256: str) -> str | None:
+    """What of an adapter's folder is not as it was."""
+    try:
+        checkpoint.verified(adapter)
+        now = checkpoint.sha256(adapter / "adapter_model.safetensors")
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        raise UserError(f"{error}; adapter=folder says where it is now") from error
+    return None if now == sha256 else f"sha256 {now}, was {sha256}"
+
+
+def in_fp32(was: dict[str, Any]) -> bool:
+    dtype = was["config"]["base"]["dtype"]
+    return dtype == "fp32" or (dtype == "auto" and was["may_differ"]["device"]["name"].startswith("CPU"))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])

@@ -1,0 +1,452 @@
+"""Greedy answers of packs are those of `model.generate`, one question at a time."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+from common.config import Base, Eval, Window
+from common.data import plan, squad
+from common.data.prompt import Branch, Tree, build_trees
+from common.data.squad import Example
+from common.decode import forward as reader
+from common.decode import predict as decode
+from common.decode.predict import Prediction, check_positions, gold_ids, merge, predict, stop_ids, to_text
+from common.errors import UserError
+from common.model import memory
+from common.model.load import load_base, load_tokenizer
+from common.runs import ranks
+from tests.conftest import ROOT
+from tests.model.test_pack import lora_model, trees_of
+from tests.train.test_fused import adapter_weights, first_layers
+
+import pytest
+import torch
+
+CPU = torch.device("cpu")
+LIMIT = 8
+
+
+def system(folder):
+    return load_base(Base(str(folder), quant="none", dtype="fp32"), CPU), load_tokenizer(str(folder))
+
+
+def demo_trees(tokenizer, paragraphs: int, window: Window | None = None) -> list[Tree]:
+    examples = squad.first_paragraphs(squad.read(str(ROOT / "demo" / "dev.json"), "dev").examples, paragraphs)
+    return build_trees(examples, tokenizer, window or Window(), train=False).trees
+
+
+def generated(model, tokenizer, tree: Tree, branch: Branch, stops: list[int]) -> list[int]:
+    """What `model.generate` answers to one question alone."""
+    prompt = torch.tensor([tree.prefix_ids + branch.prompt_ids], device=model.device)
+    out = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=LIMIT,
+        do_sample=False,
+        eos_token_id=stops,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return out[0, prompt.shape[1] :].tolist()
+
+
+@functools.cache
+def truth(folder: Path, paragraphs: int, questions: int = 5) -> dict[str, list[int]]:
+    """What `model.generate` answers to each of so many of the demo's questions alone, by a base as it is."""
+    model, tokenizer = system(folder)
+    stops = stop_ids(tokenizer)
+    return {
+        branch.id: generated(model, tokenizer, tree, branch, stops)
+        for tree in demo_trees(tokenizer, paragraphs)
+        for branch in tree.branches[:questions]
+    }
+
+
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+@pytest.mark.parametrize(("base", "paragraphs", "questions"), [("tiny_base", 8, 5), ("smollm2_base", 1, 3)])
+def test_every_answer_equals_generate_at_batch_one_token_for_token(
+    base, paragraphs, questions, engine, request, tmp_path_factory
+):
+    folder = request.getfixturevalue(base)
+    if base == "smollm2_base":
+        folder = first_layers(folder, tmp_path_factory.getbasetemp() / "first-layers", 4)
+    model, tokenizer = system(folder)
+    trees = [Tree(tree.prefix_ids, tree.branches[:questions]) for tree in demo_trees(tokenizer, paragraphs)]
+    answers = predict(model, tokenizer, trees, stop_ids(tokenizer), LIMIT, Eval(engine), progress=None)
+    assert len(answers) == questions * paragraphs
+    assert {id_: answer.token_ids for id_, answer in answers.items()} == truth(folder, paragraphs, questions)
+    assert len({tuple(answer.token_ids) for answer in answers.values()}) > 1
+
+
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+def test_answers_do_not_depend_on_how_trees_are_packed(tiny_base, engine):
+    model, tokenizer = system(tiny_base)
+    trees, stops = demo_trees(tokenizer, 6), stop_ids(tokenizer)
+    one_pack = predict(model, tokenizer, trees, stops, LIMIT, Eval(engine, pass_tokens=100_000), progress=None)
+    for options in (Eval(engine, pass_tokens=600), Eval(engine, parts=2), Eval(engine, parts=100)):
+        many = predict(model, tokenizer, trees, stops, LIMIT, options, progress=None)
+        assert {k: v.token_ids for k, v in one_pack.items()} == {k: v.token_ids for k, v in many.items()}
+    assert one_pack.keys() == {branch.id for tree in trees for branch in tree.branches}
+
+
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+def test_what_is_read_together_in_parts_is_so_whoever_takes_them(tiny_base, engine, monkeypatch):
+    model, tokenizer = system(tiny_base)
+    trees, stops = demo_trees(tokenizer, 9), stop_ids(tokenizer)
+
+    def read(mine: Callable[[int], bool], parts: int | None = 3) -> list[tuple[int, ...]]:
+        """The tokens of each pass of a rank that takes the items whose numbers are `mine`."""
+        passes: list[tuple[int, ...]] = []
+        forward, whole = reader.Reader.read, decode.logits
+
+        def seen(self, new, before=None):
+            passes.append(tuple(new.ids.tolist()))
+            return forward(self, new, before)
+
+        def seen_plain(model, ids, *args, **kwargs):
+            passes.append(tuple(ids.tolist()))
+            return whole(model, ids, *args, **kwargs)
+
+        with monkeypatch.context() as changed:
+            changed.setattr(decode.ranks, "take", lambda items, _: (x for i, x in enumerate(items) if mine(i)))
+            changed.setattr(reader.Reader, "read", seen)
+            changed.setattr(decode, "logits", seen_plain)
+            predict(model, tokenizer, trees, stops, LIMIT, Eval(engine, pass_tokens=700, parts=parts), progress=None)
+        return passes
+
+    alone = read(lambda i: True)
+    assert sorted(alone) == sorted(read(lambda i: i == 1) + read(lambda i: i != 1))
+    if engine == "auto":  # the plain engine's packs are parts already
+        together = read(lambda i: True, None)
+        assert len(together) < len(alone)
+        assert sorted(together) != sorted(read(lambda i: i == 1, None) + read(lambda i: i != 1, None))
+
+
+def test_limit_is_kept_and_reported(tiny_base):
+    model, tokenizer = system(tiny_base)
+    trees = demo_trees(tokenizer, 2)
+    never_stop = predict(model, tokenizer, trees, [], 5, progress=None)
+    assert all(len(answer.token_ids) == 5 and answer.hit_limit for answer in never_stop.values())
+    everything = list(range(len(tokenizer)))
+    at_once = predict(model, tokenizer, trees, everything, 5, progress=None)
+    assert all(len(answer.token_ids) == 1 and not answer.hit_limit for answer in at_once.values())
+
+
+def test_log_probability_is_that_of_the_decoded_tokens(tiny_base):
+    model, tokenizer = system(tiny_base)
+    (tree,) = demo_trees(tokenizer, 1)
+    for answer in predict(model, tokenizer, [tree], [], 4, progress=None).values():
+        (branch,) = [b for b in tree.branches if b.id == answer.id]
+        prompt = tree.prefix_ids + branch.prompt_ids
+        out = model(input_ids=torch.tensor([prompt + answer.token_ids[:-1]])).logits[0, len(prompt) - 1 :]
+        expected = torch.log_softmax(out, -1).gather(1, torch.tensor(answer.token_ids)[:, None]).sum()
+        assert answer.logprob == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_of_several_windows_the_most_probable_answer_stays(tiny_base):
+    model, tokenizer = system(tiny_base)
+    tree = demo_trees(tokenizer, 1)[0]
+    branches = tree.branches[:2]
+    apart = [Tree(tree.prefix_ids, (branch,)) for branch in branches]
+    alone = [predict(model, tokenizer, [t], [], 4, progress=None)[t.branches[0].id] for t in apart]
+    same_id = [Tree(tree.prefix_ids, (replace(branch, id="q"),)) for branch in branches]
+    (kept,) = predict(model, tokenizer, same_id, [], 4, progress=None).values()
+    best = max(alone, key=lambda answer: answer.logprob)
+    assert (kept.token_ids, kept.id) == (best.token_ids, "q")
+
+
+def test_stops_are_eos_and_every_token_with_a_line_break(tiny_base):
+    tokenizer = load_tokenizer(str(tiny_base))
+    stops = stop_ids(tokenizer)
+    assert tokenizer.eos_token_id in stops
+    assert set(tokenizer("\n", add_special_tokens=False).input_ids) <= set(stops)
+    assert not set(tokenizer(" plain words", add_special_tokens=False).input_ids) & set(stops)
+
+
+def test_text_is_the_first_line_without_special_tokens(tiny_base):
+    tokenizer = load_tokenizer(str(tiny_base))
+    ids = tokenizer(" an answer \nmore", add_special_tokens=False).input_ids
+    assert to_text(tokenizer, [*ids, tokenizer.eos_token_id]) == "an answer"
+    assert to_text(tokenizer, [tokenizer.eos_token_id]) == ""
+
+
+def test_predict_leaves_the_model_in_the_mode_it_was_in(tiny_base):
+    model, tokenizer = system(tiny_base)
+    model.train()
+    predict(model, tokenizer, demo_trees(tokenizer, 1), [], 2, progress=None)
+    assert model.training
+
+
+def test_nothing_to_answer_is_no_error(tiny_base):
+    model, tokenizer = system(tiny_base)
+    assert predict(model, tokenizer, [], [], 2, progress=None) == {}
+
+
+def test_the_plain_engine_stores_keys_and_values_of_a_prefix_once(tiny_base, monkeypatch):
+    model, tokenizer = system(tiny_base)
+    (tree,) = demo_trees(tokenizer, 1)
+    caches = []
+    original = decode.DynamicCache
+    monkeypatch.setattr(decode, "DynamicCache", lambda **kw: caches.append(original(**kw)) or caches[-1])
+    four = Tree(tree.prefix_ids, tuple(Branch(f"{i}", [5], []) for i in range(4)))
+    predict(model, tokenizer, [four], [], 3, Eval("plain"), progress=None)
+    (cache,) = caches
+    assert cache.get_seq_length() == len(tree.prefix_ids) + 4 + 4 * 2  # prefix, prompts, all but the last tokens
+
+
+def test_an_adapter_answers_alike_by_either_engine_and_not_as_the_base(tiny_base):
+    trees, _ = trees_of(tiny_base, 6, train=False)
+    model, tokenizer = lora_model(tiny_base, "nf4"), load_tokenizer(str(tiny_base))
+    for p in adapter_weights(model):
+        torch.nn.init.normal_(p, std=0.2)
+    found = [predict(model, tokenizer, trees, [], 6, Eval(engine), progress=None) for engine in ("auto", "plain")]
+    streamed, plain = ({k: v.token_ids for k, v in answers.items()} for answers in found)
+    assert streamed == plain
+    with model.disable_adapter():
+        base = predict(model, tokenizer, trees, [], 6, Eval("plain"), progress=None)
+    assert streamed != {k: v.token_ids for k, v in base.items()}
+    for id_, answer in found[0].items():
+        assert answer.logprob == pytest.approx(found[1][id_].logprob, abs=1e-3)
+
+
+def test_a_model_that_is_no_llama_goes_the_plain_way(tiny_base, monkeypatch):
+    model, tokenizer = system(tiny_base)
+    trees = demo_trees(tokenizer, 2)
+    expected = predict(model, tokenizer, trees, [], 4, progress=None)
+    model.config.hidden_act = "gelu"  # what the layers have built in stays as it is
+    monkeypatch.setattr(decode, "Reader", None)
+    found = predict(model, tokenizer, trees, [], 4, progress=None)
+    assert {k: v.token_ids for k, v in found.items()} == {k: v.token_ids for k, v in expected.items()}
+
+
+# ---- answers that end by themselves ----------------------------------------------------------------------------------
+
+NOTE = "Note 1: here are the otter, the chisel, the north gate and nothing more."
+BOTH = pytest.mark.parametrize("engine", ["auto", "plain"])
+
+
+def notes(tokenizer, context: str = NOTE) -> list[Tree]:
+    """Which animal, and which place: a token and EOS, and two and EOS."""
+    asked = [Example(kind, "T", context, f"Which {kind} is meant?", ()) for kind in ("animal", "place")]
+    return build_trees(asked, tokenizer, Window(), train=False).trees
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("limit", "texts", "cut"),
+    [
+        (1, ("otter", "north"), (True, True)),
+        (2, ("otter", "north gate"), (False, True)),  # EOS falls exactly on the limit: it has ended by itself
+        (3, ("otter", "north gate"), (False, False)),
+        (9, ("otter", "north gate"), (False, False)),
+    ],
+)
+def test_what_ends_by_its_stop_token_is_not_cut_by_the_limit(answering_base, engine, limit, texts, cut):
+    model, tokenizer = system(answering_base)
+    found = predict(model, tokenizer, notes(tokenizer), stop_ids(tokenizer), limit, Eval(engine), progress=None)
+    animal, place = found["animal"], found["place"]
+    assert (animal.text, place.text) == texts
+    assert (animal.hit_limit, place.hit_limit) == cut
+    assert [len(answer.token_ids) for answer in (animal, place)] == [min(2, limit), min(3, limit)]
+    assert [answer.token_ids[-1] == tokenizer.eos_token_id for answer in (animal, place)] == [not c for c in cut]
+
+
+@BOTH
+def test_the_probability_of_an_answer_is_that_of_its_stop_token_too(answering_base, engine):
+    model, tokenizer = system(answering_base)
+    (tree,) = notes(tokenizer)
+    stops = [tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in ("otter", "gate")]
+    found = predict(model, tokenizer, [tree], stops, 9, Eval(engine), progress=None)
+    assert {id_: answer.text for id_, answer in found.items()} == {"animal": "otter", "place": "north gate"}
+    for branch in tree.branches:
+        prompt, ids = tree.prefix_ids + branch.prompt_ids, found[branch.id].token_ids
+        logits = model(input_ids=torch.tensor([prompt + ids])).logits[0].double()
+        steps = [logits[len(prompt) - 1 + i].softmax(-1)[token] for i, token in enumerate(ids)]
+        assert found[branch.id].logprob == pytest.approx(torch.stack(steps).log().sum().item(), abs=1e-4)
+        assert max(steps[-1], torch.stack(steps).prod()) < 0.9999
+
+
+def test_tokens_that_another_ties_with_are_counted_by_the_stream(answering_base):
+    model, tokenizer = system(answering_base)
+    trees, stops = notes(tokenizer), stop_ids(tokenizer)
+    (gate,) = tokenizer(" gate", add_special_tokens=False).input_ids
+    assert {a.ties for a in predict(model, tokenizer, trees, stops, 9, progress=None).values()} == {0}
+    assert {a.ties for a in predict(model, tokenizer, trees, stops, 9, Eval("plain"), progress=None).values()} == {None}
+    with torch.no_grad():
+        model.lm_head.weight[-1] = model.lm_head.weight[gate]
+    found = predict(model, tokenizer, trees, stops, 9, progress=None)
+    assert (found["animal"].ties, found["place"].ties) == (0, 1)
+
+
+def test_scripts_are_what_the_stream_draws_and_the_plain_engine_refuses_them(answering_base):
+    model, tokenizer = system(answering_base)
+    trees, stops = notes(tokenizer), stop_ids(tokenizer)
+    script = gold_ids(tokenizer, "chisel", 9)
+    found = predict(model, tokenizer, trees, stops, 9, progress=None, scripts={"animal": script})
+    assert (found["animal"].text, found["animal"].token_ids) == ("chisel", script)
+    assert found["place"].text == "north gate"
+    assert found["animal"].logprob < -1
+    with pytest.raises(ValueError, match="follows no scripts"):
+        predict(model, tokenizer, trees, stops, 9, Eval("plain"), progress=None, scripts={"animal": script})
+
+
+def test_a_gold_answer_as_a_script_ends_with_eos_within_the_limit(answering_base):
+    tokenizer = load_tokenizer(str(answering_base))
+    north, gate = tokenizer(" north gate", add_special_tokens=False).input_ids
+    assert gold_ids(tokenizer, "north gate", 9) == [north, gate, 1]
+    assert gold_ids(tokenizer, "north gate", 3) == [north, gate, 1]
+    assert gold_ids(tokenizer, "north gate", 2) == [north, 1]
+    assert gold_ids(tokenizer, "north gate", 1) == [1]
+
+
+# ---- of several windows ----------------------------------------------------------------------------------------------
+
+
+def said(id_: str, text: str, logprob: float | None, *ids: int) -> Prediction:
+    return Prediction(id_, text, list(ids), logprob, False)
+
+
+@pytest.mark.parametrize(
+    ("answers", "kept"),
+    [
+        ([said("q", "sure", -0.1, 5), said("q", "unsure", -2.0, 9)], "sure"),
+        ([said("q", "unsure", -2.0, 9), said("q", "sure", -0.1, 5)], "sure"),
+        ([said("q", "b", -2.0, 9), said("q", "sure", -0.1, 5), said("q", "c", -3.0, 7)], "sure"),
+        ([said("q", "low", -1.0, 4, 9), said("q", "high", -1.0, 5)], "high"),  # as likely: whatever came first
+        ([said("q", "high", -1.0, 5), said("q", "low", -1.0, 4, 9)], "high"),
+        ([said("q", "early", None), said("q", "late", None)], "late"),
+        ([said("q", "early", None), said("q", "late", -9.0)], "late"),
+    ],
+)
+def test_of_a_questions_answers_the_most_probable_stays_in_whatever_order_they_come(answers, kept):
+    others = [said("z", "z", -1.0, 1), said("a", "a", -5.0, 1)]
+    found = merge([others[0], *answers, others[1]])
+    assert list(found) == ["a", "q", "z"]
+    assert {id_: answer.text for id_, answer in found.items()} == {"a": "a", "q": kept, "z": "z"}
+
+
+@BOTH
+def test_the_window_that_holds_the_answer_answers(answering_base, engine):
+    """The others answer too: they have nothing to copy, and are less sure."""
+    model, tokenizer = system(answering_base)
+    apart = [notes(tokenizer, text)[0] for text in ("Note 2: nothing is here at all, and nothing more.", NOTE)]
+    for trees in (apart, apart[::-1]):
+        found = predict(model, tokenizer, trees, stop_ids(tokenizer), 9, Eval(engine), progress=None)
+        assert {id_: answer.text for id_, answer in found.items()} == {"animal": "otter", "place": "north gate"}
+
+
+# ---- what it does beside ---------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_and_its_answer_may_take_all_positions_and_no_more():
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=100))
+    check_positions(model, 90, 10)
+    check_positions(model, 10, 90)
+    check_positions(SimpleNamespace(config=SimpleNamespace()), 10**6, 10**6)
+    check_positions(SimpleNamespace(config=SimpleNamespace(max_position_embeddings=None)), 10**6, 10**6)
+    words = (
+        "91 tokens of a prompt and up to 10 of its answer, and this model has 100 positions: lower window.context, or"
+    )
+    with pytest.raises(UserError, match=rf"^{words} ask for fewer prompt\.shots$"):
+        check_positions(model, 91, 10)
+    with pytest.raises(UserError, match=r"^10 tokens .* up to 91 of its answer.*: lower window\.answer$"):
+        check_positions(model, 10, 91)
+    with pytest.raises(UserError, match=r"lower window\.context"):
+        check_positions(model, 51, 51)
+
+
+def test_the_longest_question_of_the_largest_paragraph_decides_whether_positions_suffice(tiny_base):
+    model, tokenizer = system(tiny_base)
+    trees = [
+        Tree([5] * 30, (Branch("a", [5] * 10, []), Branch("b", [5] * 4, []))), Tree([5] * 36, (Branch("c", [5], []),)),
+    ]  # fmt: skip
+    model.config.max_position_embeddings = 44
+    assert len(predict(model, tokenizer, trees, [], 4, progress=None)) == 3
+    with pytest.raises(UserError, match="40 tokens of a prompt and up to 5 of its answer"):
+        predict(model, tokenizer, trees, [], 5, progress=None)
+
+
+def test_stops_are_the_tokens_that_byte_level_vocabularies_write_as_a_line_break(answering_base):
+    tokenizer = load_tokenizer(str(answering_base))
+    assert stop_ids(tokenizer) == sorted({1} | {i for token, i in tokenizer.get_vocab().items() if "Ċ" in token})
+    assert len(stop_ids(tokenizer)) > 1
+
+
+def test_text_ends_where_its_first_line_does(answering_base):
+    tokenizer = load_tokenizer(str(answering_base))
+    for text, expected in (("\nnorth gate", ""), (" north\n gate\n", "north"), ("  gate ", "gate")):
+        assert to_text(tokenizer, tokenizer(text, add_special_tokens=False).input_ids) == expected
+    assert to_text(tokenizer, []) == ""
+
+
+@BOTH
+def test_work_is_left_between_passes_and_the_model_is_then_as_it_was(tiny_base, engine):
+    model, tokenizer = system(tiny_base)
+    model.train()
+    passes: list[bool] = []
+
+    def check() -> None:
+        passes.append(model.training)
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(model, tokenizer, demo_trees(tokenizer, 4), [], 4, Eval(engine, pass_tokens=400), None, check)
+    assert passes == [False, False]
+    assert model.training
+    model.eval()
+    predict(model, tokenizer, demo_trees(tokenizer, 1), [], 1, progress=None)
+    assert not model.training
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, 8192), (300, 300)])
+def test_the_plain_engines_packs_have_as_many_tokens_as_asked_for(tiny_base, monkeypatch, given, used):
+    model, tokenizer = system(tiny_base)
+    asked: list[int] = []
+    monkeypatch.setattr(decode.plan, "fill", lambda trees, tokens: asked.append(tokens) or plan.pack_up(trees))
+    monkeypatch.setattr(plan, "pack_up", lambda trees: [[tree] for tree in trees], raising=False)
+    predict(model, tokenizer, demo_trees(tokenizer, 1), [], 1, Eval("plain", pass_tokens=given), progress=None)
+    assert asked == [used]
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_the_streams_sizes_are_of_this_model_and_recorded_where_there_is_flash_attention(tiny_base, monkeypatch, flash):
+    model, _ = system(tiny_base)
+    options, asked = Eval(memory_budget_gib=3), []
+    monkeypatch.setattr(decode.attention, "has_flash", lambda device, dtype: flash and dtype == torch.float32)
+    monkeypatch.setattr(decode.memory, "decoding", lambda *args, **record: asked.append((args, record)) or "sizes")
+    assert decode.sizes_of(model, options) == "sizes"
+    assert asked == [((options, memory.Shapes.of(model), CPU), {"record": flash})]
+
+
+@pytest.mark.parametrize(("record", "recorded"), [(True, 77), (False, 0)])
+def test_the_stream_reads_by_its_sizes(tiny_base, monkeypatch, record, recorded):
+    model, tokenizer = system(tiny_base)
+    asked: list[tuple] = []
+    monkeypatch.setattr(decode, "sizes_of", lambda model, options: memory.Decoding(77, 3000, record))
+    monkeypatch.setattr(decode, "Reader", lambda *args: asked.append(args[1:]) or reader.Reader(args[0], args[1]))
+    passes = decode.stream.answers
+    monkeypatch.setattr(decode.stream, "answers", lambda *args: asked.append(args[4]) or passes(*args))
+    assert len(predict(model, tokenizer, demo_trees(tokenizer, 1), [], 1, progress=None)) == 5
+    assert asked == [(3000, recorded), 77]
+
+
+def test_progress_is_of_questions_and_of_as_many_as_there_are(tiny_base, capsys):
+    model, tokenizer = system(tiny_base)
+    predict(model, tokenizer, demo_trees(tokenizer, 2), [], 1, progress="some work")
+    assert "some work: 100%" in (said := capsys.readouterr().err)
+    assert "10/10" in said
+    predict(model, tokenizer, demo_trees(tokenizer, 2), [], 1, progress=None)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_largest_paragraphs_go_first_and_parts_are_taken_one_by_one(monkeypatch):
+    small, large, middle = (Tree([5] * n, (Branch(f"{n}", [5], []),)) for n in (3, 30, 10))
+    rounds: list[str] = []
+    monkeypatch.setattr(ranks, "take", lambda items, name: rounds.append(name) or iter(items))
+    (stream,) = decode._streams([small, large, middle], None, "evaluation at 3")
+    assert list(stream) == [large, middle, small]
+    parts = list(decode._streams([small, large, middle], 2, "evaluation at 4"))
+    assert [sorted(len(tree) for tree in part) for part in parts] == [[31], [4, 11]]
+    assert rounds == ["evaluation at 3", "evaluation at 4"]

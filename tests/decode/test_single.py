@@ -1,0 +1,442 @@
+"""A single answer is the greedy one, whatever is drafted; drafts come from the prompt."""
+
+import contextlib
+from types import SimpleNamespace
+
+from common.config import Eval, Prompt, Window
+from common.data.squad import Example
+from common.decode import single
+from common.decode.forward import Drawn, Pass
+from common.decode.predict import stop_ids
+from common.decode.single import DRAFT, Answer, Plain, Single, draft_from
+from common.errors import UserError
+from common.model.load import load_tokenizer
+from tests.decode.test_predict import LIMIT, NOTE, demo_trees, notes, system, truth
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def questions(tokenizer, paragraphs: int):
+    return [(tree, branch, tree.prefix_ids + branch.prompt_ids) for tree in demo_trees(tokenizer, paragraphs)
+            for branch in tree.branches]  # fmt: skip
+
+
+def test_every_answer_equals_generate_token_for_token(tiny_base):
+    model, tokenizer = system(tiny_base)
+    engine = Single(model, stop_ids(tokenizer), LIMIT, 600)
+    for _, branch, prompt in questions(tokenizer, 8):
+        answer = engine.answer(prompt)
+        assert answer.token_ids == truth(tiny_base, 8)[branch.id]
+        assert answer.passes <= len(answer.token_ids)
+
+
+def test_log_probability_is_that_of_the_tokens_whatever_was_drafted(tiny_base):
+    model, tokenizer = system(tiny_base)
+    engine = Single(model, [], 12, 600)
+    for _, _, prompt in questions(tokenizer, 2):
+        answer = engine.answer(prompt)
+        ids = torch.tensor([prompt + answer.token_ids[:-1]])
+        out = torch.log_softmax(model(input_ids=ids).logits[0, len(prompt) - 1 :].float(), -1)
+        expected = out.gather(1, torch.tensor(answer.token_ids)[:, None]).sum().item()
+        assert answer.logprob == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("draft", [[], [1] * DRAFT, "right", "half right"])
+def test_drafts_change_the_number_of_passes_and_nothing_else(tiny_base, monkeypatch, draft):
+    model, tokenizer = system(tiny_base)
+    engine, limit = Single(model, [], 20, 600), 20
+    _, _, prompt = questions(tokenizer, 1)[0]
+    monkeypatch.setattr(single, "draft_from", lambda *_: [])
+    truth = engine.answer(prompt)
+    assert (truth.passes, truth.drafted, truth.accepted) == (limit, 0, 0)
+
+    def drafted(prompt_ids, token_ids, most):
+        right = truth.token_ids[len(token_ids) :][:most]
+        if draft == "half right":
+            return [*right[:3], *[(t + 1) % 99 for t in right[3:]]]
+        return right if draft == "right" else draft[:most]
+
+    monkeypatch.setattr(single, "draft_from", drafted)
+    ticks: list[int] = []
+    found = engine.answer(prompt, tick=ticks.append)
+    assert found.token_ids == truth.token_ids
+    assert sum(ticks) == limit
+    assert len(ticks) == found.passes
+    counts = found.passes, found.drafted, found.accepted
+    if draft == "right":
+        assert counts == (3, 15 + 2, 15 + 2)  # a token; 15 and one more; with room for three, two and one more
+    if draft == "half right":  # a draft is twice as long as what was right of the last one, and one more
+        assert counts == (6, 15 + 7 + 7 + 6 + 2, 3 + 3 + 3 + 3 + 2)
+    if draft == [1] * DRAFT:
+        assert counts == (20, 15 + 17, 0)  # after one that was all wrong, one token is tried at a time
+    if not draft:
+        assert counts == (20, 0, 0)
+
+
+def test_a_script_is_what_is_drawn(tiny_base):
+    model, tokenizer = system(tiny_base)
+    _, _, prompt = questions(tokenizer, 1)[0]
+    stop = tokenizer.eos_token_id
+    span = prompt[10:19]
+    found = Single(model, [stop], 32, 600).answer(prompt, script=[*span, stop])
+    assert found.token_ids == [*span, stop]
+    assert found.passes < len(span), "spans of the prompt are drafted"
+    assert found.accepted > 0
+    only_first = Single(model, [stop], 4, 600).answer(prompt, script=[77])
+    assert only_first.token_ids[0] == 77
+    assert len(only_first.token_ids) <= 4
+
+
+def test_a_prompt_that_is_too_long_is_refused(tiny_base):
+    model, _ = system(tiny_base)
+    engine = Single(model, [], 4, 40)
+    assert len(engine.answer([5] * 36).token_ids) == 4
+    for length in (0, 37):
+        with pytest.raises(UserError, match=f"a prompt of {length} tokens; 1 to 36 can be asked"):
+            engine.answer([5] * length)
+
+
+def test_padding_changes_nothing_and_is_kept_apart(tiny_base):
+    """As a graph has it, on a CPU."""
+    model, tokenizer = system(tiny_base)
+    _, _, prompt = questions(tokenizer, 1)[0]
+    engine = Single(model, [], 4, len(prompt) + 60)
+    reader, unused = engine.reader, engine.reader.arena_tokens - 1
+    reader.layers.keys.fill_(torch.nan)
+    reader.layers.values.fill_(torch.nan)
+    n, drawn = len(prompt), []
+    for new, before, padded in ((prompt, 0, n), ([5, 6, 7], n, 3), (prompt, 0, n + 20), ([5, 6, 7], n, DRAFT + 1)):
+        lists = single._lists(new, before, [], padded, 3 if before else 1, unused)
+        drawn.append(reader.read(Pass.on(reader.device, lists, len(new))))
+    for plain, with_padding in zip(drawn[:2], drawn[2:], strict=True):
+        assert torch.equal(plain.token, with_padding.token)
+        torch.testing.assert_close(plain.logprob, with_padding.logprob)
+    assert reader.layers.keys[:, n + 3 : unused].isnan().all()
+    assert not reader.layers.keys[:, : n + 3].isnan().any()
+
+
+ids = st.lists(st.integers(0, 6), min_size=1, max_size=40)
+
+
+@given(ids, ids, st.integers(0, 8))
+def test_a_draft_is_what_follows_somewhere_in_the_prompt(prompt, tokens, most):
+    draft = draft_from(prompt, tokens, most)
+    assert len(draft) <= most
+    if most and tokens[-1] in prompt[:-1]:
+        assert draft
+        assert any(prompt[i : i + 1 + len(draft)] == [tokens[-1], *draft] for i in range(len(prompt)))
+    elif tokens[-1] not in prompt[:-1]:
+        assert draft == []
+
+
+def test_the_longest_match_wins_and_then_the_place_that_the_question_is_about():
+    prompt = [50, 1, 2, 10, 11, 51, 1, 3, 12, 13, 52, 1, 3, 14, 15]
+    assert draft_from(prompt, [1, 2], 2) == [10, 11]
+    far = [1, 20, 21, *[0] * 60, 30, 31, 1, 22, 23, *[0] * 60, *[99] * 20, 30, 31]
+    assert draft_from(far, [1], 2) == [22, 23]
+
+
+def test_the_plain_engine_answers_alike_a_token_a_pass(answering_base):
+    model, tokenizer = system(answering_base)
+    stops, window = stop_ids(tokenizer), Window(context=250, answer=16)
+    fast, plain = (single.engine(model, stops, window, Eval(engine)) for engine in ("auto", "plain"))
+    assert (fast.name, plain.name) == ("drafts", "plain")
+    for prompt, n in zip(prompts(tokenizer), (2, 3), strict=True):
+        for to_the_limit in (False, True):
+            ticks: list[list[int]] = [[], []]
+            ours, theirs = (
+                e.answer(prompt, None, to_the_limit, t.append) for e, t in zip((fast, plain), ticks, strict=True)
+            )
+            assert ours.token_ids == theirs.token_ids
+            assert len(ours.token_ids) == (16 if to_the_limit else n)
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+            assert ticks[1] == [1] * theirs.passes == [1] * len(theirs.token_ids)
+            assert sum(ticks[0]) == len(ours.token_ids)
+            assert len(ticks[0]) == ours.passes
+
+
+def prompts(tokenizer, context: str = NOTE) -> list[list[int]]:
+    """Of the answers "otter" and "north gate"."""
+    return [tree.prefix_ids + branch.prompt_ids for tree in notes(tokenizer, context) for branch in tree.branches]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4])
+def test_what_ends_by_its_stop_token_is_the_same_however_near_the_limit(answering_base, limit):
+    model, tokenizer = system(answering_base)
+    stops = stop_ids(tokenizer)
+    north, gate = tokenizer(" north gate", add_special_tokens=False).input_ids
+    for engine in (Single(model, stops, limit, 200), Plain(model, stops, limit)):
+        answer = engine.answer(prompts(tokenizer)[1])
+        assert answer.token_ids == [north, gate, 1][:limit]
+
+
+def test_the_probability_of_a_single_answer_is_that_of_its_stop_token_too(answering_base):
+    model, tokenizer = system(answering_base)
+    prompt = prompts(tokenizer)[1]
+    north, _ = tokenizer(" north gate", add_special_tokens=False).input_ids
+    expected = model(input_ids=torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1)[north].item()
+    assert -3 < expected < -0.01
+    for engine in (Single(model, [north], 9, 200), Plain(model, [north], 9)):
+        answer = engine.answer(prompt)
+        assert answer.token_ids == [north]
+        assert answer.logprob == pytest.approx(expected, abs=1e-4)
+
+
+def test_single_queries_count_tokens_that_another_ties_with(answering_base):
+    model, tokenizer = system(answering_base)
+    stops = stop_ids(tokenizer)
+    (gate,) = tokenizer(" gate", add_special_tokens=False).input_ids
+    animal, place = prompts(tokenizer)
+    assert Single(model, stops, 9, 200).answer(place).ties == 0
+    with torch.no_grad():
+        model.lm_head.weight[-1] = model.lm_head.weight[gate]
+    engine = Single(model, stops, 9, 200)
+    assert (engine.answer(animal).ties, engine.answer(place).ties) == (0, 1)
+
+
+def test_the_plain_engine_follows_no_script(answering_base):
+    model, tokenizer = system(answering_base)
+    with pytest.raises(ValueError, match="follows no scripts"):
+        Plain(model, [1], 4).answer(prompts(tokenizer)[0], script=[5])
+
+
+@pytest.mark.parametrize(
+    ("window", "beside", "most"),
+    [
+        (Window(context=300, question=50, answer=16), 0, 366),
+        (Window(context=300, question=50, answer=16), 7, 373),
+        (Window(context=300, question=50, answer=16, tokenizer="another"), 7, 2 * 366 + 7),
+    ],
+)
+def test_an_engine_has_room_for_its_window_and_what_stands_beside_it(tiny_base, window, beside, most):
+    model, _ = system(tiny_base)
+    engine = single.engine(model, [1], window, Eval(), beside)
+    assert (engine.limit, engine.most_prompt, engine.stops) == (16, most - 16, {1})
+    assert engine.reader.arena_tokens == most + DRAFT + 1
+    assert isinstance(single.engine(model, [1], window, Eval("plain"), beside), Plain)
+    model.config.hidden_act = "gelu"
+    assert isinstance(single.engine(model, [1], window, Eval(), beside), Plain)
+
+
+# ---- end to end ------------------------------------------------------------------------------------------------------
+
+
+class Answers:
+    """An engine that answers what it is told to, one prompt after the other."""
+
+    def __init__(self, *answers: tuple[float, list[int]], positions: int = 1000):
+        self.answers = [Answer(ids, logprob) for logprob, ids in answers]
+        self.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions))
+        self.asked: list[tuple] = []
+
+    def answer(self, *asked) -> Answer:
+        self.asked.append(asked)
+        return self.answers[len(self.asked) - 1]
+
+
+@pytest.mark.parametrize(
+    ("answers", "order"),
+    [
+        ([(-3.0, [7]), (-0.5, [8]), (-2.0, [9])], [8, 9, 7]),
+        ([(-0.5, [8]), (-2.0, [9]), (-3.0, [7])], [8, 9, 7]),
+        ([(-1.0, [7]), (-1.0, [9]), (-1.0, [8])], [9, 8, 7]),  # as likely: as `decode.merge` has it
+    ],
+)
+def test_of_several_windows_the_most_probable_answer_comes_first(answering_base, answers, order):
+    tokenizer = load_tokenizer(str(answering_base))
+    context = " ".join(f"Sentence {i} says nothing much." for i in range(12))
+    example = Example("asked", "", context, "Which?", ())
+    window = Window(context=64, stride=40, answer=16, overflow="chunk")
+    engine = Answers(*answers, *[(-9.0, [5])] * 9)
+    text, found, cut = single.ask(engine, tokenizer, example, window)
+    assert [answer.token_ids[0] for answer in found[:3]] == order
+    assert len(found) == len(engine.asked) > 3
+    assert text == tokenizer.decode([order[0]]).strip()
+    assert cut
+
+
+def test_a_query_is_its_prompt_and_is_answered_as_asked(answering_base):
+    tokenizer = load_tokenizer(str(answering_base))
+    example, engine = Example("asked", "", NOTE, "Which animal is meant?", ()), Answers((-1.0, [9]))
+    tick = [].append
+    options = Prompt(before="Before. ")
+    said, (answer,), cut = single.ask(engine, tokenizer, example, Window(), None, [5], True, tick, options)
+    ((ids, script, to_the_limit, ticked),) = engine.asked
+    assert tokenizer.decode(ids) == f"<s>Before. Context: {NOTE}\n\nQuestion: Which animal is meant?\n\nAnswer:"
+    assert (script, to_the_limit, ticked) == ([5], True, tick)
+    assert (said, answer.token_ids, cut) == (tokenizer.decode([9]).strip(), [9], False)
+    single.ask(engine := Answers((-1.0, [9])), tokenizer, example, Window())
+    assert engine.asked[0][1:3] == (None, False)
+
+
+def test_the_windows_tokenizer_cuts_the_context(answering_base, tiny_base):
+    tokenizer, cutter = (load_tokenizer(str(base)) for base in (answering_base, tiny_base))
+    example, window = Example("asked", "", "zebra " * 30, "Which?", ()), Window(context=40, stride=40)
+    by_own, by_other = Answers((-1.0, [9])), Answers((-1.0, [9]))
+    assert single.ask(by_own, tokenizer, example, window)[2]
+    assert single.ask(by_other, tokenizer, example, window, cutter)[2]
+    asked = [tokenizer.decode(engine.asked[0][0]).count("zebra") for engine in (by_own, by_other)]
+    assert asked[0] != asked[1]
+
+
+def test_a_query_beyond_the_models_positions_is_refused(answering_base):
+    tokenizer = load_tokenizer(str(answering_base))
+    example = Example("asked", "", NOTE, "Which animal is meant?", ())
+    n = len(prompts(tokenizer)[0])
+    single.ask(Answers((-1.0, [9]), positions=n + 32), tokenizer, example, Window())
+    with pytest.raises(
+        UserError, match=rf"^{n} tokens of a prompt and up to 32 of its answer.*: lower window\.context"
+    ):
+        single.ask(Answers((-1.0, [9]), positions=n + 31), tokenizer, example, Window())
+    windows = Window(context=64, stride=40, answer=16, overflow="chunk")
+    example = Example(
+        "asked", "", " ".join(f"Sentence {i} says nothing." for i in range(14)), "Which animal is meant?", ()
+    )
+    single.ask(engine := Answers(*[(-1.0, [9])] * 9), tokenizer, example, windows)
+    n = max(len(ids) for ids, *_ in engine.asked)
+    assert n > min(len(ids) for ids, *_ in engine.asked)
+    single.ask(Answers(*[(-1.0, [9])] * 9, positions=n + 16), tokenizer, example, windows)
+    with pytest.raises(UserError, match=rf"^{n} tokens of a prompt and up to 16"):
+        single.ask(Answers(*[(-1.0, [9])] * 9, positions=n + 15), tokenizer, example, windows)
+
+
+# ---- graphs, imitated on a CPU ---------------------------------------------------------------------------------------
+
+
+def test_passes_are_recorded_for_a_few_lengths_the_largest_first_and_the_shortest_that_fits_is_replayed(
+    answering_base, monkeypatch
+):
+    model, tokenizer = system(answering_base)
+    stops, used = stop_ids(tokenizer), []
+
+    class Recorded:
+        """A pass as the graph has it: padded, with one draw or one after each token."""
+
+        def __init__(self, reader, length, asks, pool):
+            self.reader, self.length, self.asks = reader, length, asks
+            self.graph = SimpleNamespace(pool=lambda: f"pool of {length}")
+            recorded.append((length, asks, pool))
+
+        def __call__(self, new, before, forced):
+            used.append((self.length, len(new), before > 0))
+            lists = single._lists(new, before, forced, self.length, self.asks, self.reader.arena_tokens - 1)
+            return self.reader.read(Pass.on(self.reader.device, lists, len(new))).to_host()
+
+    recorded: list[tuple] = []
+    monkeypatch.setattr(single, "_Recorded", Recorded)
+    monkeypatch.setattr(single, "attention", SimpleNamespace(has_flash=lambda device, dtype: True))
+    engine = Single(model, stops, 9, 209)
+    assert recorded == [
+        (200, 1, None), (192, 1, "pool of 200"), (128, 1, "pool of 192"), (64, 1, "pool of 128"),
+        (1, 1, "pool of 64"), (16, 16, "pool of 64"),
+    ]  # fmt: skip
+    script = [*tokenizer(" north gate", add_special_tokens=False).input_ids, 1]
+    prompt = prompts(tokenizer)[1]
+    assert engine.answer(prompt).token_ids == script
+    assert used[0] == (next(n for n in (64, 128, 192) if n >= len(prompt)), len(prompt), False)
+    assert all(length == (1 if n == 1 else 16) for length, n, before in used if before)
+    assert len(used) > 1
+    used.clear()
+    engine.answer([5] * 64)
+    engine.answer([5] * 65)
+    assert [n for n in used if not n[2]] == [(64, 64, False), (128, 65, False)]
+    monkeypatch.setattr(single, "attention", SimpleNamespace(has_flash=lambda device, dtype: False))
+    assert Single(model, stops, 9, 209).prompts == []
+
+
+def test_a_graph_is_recorded_of_a_padded_pass_and_replayed_with_another(monkeypatch):
+    done: list[str] = []
+    passes: list[Pass] = []
+    drawn = Drawn(torch.tensor([7]), torch.tensor([-0.5]), torch.tensor([False]))
+
+    def read(new: Pass) -> Drawn:
+        passes.append(new)
+        done.append("read")
+        return drawn
+
+    def recording(graph, pool):
+        done.append(f"recording in {pool}")
+        return contextlib.nullcontext()
+
+    reader = SimpleNamespace(arena_tokens=50, device=torch.device("cpu"), read=read)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("give back"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: done.append("replay")))
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    found = single._Recorded(reader, 4, 2, "a pool")
+    assert done == ["read", "wait", "give back", "recording in a pool", "read"]
+    first, second = passes
+    assert first is second
+    assert first.ids.tolist() == [0] * 4
+    assert first.position.tolist() == [0, 1, 2, 3]
+    assert first.keep.tolist() == [0, 1]
+    assert (first.reach.host[2], first.reach.first) == ([50], 4)  # as many keys as there may be
+    out = found([7, 8, 9], 5, [3])
+    assert done[-1] == "replay"
+    assert first.ids.tolist() == [7, 8, 9, 0]  # what was recorded is of the same memory
+    assert first.position.tolist() == [5, 6, 7, 0]
+    assert first.slot.tolist() == [5, 6, 7, 49]
+    assert first.forced.tolist() == [3, -1]
+    assert (out.token.tolist(), out.logprob.tolist(), out.tie.tolist()) == ([7], [-0.5], [False])
+
+
+# ---- drafts, by hand -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "most", "draft"),
+    [
+        ([1, 2, 3, 4, 5], [2], 2, [3, 4]),
+        ([1, 2, 3, 4, 5], [9, 2], 2, [3, 4]),
+        ([1, 2, 3, 4, 5], [4], 9, [5]),
+        ([1, 2, 3, 4, 5], [5], 9, []),  # nothing follows it
+        ([1, 2, 3, 4, 5], [2], 0, []),
+        ([1, 2, 3, 4, 5], [2], -1, []),
+        ([1, 2, 3, 4, 5], [6], 2, []),
+        ([1, 2, 3, 4, 5], [1], 1, [2]),  # the first place counts too
+        ([7, 2, 3, 8, 2, 4], [8, 2], 1, [4]),  # two tokens alike before one
+        ([9, 1, 2, 3, 4, 50, 8, 2, 3, 4, 51], [1, 2, 3, 4], 1, [50]),  # four alike before three
+        ([8, 9, 1, 2, 3, 4, 50, 7, 9, 1, 2, 3, 4, 51], [7, 9, 1, 2, 3, 4], 1, [50]),  # a fifth is not looked at
+    ],
+)
+def test_drafts_are_what_follows_the_longest_match_of_up_to_four_tokens(prompt, tokens, most, draft):
+    assert draft_from(prompt, tokens, most) == draft
+
+
+def test_a_rare_word_of_the_question_says_more_than_a_common_one():
+    common, rare, gap, asked = 30, 31, [0] * 60, [99] * 20
+    by_common = [5, common, 1, 22]
+    by_rare = [5, rare, 1, 23]
+    prompt = [*[common] * 9, *gap, *by_common, *gap, *by_rare, *gap, *asked, common, rare]
+    assert draft_from(prompt, [1], 1) == [23]
+    assert draft_from([*gap, *by_common, *gap, *by_rare, *gap, *asked, common, common], [1], 1) == [22]
+
+
+def test_the_question_itself_is_no_place_to_draft_from_where_there_is_another():
+    prompt = [1, 22, *[0] * 40, 30, 31, 1, 23, 30, 31]
+    assert draft_from(prompt, [1], 1) == [22]
+
+
+def test_tokens_near_a_place_are_those_of_24_on_either_side():
+    gap, asked = [0] * 60, [*[99] * 20, 31]
+
+    def prompt(before: int) -> list[int]:
+        """A token of the question so many before the second of two places; nothing of it is near the first."""
+        return [1, 21, *gap, 31, *[0] * (before - 2), 1, 22, *gap, *asked]
+
+    assert draft_from(prompt(24), [1], 1) == [22]
+    assert draft_from(prompt(25), [1], 1) == [21]
+
+
+def test_a_pass_of_one_stretch_is_laid_out_by_hand():
+    assert single._lists([7, 8], 5, [9], 4, 2, 99) == {
+        "ids": [7, 8, 0, 0], "drawn": [-1] * 4, "position": [5, 6, 0, 0], "slot": [5, 6, 99, 99],
+        "keep": [0, 1], "forced": [9, -1], "own": [0, 2], "own_start": [0, 0], "own_used": [7],
+        "trees": [0], "prefix_start": [0], "prefix_used": [],
+    }  # fmt: skip
+    assert single._lists([7, 8, 9], 0, [], 3, 1, 99)["keep"] == [2]
+    assert single._lists([7, 8, 9], 0, [], 3, 1, 99)["forced"] == [-1]

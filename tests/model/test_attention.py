@@ -1,0 +1,160 @@
+"""Attention over trees is attention under the tree mask, whatever the shape of the trees."""
+
+from itertools import pairwise
+
+from common.data.prompt import Branch, Tree
+from common.model import attention
+from common.model.pack import pack, visible
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+sizes = st.lists(
+    st.tuples(st.integers(1, 9), st.lists(st.integers(1, 6), min_size=1, max_size=4)), min_size=1, max_size=4
+)
+
+
+def trees_of(shapes) -> list[Tree]:
+    """Prefixes and branches of these lengths."""
+    return [
+        Tree([1] * prefix, tuple(Branch(f"{t}.{b}", [2] * n, []) for b, n in enumerate(branches)))
+        for t, (prefix, branches) in enumerate(shapes)
+    ]
+
+
+def heads(tokens: int, n: int) -> torch.Tensor:
+    return torch.randn(tokens, n, 8, dtype=torch.float64, requires_grad=True)
+
+
+@given(sizes)
+def test_output_and_gradients_are_those_of_the_mask(shapes):
+    batch = pack(trees_of(shapes))
+    torch.manual_seed(0)
+    n = len(batch.input_ids)
+    q, k, v, d_out = heads(n, 4), heads(n, 2), heads(n, 2), torch.randn(n, 4, 8, dtype=torch.float64)
+    mask = visible(batch.layout, batch.layout)
+    wide = (x.transpose(0, 1)[None] for x in (q, k, v))
+    expected = F.scaled_dot_product_attention(*wide, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+    out, lse = attention.forward(q, k, v, batch.spans)
+    torch.testing.assert_close(out, expected)
+    gradients = torch.autograd.grad(expected, (q, k, v), d_out)
+    found = attention.backward(d_out, q, k, v, out, lse, batch.spans)
+    for ours, theirs in zip(found, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@given(sizes)
+def test_spans_are_where_the_tokens_are(shapes):
+    batch = pack(trees_of(shapes))
+    spans, layout = batch.spans, batch.layout
+    assert spans.starts == tuple(x.tolist() for x in (spans.own, spans.prefix, spans.branches))
+    assert spans.shared.tolist() == (layout.branch == 0).tolist() == (~spans.shares).tolist()
+    for starts, key in ((spans.own, layout.tree * 1000 + layout.branch), (spans.branches, layout.tree)):
+        for a, b in pairwise(starts):
+            assert len(key[a:b].unique()) == 1
+    assert spans.longest == tuple(int(x.diff().max()) for x in (spans.own, spans.prefix, spans.branches))
+
+
+@st.composite
+def stretches(draw):
+    """Trees: tokens of the prefix, how many of them are new, and for each branch tokens before and new ones."""
+    trees = []
+    for _ in range(draw(st.integers(1, 4))):
+        branches = st.tuples(st.integers(0, 5), st.integers(1, 4))
+        prefix = draw(st.integers(1, 9))
+        new = draw(st.sampled_from([0, 0, prefix, draw(st.integers(1, prefix))]))
+        trees.append((prefix, new, draw(st.lists(branches, min_size=0 if new else 1, max_size=3))))
+    return trees
+
+
+def reach_of(trees) -> tuple[attention.Reach, torch.Tensor, torch.Tensor]:
+    """(reach, the slot [T] of every new token, whether it sees each of the arena's slots [T, A]); gaps between."""
+    at, places = 3, []  # tree: start, then each branch's
+    for prefix, _, branches in trees:
+        starts = [at]
+        for before, new in [(0, prefix), *branches]:
+            at += before + new + 2
+            starts.append(at)
+        places.append(starts)
+    own, start, used, slots, seen = [0], [], [], [], []
+
+    def put(begin: int, before: int, new: int, prefix: range) -> None:
+        own.append(own[-1] + new)
+        start.append(begin)
+        used.append(before + new)
+        for i in range(before, before + new):
+            slots.append(begin + i)
+            seen.append([slot in prefix or begin <= slot <= begin + i for slot in range(at)])
+
+    for (prefix, new, _), (begin, *_) in zip(trees, places, strict=True):
+        if new:
+            put(begin, prefix - new, new, range(0))
+    first, over, prefix_start, prefix_used = own[-1], [0], [], []
+    for (prefix, _, branches), (begin, *starts) in zip(trees, places, strict=True):
+        if not branches:
+            continue
+        for (before, new), where in zip(branches, starts, strict=False):
+            put(where, before, new, range(begin, begin + prefix))
+        over.append(own[-1] - first)
+        prefix_start.append(begin)
+        prefix_used.append(prefix)
+    host = (own, [*start, 0], used, over, [*prefix_start, 0], prefix_used)
+    tensors = (torch.tensor(x, dtype=torch.int32) for x in host)
+    return attention.Reach(*tensors, host, first), torch.tensor(slots), torch.tensor(seen)
+
+
+@given(stretches())
+def test_new_tokens_see_their_own_stretch_and_their_prefix(trees):
+    reach, slots, seen = reach_of(trees)
+    torch.manual_seed(0)
+    keys, values = (torch.randn(seen.shape[1], 2, 8, dtype=torch.float64) for _ in range(2))
+    q = torch.randn(len(slots), 4, 8, dtype=torch.float64)
+    wide = (x.transpose(0, 1)[None] for x in (q, keys, values))
+    expected = F.scaled_dot_product_attention(*wide, attn_mask=seen[None, None], enable_gqa=True)[0].transpose(0, 1)
+    torch.testing.assert_close(attention.over_arena(q, keys, values, reach), expected)
+
+
+def halves() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Attention over some keys, over the others, their log-sum-exps; and over all."""
+    q, k, v = (torch.randn(2, 5, 8, dtype=torch.float64) for _ in range(3))  # [H, T, D]
+    scores = q @ k.transpose(1, 2)
+    parts = (slice(2), slice(2, 5))
+    out = [(scores[..., s].softmax(-1) @ v[:, s]).transpose(0, 1) for s in parts]
+    lse = [scores[..., s].logsumexp(-1).T for s in parts]
+    return [*out, *lse], (scores.softmax(-1) @ v).transpose(0, 1), scores.logsumexp(-1).T
+
+
+def test_two_sets_of_keys_join_to_the_whole():
+    parts, whole, _ = halves()
+    torch.testing.assert_close(attention._joined(*parts), whole)
+
+
+def test_two_parts_join_to_the_whole():
+    """`_join` with the log-sum-exps of each part is attention over both."""
+    parts, whole, whole_lse = halves()
+    some = torch.tensor([True, True, False, True, False])[:, None]
+    shared = torch.tensor([False, False, True, False, False])[:, None]
+    joined, both = attention._join(*parts, some, shared)
+    torch.testing.assert_close(joined[some[:, 0]], whole[some[:, 0]])
+    torch.testing.assert_close(both[some[:, 0]], whole_lse[some[:, 0]])
+    torch.testing.assert_close(joined[2], parts[0][2])
+    assert (joined[4] == 0).all(), "padding"
+
+
+@pytest.mark.parametrize("where", ["d_q", "d_k"])
+def test_what_was_in_memory_under_padding_goes_nowhere(where):
+    garbage = torch.full((3, 1, 2), torch.nan)
+    good = torch.ones(3, 1, 2)
+    shares, shared = (torch.tensor(x)[:, None, None] for x in ([False, True, False], [True, False, False]))
+    own = torch.where(shares | shared, good, garbage)
+    over_q, over_k = torch.where(shares, good, garbage), torch.where(shared, good, garbage)
+    d_q, d_k, _ = attention._add_where(own, own, own, over_q, over_k, over_k, shares, shared)
+    expected = {"d_q": [1, 2, 0], "d_k": [2, 1, 0]}[where]
+    assert {"d_q": d_q, "d_k": d_k}[where][:, 0, 0].tolist() == expected
+
+
+def test_flash_is_for_16_bit_numbers_on_a_gpu():
+    assert not attention.has_flash(torch.device("cpu"), torch.bfloat16)
