@@ -19,15 +19,15 @@ from typing import Any
 
 from common.config import Config, load
 from common.data import prompt, squad
-from common.decode import hosted as api
-from common.decode import predict as decode
-from common.decode import single
+from common.data.trees import prompt_texts
+from common.decode import hosted, single
+from common.decode.answers import gold_ids, stop_tokens
+from common.device import describe_device, out_of_memory, pick_device
 from common.errors import UserError, one_line_errors
+from common.files import write_text
 from common.metrics.stats import percentile, percentile_interval
 from common.model.load import load_system, load_tokenizers, sources
-from common.runs import checkpoint, preflight, record
-from common.runs import gauges as meter
-from common.runs import signals as stopping
+from common.runs import checkpoint, gauges, preflight, record, signals
 
 from tqdm import tqdm
 
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
 
     # ---- fresh processes -------------------------------------------------------------------------------------------
     busy = os.getloadavg()[0]
-    run, device = record.new_run(config, "bench"), meter.pick_device()
+    run, device = record.new_run(config, "bench"), pick_device()
     weights = checkpoint.weights_sha256(adapter)
     found = []
     for number in range(config.bench.processes):
@@ -72,8 +72,8 @@ def main(argv: list[str]) -> None:
             found.append(json.loads(file.read_text()))
             break
         chosen = [f"adapter={adapter}"] if adapter else []  # and not one that is trained meanwhile
-        code = stopping.run([sys.executable, str(Path(__file__).resolve()), *argv, *chosen, "--measure", str(file)])
-        if code in (2, *stopping.CODES):  # it has said why
+        code = signals.run([sys.executable, str(Path(__file__).resolve()), *argv, *chosen, "--measure", str(file)])
+        if code in (2, *signals.CODES):  # it has said why
             raise SystemExit(code)
         if code:
             seen = f"; what NVML saw until then: {file.with_suffix('.nvml.json')}" if device.type == "cuda" else ""
@@ -95,15 +95,15 @@ def main(argv: list[str]) -> None:
         key: max(phase[key] or 0 for phase in result["phases"].values()) or None
         for key in ("allocated_bytes", "reserved_bytes", "rss_bytes")
     }
-    gauges = [phase for phase in result["phases"].values() if phase.get("device_bytes")]
+    sampled = [phase for phase in result["phases"].values() if phase.get("device_bytes")]
     result["nvml_peak"] = {
-        key: max(g[key] or 0 for g in gauges) or None for key in ("process_bytes", "device_bytes")
-    } if gauges else None  # fmt: skip
+        key: max(phase[key] or 0 for phase in sampled) or None for key in ("process_bytes", "device_bytes")
+    } if sampled else None  # fmt: skip
     result["host"] = {"cores": os.cpu_count(), "load": busy}
     result["engine"] = found[0]["made_by"]["engine"]
     result["adapter"] = str(adapter) if adapter else None
     result["adapter_sha256"] = weights
-    described = {"name": config.api.url} if config.api else meter.describe(device)
+    described = {"name": config.api.url} if config.api else describe_device(device)
     record.write(run, config, "bench", dev, described, result, found[0]["made_by"])
     show(config, described["name"], device, result)
     print(json.dumps(result))
@@ -117,23 +117,21 @@ def drawn(config: Config, dev: squad.Dataset) -> list[squad.Example]:
 
 def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path) -> None:
     """One process: load, warm up, time every query in every mode, write all samples and gauges."""
-    device = meter.pick_device()
+    device = pick_device()
     queries = drawn(config, dev)
     tokenizer, cutter = load_tokenizers(config)
-    gauges: dict[str, Any] = {}
+    peaks: dict[str, Any] = {}
 
     def end_phase(name: str) -> None:
-        gauges[name] = meter.peaks(device)
-        meter.reset_peaks(device)
+        peaks[name] = gauges.peaks(device)
+        gauges.reset_peaks(device)
 
-    with meter.nvml_sampler(device, file.with_suffix(".nvml.json")) as begin:
+    with gauges.nvml_sampler(device, file.with_suffix(".nvml.json")) as begin:
         begin("load")
-        meter.reset_peaks(device)
+        gauges.reset_peaks(device)
         model = load_system(config, adapter, device)
-        stops = decode.stop_ids(tokenizer)
-        with meter.out_of_memory(
-            "a single query does not fit beside the base: lower window.context, or base.quant=nf4"
-        ):
+        stops = stop_tokens(tokenizer)
+        with out_of_memory("a single query does not fit beside the base: lower window.context, or base.quant=nf4"):
             engine = single.engine(model, stops, config.window, config.eval, prompt.beside(tokenizer, config.prompt))
             end_phase("load")
 
@@ -141,14 +139,14 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
                 """One query from text to text; seconds."""
                 script = None
                 if mode == "natural" and config.base.random_weights and engine.name != "plain":  # it would never end
-                    script = decode.gold_ids(tokenizer, example.answers[0].text, config.window.answer)
+                    script = gold_ids(tokenizer, example.answers[0].text, config.window.answer)
                 ticks: list[float] = []
-                began = meter.now(device)
+                began = gauges.now(device)
                 _, found, _ = single.ask(
                     engine, tokenizer, example, config.window, cutter, script, mode == "fixed",
-                    lambda n: ticks.append(meter.now(device)), config.prompt,
+                    lambda n: ticks.append(gauges.now(device)), config.prompt,
                 )  # fmt: skip
-                total = meter.now(device) - began
+                total = gauges.now(device) - began
                 sums = {key: sum(getattr(a, key) for a in found) for key in ("passes", "drafted", "accepted")}
                 tokens = sum(len(a.token_ids) for a in found)
                 last = ticks[-1] - began if len(found) == 1 else None  # more windows have prompts of their own
@@ -166,8 +164,8 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
                 samples[mode] = [ask(example, mode) for example in tqdm(asked, desc=mode, unit="query")]
                 end_phase(mode)
     nvml = file.with_suffix(".nvml.json")
-    record.write_text(file, json.dumps({
-        "ids": [e.id for e in queries], "modes": samples, "gauges": gauges,
+    write_text(file, json.dumps({
+        "ids": [e.id for e in queries], "modes": samples, "gauges": peaks,
         "made_by": {"engine": engine.name, **sources(model, tokenizer, cutter)},
         "nvml": json.loads(nvml.read_text()) if nvml.exists() else {},
     }) + "\n")  # fmt: skip
@@ -181,11 +179,13 @@ def measure_api(config: Config, dev: squad.Dataset, file: Path) -> None:
     assert config.api
     queries = drawn(config, dev)
     _, cutter = load_tokenizers(config)
-    client = api.Client(config, file.parent / "transcript.jsonl", anew=True)  # of all processes: limits are the run's
+    client = hosted.Client(
+        config, file.parent / "transcript.jsonl", anew=True
+    )  # of all processes: limits are the run's
 
     def ask(example: squad.Example) -> dict[str, Any]:
         began = time.perf_counter()
-        ((_, text),), _ = prompt.texts([example], cutter, config.window, config.prompt)
+        ((_, text),), _ = prompt_texts([example], cutter, config.window, config.prompt)
         cut = time.perf_counter() - began
         reply = client.ask(text)
         times = {"first": cut + reply.first, "last": cut + reply.total, "total": cut + reply.total}
@@ -198,7 +198,7 @@ def measure_api(config: Config, dev: squad.Dataset, file: Path) -> None:
         samples = [ask(example) for example in tqdm(queries, desc="natural", unit="query")]
     finally:
         client.close()
-    record.write_text(file, json.dumps({
+    write_text(file, json.dumps({
         "ids": [e.id for e in queries], "modes": {"natural": samples},
         "gauges": {"natural": dict.fromkeys(("allocated_bytes", "reserved_bytes", "rss_bytes"))},
         "made_by": {"engine": "api", **sources(None, cutter, cutter)}, "nvml": {},

@@ -18,15 +18,16 @@ from typing import Any
 
 from common.config import Config, load
 from common.data import cache, prompt, squad
-from common.decode import hosted as api
-from common.decode import predict as decode
+from common.data.trees import prompt_texts
+from common.decode import chunks, hosted, predict
+from common.decode.answers import Prediction, stop_tokens
+from common.device import describe_device, pick_device
 from common.errors import UserError, one_line_errors
+from common.files import sha256, write_text
 from common.metrics.score import score
 from common.metrics.stats import clustered, wilson
 from common.model.load import load_system, load_tokenizers, sources
-from common.runs import checkpoint, preflight, ranks, record
-from common.runs import gauges as meter
-from common.runs import signals as stopping
+from common.runs import checkpoint, gauges, preflight, ranks, record, signals
 
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -69,9 +70,9 @@ def main(argv: list[str]) -> None:
                 print(json.dumps(finished["result"]))
                 return
             newest = None  # that was of other data
-        found: Answered | None = hosted(config, dev, newest, args.replay)
+        found: Answered | None = answer_hosted(config, dev, newest, args.replay)
     else:
-        found = local(config, dev)
+        found = answer_here(config, dev)
     if found is None:  # another rank goes on
         return
     answers = found.answers
@@ -99,8 +100,8 @@ def main(argv: list[str]) -> None:
 
     # ---- record ----------------------------------------------------------------------------------------------------
     run, n = found.run or record.new_run(config, "eval"), len(dev.examples)
-    record.write_text(run / "predictions.json", json.dumps(texts, ensure_ascii=False, indent=0) + "\n")
-    record.write_text(run / "questions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(run / "predictions.json", json.dumps(texts, ensure_ascii=False, indent=0) + "\n")
+    write_text(run / "questions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     result = {
         "run": str(run), **accuracy, "n": n, "random_weights": config.base.random_weights,
         "truncated_share": found.truncated / n,
@@ -119,13 +120,13 @@ def main(argv: list[str]) -> None:
     print(json.dumps(result))
 
 
-def local(config: Config, dev: squad.Dataset) -> Answered | None:
+def answer_here(config: Config, dev: squad.Dataset) -> Answered | None:
     """By a model on this machine; None on all ranks but the first."""
     adapter = checkpoint.verified(record.trained_adapter(config))
     process = ranks.join()
     # one rank says which, should a training have ended meanwhile
     adapter, weights = broadcast_object_list([adapter, checkpoint.weights_sha256(adapter)])
-    device = meter.pick_device()
+    device = pick_device()
     tokenizer, cutter = load_tokenizers(config)
     if process.is_main_process:
         record.note_prompt(adapter, config)
@@ -135,26 +136,26 @@ def local(config: Config, dev: squad.Dataset) -> Answered | None:
         built = cache.build_trees(
             dev.examples, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
         )
-    stops = decode.stop_ids(tokenizer)
-    meter.reset_peaks(device)
-    began = meter.now(device)
-    own = decode.predict(
+    stops = stop_tokens(tokenizer)
+    gauges.reset_peaks(device)
+    began = gauges.now(device)
+    own = predict.answer_trees(
         model, tokenizer, built.trees, stops, config.window.answer, config.eval,
         "decode" if process.is_main_process else None,
     )  # fmt: skip
-    answers = decode.merge(gather_object(list(own.values())))
-    seconds = meter.now(device) - began
+    answers = chunks.merge(gather_object(list(own.values())))
+    seconds = gauges.now(device) - began
     if not process.is_main_process:
         return None
     result = {
         "adapter": str(adapter) if adapter else None, "adapter_sha256": weights,
-        "processes": process.num_processes, "peak": meter.peaks(device),
+        "processes": process.num_processes, "peak": gauges.peaks(device),
     }  # fmt: skip
-    made_by = {"engine": decode.engine_of(model, config.eval), **sources(model, tokenizer, cutter)}
-    return Answered(answers, built.counts["truncated"], seconds, meter.describe(device), made_by, result)
+    made_by = {"engine": predict.engine_of(model, config.eval), **sources(model, tokenizer, cutter)}
+    return Answered(answers, built.counts["truncated"], seconds, describe_device(device), made_by, result)
 
 
-def hosted(config: Config, dev: squad.Dataset, run: Path | None, replay: Path | None) -> Answered:
+def answer_hosted(config: Config, dev: squad.Dataset, run: Path | None, replay: Path | None) -> Answered:
     """By a model behind an API, going on with `run`; or by what it once answered, in the run `replay`."""
     assert config.api
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -164,14 +165,14 @@ def hosted(config: Config, dev: squad.Dataset, run: Path | None, replay: Path | 
             f"{replay}/transcript.jsonl: no such file; --replay names the run of a hosted model's evaluation"
         )
     _, cutter = load_tokenizers(config)
-    prompts, counts = prompt.texts(dev.examples, cutter, config.window, config.prompt)
+    prompts, counts = prompt_texts(dev.examples, cutter, config.window, config.prompt)
     folder = replay or run or record.new_run(config, "eval")
-    client = api.Client(config, folder / "transcript.jsonl", replay=bool(replay))
+    client = hosted.Client(config, folder / "transcript.jsonl", replay=bool(replay))
     before, began = client.requests, time.perf_counter()
-    with stopping.listen() as request:
+    with signals.listen() as request:
         try:
-            replies = api.ask_all(client, dict(prompts), request.check)
-        except stopping.Stopped:
+            replies = hosted.ask_all(client, dict(prompts), request.check)
+        except signals.Stopped:
             print(f"stopped; the same command goes on from {folder}")
             sys.exit(request.code)
         finally:
@@ -179,7 +180,7 @@ def hosted(config: Config, dev: squad.Dataset, run: Path | None, replay: Path | 
     # of one that was gone on with, it is not known how long it took
     seconds = None if replay or before else time.perf_counter() - began
     result = {
-        "transcript_sha256": checkpoint.sha256(client.transcript), "replayed": str(replay) if replay else None,
+        "transcript_sha256": sha256(client.transcript), "replayed": str(replay) if replay else None,
         "requests": client.requests, "requests_before": before, "cost_usd": round(client.usd, 6) or None,
         "tokens_read": total(r.read for r in replies.values()),
         "tokens_written": total(r.written for r in replies.values()),
@@ -188,7 +189,7 @@ def hosted(config: Config, dev: squad.Dataset, run: Path | None, replay: Path | 
         "peak": dict.fromkeys(("allocated_bytes", "reserved_bytes", "rss_bytes")),
     }  # fmt: skip
     made_by = {"engine": "api", **sources(None, cutter, cutter)}
-    answers = {id_: decode.Prediction(id_, r.text, [], None, r.hit_limit) for id_, r in replies.items()}
+    answers = {id_: Prediction(id_, r.text, [], None, r.hit_limit) for id_, r in replies.items()}
     return Answered(
         answers, counts["truncated"], seconds, {"name": config.api.url}, made_by, result, None if replay else folder
     )

@@ -21,12 +21,14 @@ from typing import Any, TextIO
 
 from common.config import flat, load
 from common.data import cache, plan, squad
-from common.data.prompt import Tree
-from common.decode import predict as decode
+from common.data.trees import Tree
+from common.decode import chunks, predict
+from common.decode.answers import stop_tokens
+from common.device import describe_device, has_flash_attention, out_of_memory, pick_device
 from common.errors import UserError, one_line_errors
+from common.files import recover, write_text
 from common.metrics.score import score
-from common.model import attention, memory
-from common.model import pack as packing
+from common.model import memory, tree_mask
 from common.model.load import (
     add_lora,
     compute_dtype,
@@ -36,12 +38,10 @@ from common.model.load import (
     parameter_counts,
     sources,
 )
-from common.runs import checkpoint, preflight, ranks, record
-from common.runs import gauges as meter
-from common.runs import signals as stopping
-from common.train import cuda_graphs as graphs
-from common.train import fused
-from common.train.ema import Average
+from common.model.pack import IGNORED, Pack, PadSizes, build_pack
+from common.runs import checkpoint, gauges, preflight, ranks, record, signals
+from common.train import cuda_graphs, fused
+from common.train.ema import EMA
 
 import bitsandbytes as bnb
 import torch
@@ -88,8 +88,8 @@ def main(argv: list[str]) -> None:
     if train.questions_per_step < n_ranks:
         raise UserError(f"train.questions_per_step={train.questions_per_step}: fewer than the {n_ranks} processes")
     set_seed(config.seed)
-    device = meter.pick_device()
-    meter.reset_peaks(device)  # graphs allocate while they are recorded, before the loop
+    device = pick_device()
+    gauges.reset_peaks(device)  # graphs allocate while they are recorded, before the loop
     dtype = compute_dtype(config.base, device)
     try:
         accelerator = Accelerator(
@@ -119,8 +119,8 @@ def main(argv: list[str]) -> None:
         run = None  # that was on other data
     if first and run:
         record.claim(run)  # before anything in it is touched
-        checkpoint.recover(run / "last")
-        checkpoint.recover(run / "best")
+        recover(run / "last")
+        recover(run / "best")
     train_examples, stop_examples = train_set.examples, dev_set.examples
     if stop.split == "heldout":
         train_examples, stop_examples = squad.hold_out(train_examples, stop.heldout_share)
@@ -144,7 +144,7 @@ def main(argv: list[str]) -> None:
     per_epoch = plan.steps_per_epoch(trees, train.questions_per_step)
     total = max(1, round(train.epochs * per_epoch))
     total = min(total, train.max_steps or total)
-    stops = decode.stop_ids(tokenizer)
+    stops = stop_tokens(tokenizer)
     # an evaluation keeps to the budget of the training that it interrupts, in what it allocates
     budget = train.memory_budget_gib or config.eval.memory_budget_gib
     evaluating = dataclasses.replace(config.eval, memory_budget_gib=budget)
@@ -152,7 +152,7 @@ def main(argv: list[str]) -> None:
     # ---- model -----------------------------------------------------------------------------------------------------
     model = add_lora(load_base(config.base, device), config.lora, config.seed)
     trained, frozen = parameter_counts(model)
-    plain = "train.fused=false" if not train.fused else fused.unfit(model)
+    plain = "train.fused=false" if not train.fused else fused.untrainable_reason(model)
     if plain and train.memory_budget_gib:
         raise UserError(
             f"train.memory_budget_gib needs the fused layers; not with {plain}: set train.memory_budget_gib=null, and "
@@ -168,11 +168,11 @@ def main(argv: list[str]) -> None:
         weights = [p for p in model.parameters() if p.requires_grad]
         if train.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        logits_of: Callable = functools.partial(packing.pack_logits, model)
+        logits_of: Callable = functools.partial(tree_mask.pack_logits, model)
     else:
         n_tokens = sum(map(len, reads(trees)))
         answer_share = sum(len(branch.answer_ids) for tree in trees for branch in tree.branches) / n_tokens
-        free = memory.free(device) if device.type == "cuda" else None
+        free = memory.available_bytes(device) if device.type == "cuda" else None
         shapes = memory.Shapes.of(model, trained)
         # what graphs hold is not free for an evaluation
         evaluation = shapes.evaluation(memory.LEAST_PASS_TOKENS, memory.LEAST_ARENA_TOKENS)
@@ -183,14 +183,14 @@ def main(argv: list[str]) -> None:
         fast = fused.Fused(model, keep_layers, choice.hold_layers)
         weights, logits_of, recomputed = [fast.flat], fast.logits, fast.recomputed
 
-    def work(pack: packing.Pack, share: torch.Tensor | float) -> torch.Tensor:
+    def work(pack: Pack, share: torch.Tensor | float) -> torch.Tensor:
         """Forward and backward of a pack on the device; its loss, each answer token (or question) weighing `share`."""
         logits = logits_of(pack, pack.target_index).float()
         by_token = F.cross_entropy(
             logits,
             pack.target_ids,
             reduction="none",
-            ignore_index=packing.IGNORED,
+            ignore_index=IGNORED,
             label_smoothing=train.label_smoothing,
         )
         loss = (by_token if train.loss == "token" else by_token * pack.target_share).sum() * share
@@ -201,30 +201,30 @@ def main(argv: list[str]) -> None:
     def epoch(number: int) -> list[list[Tree]]:
         return plan.epoch(trees, config.seed, number, train.questions_per_step)
 
-    def prepare(step: int, rank: int = rank) -> tuple[list[Tree], list[packing.Pack]]:
+    def prepare(step: int, rank: int = rank) -> tuple[list[Tree], list[Pack]]:
         """All trees of a step, and a rank's share of them in packs on the host. Pure, so it may be done ahead."""
         members = epoch(step // per_epoch)[step % per_epoch]
         parts = plan.fill(plan.share(reads(members), n_ranks)[rank], pack_tokens)
-        return members, [pack for part in parts for pack in (room.packs(part) if room else [packing.pack(part)])]
+        return members, [pack for part in parts for pack in (room.packs(part) if room else [build_pack(part)])]
 
-    room: packing.Room | None = None
+    room: PadSizes | None = None
     compute: Callable = lambda pack, share: work(pack.to(device), share)  # noqa: E731
-    if not plain and free is not None and attention.has_flash(device, dtype):
+    if not plain and free is not None and has_flash_attention(device, dtype):
         if sum(choice.counted.values()) + evaluation <= free:
             ways += ", CUDA graphs"
             sample = range(min(32, per_epoch))
             like = [pack for step in sample for pack in prepare(step)[1]]
             like = like or [pack for step in sample for pack in prepare(step, 0)[1]]  # who always has a share
             smallest = min(like, key=lambda pack: pack.n_tokens)
-            room = packing.Room.of(like, pack_tokens)
-            with meter.out_of_memory(knob):
-                compute = graphs.Graphed(work, weights, room, smallest)
+            room = PadSizes.of(like, pack_tokens)
+            with out_of_memory(knob):
+                compute = cuda_graphs.Graphed(work, weights, room, smallest)
         else:
             ways += ", no CUDA graphs (an evaluation would not fit beside them)"
     optimizer = accelerator.prepare(bnb.optim.PagedAdamW8bit(weights, lr=train.lr, weight_decay=train.weight_decay))
     if accelerator.scaler:  # it begins with the first loss, which a rank without trees would not have
         accelerator.scaler.scale(torch.zeros((), device=device))
-    average = Average(weights, train.average) if train.average else None
+    average = EMA(weights, train.average) if train.average else None
     parts = {"optimizer": optimizer, "scaler": accelerator.scaler, "average": average}
     training = {name: part for name, part in parts.items() if part is not None}
 
@@ -252,11 +252,11 @@ def main(argv: list[str]) -> None:
         kept = [
             row for row in record.read_metrics(run) if row["step"] <= state["step" if "loss" in row else "evaluated"]
         ]
-        record.write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
     accelerator.project_configuration.logging_dir = str(run)
     accelerator.init_trackers("squad-qlora", flat(config.to_dict()))
     print(
-        f"{config.title} on {f'{n_ranks} × ' if n_ranks > 1 else ''}{meter.describe(device)['name']}, {dtype}: "
+        f"{config.title} on {f'{n_ranks} × ' if n_ranks > 1 else ''}{describe_device(device)['name']}, {dtype}: "
         f"trains {trained:,} weights beside {frozen:,} frozen ones ({trained / frozen:.3%})\n"
         f"{train_set.source}: {built.counts}, {train_set.fixed_offsets} offsets fixed, "
         f"{sum(map(len, trees)):,} tokens\n"
@@ -275,26 +275,26 @@ def main(argv: list[str]) -> None:
         accelerator.log({key: value for key, value in row.items() if value is not None}, row["step"])
 
     def save_last() -> None:
-        state["seconds"] = seconds_before + meter.now(device) - began
-        state["peak"] = meter.peaks(device, state["peak"])
+        state["seconds"] = seconds_before + gauges.now(device) - began
+        state["peak"] = gauges.peaks(device, state["peak"])
         if first:
             checkpoint.save(run / "last", model, state, training)
 
-    def evaluate(request: stopping.Request) -> dict[str, Any] | None:
+    def evaluate(request: signals.Request) -> dict[str, Any] | None:
         """Score the weights as they are, and keep them if they are the best; None where someone asked to stop."""
-        evaluation_began, step = meter.now(device), state["step"]
+        evaluation_began, step = gauges.now(device), state["step"]
         try:
-            answers = decode.predict(
+            answers = predict.answer_trees(
                 model, tokenizer, stop_trees, stops, config.window.answer, evaluating, "evaluate" if first else None,
                 request.check, round_=f"evaluation at {step}",
             )  # fmt: skip
-        except stopping.Stopped:
+        except signals.Stopped:
             answers = None
         everyone = gather_object([answers])
-        state["evaluation_seconds"] += meter.now(device) - evaluation_began
+        state["evaluation_seconds"] += gauges.now(device) - evaluation_began
         if None in everyone:
             return None
-        texts = {id_: a.text for id_, a in decode.merge(a for r in everyone for a in r.values()).items()}
+        texts = {id_: a.text for id_, a in chunks.merge(a for r in everyone for a in r.values()).items()}
         scored = score(stop_examples, texts)
         em, f1 = (None, None) if untrue else (scored.em, scored.f1)
         best = state["best_em"]
@@ -305,7 +305,7 @@ def main(argv: list[str]) -> None:
             state.update(best_em=em, best_f1=f1, best_step=step)
         if better and first:
             checkpoint.save(run / "best", model, state)
-            record.write_text(run / "predictions.json", json.dumps(texts, ensure_ascii=False, indent=0) + "\n")
+            write_text(run / "predictions.json", json.dumps(texts, ensure_ascii=False, indent=0) + "\n")
         if first and not untrue:
             tqdm.write(
                 f"step {step}: EM {em:.2f} F1 {f1:.2f} on {scored.n} ({stop.split}){', best so far' if better else ''}",
@@ -316,12 +316,12 @@ def main(argv: list[str]) -> None:
     ranks.sum_gradients(weights, 0.0).tolist()  # connects the ranks; who is ready first waits here and not in a step
     model.train()
     bar = tqdm(total=total, initial=state["step"], desc="train", unit="step", disable=not first)
-    began, seconds_before, asked = meter.now(device), state["seconds"], False
+    began, seconds_before, asked = gauges.now(device), state["seconds"], False
     stepping, busy = 0.0, 0.0  # seconds of steps, without evaluating and saving; of those with this GPU at work
     start_seconds = began - started  # until the first step of this process begins
-    upcoming: tuple[list[Tree], list[packing.Pack]] | None = None
+    upcoming: tuple[list[Tree], list[Pack]] | None = None
     saved = time.monotonic()
-    with bar, stopping.listen() as request, (run / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+    with bar, signals.listen() as request, (run / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
         while not asked:
             step = state["step"]
             if step > state["evaluated"] and (step % train.eval_every == 0 or step == total):
@@ -339,7 +339,7 @@ def main(argv: list[str]) -> None:
             if step == total or state["waited"] >= stop.patience:
                 break
 
-            step_began = meter.now(device)
+            step_began = gauges.now(device)
             members, packs = upcoming or prepare(step)
             branches = [branch for tree in members for branch in tree.branches]
             answer_tokens = sum(len(branch.answer_ids) for branch in branches)
@@ -352,11 +352,11 @@ def main(argv: list[str]) -> None:
             tokens = float(sum(pack.n_tokens for pack in packs))
             for group in optimizer.param_groups:
                 group["lr"] = rate(step, total, train.warmup, train.lr)
-            with meter.out_of_memory(f"{knob}. What {run} holds is whole"):
-                work_began = meter.mark(device)
+            with out_of_memory(f"{knob}. What {run} holds is whole"):
+                work_began = gauges.mark(device)
                 for pack in packs:
                     total_loss += compute(pack, weight)
-                work_ended = meter.mark(device)
+                work_ended = gauges.mark(device)
                 sums = ranks.sum_gradients(weights, total_loss, tokens, request.code > 0)
                 norm = accelerator.clip_grad_norm_(weights, train.max_grad_norm)
                 told = torch.cat([sums, norm.reshape(1)]).to("cpu", non_blocking=True)  # there after `now`
@@ -365,10 +365,10 @@ def main(argv: list[str]) -> None:
                 optimizer.zero_grad(set_to_none=False)
                 if average:
                     average.update()
-                now = meter.now(device)
-            loss, tokens, signals, grad_norm = told.tolist()
+                now = gauges.now(device)
+            loss, tokens, signalled, grad_norm = told.tolist()
             stepping += now - step_began
-            busy += meter.between(work_began, work_ended)
+            busy += gauges.between(work_began, work_ended)
             # fp16's scaler skips steps of its own accord when a gradient overflows
             if not math.isfinite(loss) or (accelerator.scaler is None and not math.isfinite(grad_norm)):
                 raise UserError(
@@ -380,7 +380,7 @@ def main(argv: list[str]) -> None:
                 raise UserError(f"step {step + 1}: gradients overflow fp16 at any scale; try base.dtype=bf16 or fp32")
 
             state["step"] = step + 1
-            asked = signals > 0
+            asked = signalled > 0
             row = {
                 "step": step + 1, "loss": loss, "lr": group["lr"],
                 "grad_norm": grad_norm if math.isfinite(grad_norm) else None, "questions": len(branches),
@@ -399,7 +399,7 @@ def main(argv: list[str]) -> None:
         sys.exit(request.code or 143)
 
     # ---- record ----------------------------------------------------------------------------------------------------
-    seconds = seconds_before + meter.now(device) - began
+    seconds = seconds_before + gauges.now(device) - began
     questions = sum(row.get("questions", 0) for row in record.read_metrics(run))
     result = {
         "run": str(run), "identity": identity, "em": state["best_em"], "f1": state["best_f1"],
@@ -410,10 +410,10 @@ def main(argv: list[str]) -> None:
         "start_seconds": round(start_seconds, 1), "pack_tokens": pack_tokens, "kept_layers": keep_layers,
         "recomputed": recomputed, "counted_bytes": counted,
         "idle_share": round(1 - works / stepping, 4) if works else None,
-        "trained_weights": trained, "frozen_weights": frozen, "peak": meter.peaks(device, state["peak"]),
+        "trained_weights": trained, "frozen_weights": frozen, "peak": gauges.peaks(device, state["peak"]),
     }  # fmt: skip
     if first:
-        record.write(run, config, "train", dev_set, meter.describe(device), result, sources(model, tokenizer, cutter))
+        record.write(run, config, "train", dev_set, describe_device(device), result, sources(model, tokenizer, cutter))
     accuracy = "no accuracy" if untrue else f"best EM {result['em']:.2f} F1 {result['f1']:.2f}"
     print(
         f"{config.title}: {accuracy} at step {result['best_step']}; {result['questions_per_s']} questions/s; "

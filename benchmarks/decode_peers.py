@@ -76,15 +76,15 @@ def row(
 def ours(job: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     from common.config import Base, Eval, Lora
-    from common.data.prompt import Branch, Tree
-    from common.decode import predict as decode
-    from common.decode import single
+    from common.data.trees import Branch, Tree
+    from common.decode import predict, single
+    from common.decode.answers import Generation
+    from common.device import pick_device
     from common.model.load import add_lora, load_adapter, load_base, load_tokenizer
-    from common.runs import gauges as meter
 
     import torch
 
-    device = meter.pick_device()
+    device = pick_device()
     base = Base(**job["base"])
     tokenizer = load_tokenizer(base.tokenizer or base.path)
     model = load_base(base, device)
@@ -100,10 +100,12 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
 
     def dev(kind: str, some: list[Tree]) -> Any:
         scripts = {q["id"]: s for q in questions if (s := script_of(q, kind, eos))}
-        return decode.predict(model, tokenizer, some, job["stops"], limit_of(kind, job), options, None, scripts=scripts)
+        return predict.answer_trees(
+            model, tokenizer, some, job["stops"], limit_of(kind, job), options, None, scripts=scripts
+        )
 
     start = {"load_s": time.perf_counter() - began}
-    sizes = vars(decode.sizes_of(model, options))
+    sizes = vars(predict.sizes_of(model, options))
     _, start["warm_up_s"], _ = timed(torch, lambda: dev(job["kinds"][0], paragraphs[:20]))
     rows, answers, answers_alone, ties = [], {}, {}, 0
     for kind in job["kinds"]:
@@ -119,7 +121,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
             torch, lambda kind=kind: single.Single(model, job["stops"], limit_of(kind, job), job["window"])
         )
         start[f"record_s {kind}"] = seconds
-        alone: list[single.Answer] = []
+        alone: list[Generation] = []
         allocated, took = 0.0, []
         for q in job["alone"]:
             prompt, script = q["prefix"] + q["prompt"], script_of(q, kind, eos)

@@ -19,12 +19,12 @@ from typing import Any
 from benchmarks.child import last_line
 from common.config import Config, load
 from common.data import cache, squad
-from common.decode import predict as decode
+from common.decode.answers import gold_ids, stop_tokens, to_text
+from common.device import describe_device, pick_device
 from common.errors import UserError, one_line_errors
 from common.metrics.score import score
 from common.metrics.stats import mcnemar
 from common.model.load import load_tokenizers
-from common.runs import gauges as meter
 from common.runs import preflight, record
 
 import torch
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
             if mine and row.get(key) and row["system"] != "ours":
                 ratio = mine / row[key] if key == "questions_per_s" else row[key] / mine
             row[f"ours_is_{key}"] = ratio
-    device = meter.describe(meter.pick_device())["name"]
+    device = describe_device(pick_device())["name"]
     print(f"\n{config.title} on {device}: {len(job['questions'])} questions in a stream, {len(job['alone'])} alone")
     print(table(rows))
     result = {
@@ -115,7 +115,7 @@ def job_of(config: Config, args: argparse.Namespace, kinds: list[str], folder: P
     trees = cache.build_trees(
         examples, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
     ).trees
-    gold = {e.id: decode.gold_ids(tokenizer, e.answers[0].text, config.window.answer) for e in examples}
+    gold = {e.id: gold_ids(tokenizer, e.answers[0].text, config.window.answer) for e in examples}
     questions: list[dict[str, Any]] = [
         {"id": b.id, "prefix": t.prefix_ids, "prompt": b.prompt_ids, "gold": gold[b.id]}
         for t in trees
@@ -132,7 +132,7 @@ def job_of(config: Config, args: argparse.Namespace, kinds: list[str], folder: P
         "adapter": str(adapter.resolve()) if adapter else None,
         "lora": config.to_dict()["lora"], "eval": config.to_dict()["eval"],
         "window": max(len(q["prefix"] + q["prompt"]) for q in questions) + config.window.answer,
-        "limit": config.window.answer, "stops": decode.stop_ids(tokenizer), "eos": tokenizer.eos_token_id,
+        "limit": config.window.answer, "stops": stop_tokens(tokenizer), "eos": tokenizer.eos_token_id,
         "kinds": kinds, "batches": args.batches, "counts": {str(b): n for b, n in counts.items()},
         "questions": questions, "alone": alone, "batched": batched,
     }, examples  # fmt: skip
@@ -145,7 +145,7 @@ def equal(examples: Any, found: dict[str, Any], config: Config) -> dict[str, Any
     if not both:
         return None
     tokenizer, _ = load_tokenizers(config)
-    texts = [{e.id: decode.to_text(tokenizer, side[e.id]) for e in both} for side in (ours, theirs)]
+    texts = [{e.id: to_text(tokenizer, side[e.id]) for e in both} for side in (ours, theirs)]
     scores = [score(both, side) for side in texts]
     alone = found["ours"]["answers_alone"]
     return {

@@ -13,8 +13,8 @@ import argparse
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
+from common.config import Rules
 from common.metrics.stats import slower, wilson, worse
-from common.runs.regression import Rules
 
 import numpy as np
 

@@ -268,9 +268,8 @@ def train_sft(
 def write_base(job: dict[str, Any]) -> str:
     """Random weights of the shapes in question, quantised, as a folder that every stack can load."""
     from common.config import Base
+    from common.device import pick_device
     from common.model.load import load_base, load_tokenizer
-    from common.model.pack import ATTENTION  # noqa: F401 - registers what load_base asks for
-    from common.runs.gauges import pick_device
 
     base = Base(**job["base"])
     model = load_base(base, pick_device())

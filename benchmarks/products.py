@@ -16,9 +16,10 @@ import sys
 from typing import Any
 from unittest import mock
 
+from common.device import describe_device, pick_device
 from common.errors import UserError, one_line_errors
-from common.model.linears import FEW, NESTED, Matrix
-from common.runs import gauges as meter
+from common.model.linears import MergedLinear
+from common.model.nf4 import FEW, NESTED
 
 import bitsandbytes as bnb
 import torch
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise UserError("no CUDA device, and this measures a GPU's kernels")
-    c, device = AutoConfig.from_pretrained(args.shape), meter.pick_device()
+    c, device = AutoConfig.from_pretrained(args.shape), pick_device()
     kv = c.hidden_size * c.num_key_value_heads // c.num_attention_heads
     shapes = {  # columns, rows of every matrix that reads them
         "q, k, v": (c.hidden_size, [c.hidden_size, kv, kv]),
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
     }
     result: dict[str, Any] = {}
     names = ("ours", "bitsandbytes", "its fused kernel", "dequantised", "compiled", "16 bits")
-    print(f"{meter.describe(device)['name']}: microseconds a layer")
+    print(f"{describe_device(device)['name']}: microseconds a layer")
     print(f"{'':18}{'tokens':>8}" + "".join(f"{name:>18}" for name in names))
     totals: dict[int, dict[str, float]] = {n: dict.fromkeys(names, 0.0) for n in args.tokens}
     for group, (columns, rows) in shapes.items():
@@ -79,7 +80,7 @@ class Weights:
         for n in rows:
             linear = bnb.nn.Linear4bit(columns, n, bias=False, compute_dtype=DTYPE, quant_type="nf4")
             linears.append(linear.to(device, DTYPE))
-        self.ours, self.theirs = Matrix(linears, DTYPE), Matrix(linears, DTYPE)
+        self.ours, self.theirs = MergedLinear(linears, DTYPE), MergedLinear(linears, DTYPE)
         if not self.ours.kernels:
             raise UserError("this GPU cannot run common.model.nf4_kernels: compute capability 8.0 is needed")
         self.theirs.kernels = None

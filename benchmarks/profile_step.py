@@ -13,8 +13,9 @@ from collections import defaultdict
 from typing import Any
 
 import train_loop
+from common.device import pick_device
 from common.errors import UserError, one_line_errors
-from common.runs import gauges as meter
+from common.runs import gauges
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
     marks: list[float] = []
 
     def after_step(*_: Any) -> None:
-        marks.append(meter.now(meter.pick_device()))
+        marks.append(gauges.now(pick_device()))
         if len(marks) == WARMUP:
             watch.start()
         elif len(marks) == WARMUP + STEPS:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from common.config import load
+from common.device import describe_device, pick_device
 from common.errors import UserError, one_line_errors
 from common.files import ROOT
-from common.runs import gauges as meter
 from common.runs import preflight, record
 
 import torch
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     preflight.check(config)
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
         rows = measured(args, Path(folder))
-    print(f"\n{config.title} on {meter.describe(meter.pick_device())['name']}, medians of {args.rounds}")
+    print(f"\n{config.title} on {describe_device(pick_device())['name']}, medians of {args.rounds}")
     print(table(rows))
     print(json.dumps({"model": config.title, "overrides": args.overrides, "rows": rows}))
 

@@ -335,3 +335,36 @@ def load(name: str, overrides: Iterable[str] = ()) -> Config:
         words = [f"system={json.dumps(system)}", f"base.path={json.dumps(name)}"]
         return read(Config, None, [*words, *overrides])
     return read(Config, find(name), overrides)
+
+
+Kind = Literal["train", "eval", "bench"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    em_margin: float = 0.5  # points that EM may lie lower, over all seeds together, [0, 100]
+    f1_margin: float = 0.5
+    p95_ratio: float = 1.1  # how many times as long p95 may take, 1 to 1,000
+    memory_mib: float = 256.0  # how much more a GPU may have allocated at the peak, ≤ a billion
+    false_alarms: float = 0.001  # of runs in which nothing has changed, at most
+
+    def __post_init__(self) -> None:
+        between(self, em_margin=(0, 100), f1_margin=(0, 100), p95_ratio=(1, 1000), memory_mib=(0, 10**9))
+        need(0 < self.false_alarms < 1, "false_alarms", "must be in (0, 1)")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    systems: tuple[str, ...]  # names in configs/, YAML files, folders or hub ids
+    seeds: tuple[int, ...] = (0,)
+    # SYSTEM:key=value is of one system only, in both
+    variants: tuple[str, ...] = ("",)  # each the overrides of one, spaces between; system=… gives it rows of its own
+    overrides: tuple[str, ...] = ()  # of all runs
+    kinds: tuple[Kind, ...] = ("train", "eval")
+    adapters: str | None = None  # a folder of runs whose trainings answer; null: those of where the sweep's own runs go
+    gate: Rules = field(default_factory=Rules)  # of `make revalidate`, which has this measured anew each time
+
+    def __post_init__(self) -> None:
+        for name in ("systems", "seeds", "variants", "kinds"):
+            need(len(getattr(self, name)) > 0, name, "name at least one")
+        plain_words(self, "adapters")

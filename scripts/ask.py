@@ -19,13 +19,13 @@ from typing import Any
 from common.config import Config, load
 from common.data import prompt
 from common.data.squad import Example
-from common.decode import hosted as api
-from common.decode import predict as decode
-from common.decode import single
+from common.data.trees import prompt_texts
+from common.decode import hosted, single
+from common.decode.answers import stop_tokens
+from common.device import describe_device, out_of_memory, pick_device
 from common.errors import UserError, one_line_errors
 from common.model.load import load_system, load_tokenizers
-from common.runs import checkpoint, preflight, record
-from common.runs import gauges as meter
+from common.runs import checkpoint, gauges, preflight, record
 
 
 def main(argv: list[str]) -> None:
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--question", default=os.environ.get("QUESTION", ""))
     args = parser.parse_intermixed_args(argv)
     config = load(args.model, args.overrides)
-    context, question = texts(args.context.strip(), args.question.strip())
+    context, question = given_texts(args.context.strip(), args.question.strip())
     preflight.check(config)
     if config.prompt.earlier:
         raise UserError("prompt.earlier: a single question has no earlier ones; it is of make eval")
@@ -57,25 +57,25 @@ def main(argv: list[str]) -> None:
 def ask_here(config: Config, context: str, question: str) -> dict[str, Any]:
     adapter = checkpoint.verified(record.trained_adapter(config))
     record.note_prompt(adapter, config)
-    device = meter.pick_device()
+    device = pick_device()
     tokenizer, cutter = load_tokenizers(config)
     model = load_system(config, adapter, device)
-    with meter.out_of_memory("a single query does not fit: lower window.context, or base.quant=nf4"):
-        stops = decode.stop_ids(tokenizer)
+    with out_of_memory("a single query does not fit: lower window.context, or base.quant=nf4"):
+        stops = stop_tokens(tokenizer)
         engine = single.engine(model, stops, config.window, config.eval, prompt.beside(tokenizer, config.prompt))
         example = Example("asked", "", context, question, ())
         # the first compiles, and loads kernels
         single.ask(engine, tokenizer, example, config.window, cutter, prompt=config.prompt)
-        began = meter.now(device)
+        began = gauges.now(device)
         text, found, cut = single.ask(engine, tokenizer, example, config.window, cutter, prompt=config.prompt)
-        seconds = meter.now(device) - began
+        seconds = gauges.now(device) - began
     best = found[0]
     return {
         "system": config.system, "random_weights": config.base.random_weights, "answer": text,
         "confidence": math.exp(best.logprob), "tokens": len(best.token_ids), "passes": sum(a.passes for a in found),
         "windows": len(found), "ended_by_itself": best.token_ids[-1] in stops,
         "context_cut": cut and config.window.overflow == "truncate", "milliseconds": 1000 * seconds,
-        "on": meter.describe(device)["name"],
+        "on": describe_device(device)["name"],
     }  # fmt: skip
 
 
@@ -83,9 +83,9 @@ def ask_api(config: Config, context: str, question: str) -> dict[str, Any]:
     assert config.api
     _, cutter = load_tokenizers(config)
     example = Example("asked", "", context, question, ())
-    ((_, text),), counts = prompt.texts([example], cutter, config.window, config.prompt)
+    ((_, text),), counts = prompt_texts([example], cutter, config.window, config.prompt)
     with tempfile.TemporaryDirectory() as folder:
-        client = api.Client(config, Path(folder) / "transcript.jsonl")
+        client = hosted.Client(config, Path(folder) / "transcript.jsonl")
         reply = client.ask(text)
         client.close()
     return {
@@ -95,7 +95,7 @@ def ask_api(config: Config, context: str, question: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def texts(context: str, question: str) -> tuple[str, str]:
+def given_texts(context: str, question: str) -> tuple[str, str]:
     """(context, question), what is missing taken from stdin."""
     if not context or not question:
         if sys.stdin.isatty():

@@ -18,14 +18,15 @@ from typing import Any
 
 from common.config import Config, flat, load
 from common.data import prompt, squad
-from common.data.prompt import Tree
-from common.decode import hosted as api
-from common.decode import predict as decode
+from common.data.trees import Tree, build_trees, prompt_texts
+from common.decode import hosted, predict
+from common.decode.answers import stop_tokens
+from common.device import describe_device, pick_device
 from common.errors import UserError, one_line_errors
+from common.files import sha256
 from common.metrics import score
 from common.model.load import compute_dtype, load_system, load_tokenizers, tokenizer_sha256
 from common.runs import checkpoint, preflight, record
-from common.runs import gauges as meter
 
 import torch
 from scipy import stats
@@ -76,8 +77,8 @@ def main(argv: list[str]) -> None:
     found["score of the predictions"] = "; ".join(wrong) or None
 
     # ---- what answers ----------------------------------------------------------------------------------------------
-    device = meter.pick_device()
-    here = {"name": config.api.url} if config.api else meter.describe(device)
+    device = pick_device()
+    here = {"name": config.api.url} if config.api else describe_device(device)
     some = dev.examples
     if config.api:
         answers = replayed(config, cutter, args.run, result, some, found)
@@ -120,13 +121,13 @@ def answered_again(
     """Answers by id, by the model itself."""
     model = load_system(config, adapter, device)
     asked = {e.id for e in some}
-    found = prompt.build_trees(  # of all, since a prompt may hold what was asked before it
+    found = build_trees(  # of all, since a prompt may hold what was asked before it
         examples, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
     ).trees
     own = [Tree(tree.prefix_ids, tuple(b for b in tree.branches if b.id in asked)) for tree in found]
     trees = [tree for tree in own if tree.branches]
-    stops = decode.stop_ids(tokenizer)
-    answers = decode.predict(model, tokenizer, trees, stops, config.window.answer, config.eval, "answer again")
+    stops = stop_tokens(tokenizer)
+    answers = predict.answer_trees(model, tokenizer, trees, stops, config.window.answer, config.eval, "answer again")
     return {id_: answer.text for id_, answer in answers.items()}
 
 
@@ -138,25 +139,25 @@ def replayed(
     folder = Path(result["replayed"]) if result["replayed"] else run
     if not (folder / "transcript.jsonl").is_file():
         raise UserError(f"{folder}/transcript.jsonl: no such file, so nothing that was said can be replayed")
-    client = api.Client(config, folder / "transcript.jsonl", replay=True)
-    now, then = checkpoint.sha256(client.transcript), result["transcript_sha256"]
+    client = hosted.Client(config, folder / "transcript.jsonl", replay=True)
+    now, then = sha256(client.transcript), result["transcript_sha256"]
     found["transcript"] = None if now == then else f"sha256 {now}, was {then}"
-    prompts, _ = prompt.texts(examples, cutter, config.window, config.prompt)
-    replies = api.ask_all(client, dict(prompts), progress=None)
+    prompts, _ = prompt_texts(examples, cutter, config.window, config.prompt)
+    replies = hosted.ask_all(client, dict(prompts), progress=None)
     client.close()
     return {id_: reply.text for id_, reply in replies.items()}
 
 
-def changed(adapter: Path, sha256: str) -> str | None:
+def changed(adapter: Path, before: str) -> str | None:
     """What of an adapter's folder is not as it was."""
     try:
         checkpoint.verified(adapter)
-        now = checkpoint.sha256(adapter / "adapter_model.safetensors")
+        now = sha256(adapter / "adapter_model.safetensors")
     except UserError as error:
         return str(error)
     except OSError as error:
         raise UserError(f"{error}; adapter=folder says where it is now") from error
-    return None if now == sha256 else f"sha256 {now}, was {sha256}"
+    return None if now == before else f"sha256 {now}, was {before}"
 
 
 def in_fp32(was: dict[str, Any]) -> bool:

@@ -17,15 +17,18 @@ from typing import Any
 
 from common.config import Config, load
 from common.data import prompt, squad
-from common.decode import predict as decode
+from common.data.trees import build_trees
+from common.decode import predict
+from common.decode.answers import stop_tokens
+from common.device import pick_device
 from common.errors import UserError, one_line_errors
+from common.files import beside, replacing, write_text
 from common.metrics import score
 from common.metrics.stats import mcnemar
-from common.model import linears as matrices
 from common.model import memory
+from common.model.linears import dense
 from common.model.load import DTYPES, load_base, load_system, load_tokenizers
 from common.runs import checkpoint, preflight, record
-from common.runs import gauges as meter
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -73,7 +76,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{config.system} has no adapter to merge; try MODEL=qlora7b")
     if not args.folder.name:
         raise UserError("no folder to write is named: make export OUT=folder")
-    for folder in (args.folder, *checkpoint.beside(args.folder)):  # it is written beside itself, then renamed
+    for folder in (args.folder, *beside(args.folder)):  # it is written beside itself, then renamed
         if folder.exists():
             raise UserError(f"{folder} is there already; move it away, or name another folder than {args.folder}")
     above = next(path for path in args.folder.absolute().parents if path.exists())
@@ -85,7 +88,7 @@ def main(argv: list[str]) -> None:
     adapter = checkpoint.verified(record.trained_adapter(config))
     if adapter is None:
         raise UserError(f"{config.system} has random weights and no trained adapter, so there is nothing to export")
-    device = meter.pick_device()
+    device = pick_device()
     dev = squad.load(config.data, "dev")
     some = squad.stratified(dev.examples, min(args.questions, len(dev.examples)))
 
@@ -104,7 +107,7 @@ def main(argv: list[str]) -> None:
     assert not odd, odd
     assert set(missing) <= {"lm_head.weight"}, missing  # tied to the embeddings
     needs = 1.3 * sum(w.numel() * w.element_size() for w in weights.values())
-    with checkpoint.replacing(args.folder) as folder:
+    with replacing(args.folder) as folder:
         try:
             plain.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -114,7 +117,7 @@ def main(argv: list[str]) -> None:
         del model, plain, weights
 
         # ---- check -------------------------------------------------------------------------------------------------
-        if device.type == "cuda" and needs > memory.free(device):
+        if device.type == "cuda" and needs > memory.available_bytes(device):
             print(
                 "the merged model does not fit this GPU, so it is checked on the CPU; fewer --questions take less time"
             )
@@ -147,22 +150,22 @@ def merged(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
             base = module.get_base_layer()
-            weight = matrices.dense(base.weight, torch.float32)
+            weight = dense(base.weight, torch.float32)
             (active,) = module.active_adapters
             out[f"{name}.weight"] = (weight + module.get_delta_weight(active).float()).to("cpu", dtype)
             if base.bias is not None:
                 out[f"{name}.bias"] = base.bias.data.to("cpu", dtype)
         elif ".lora_" not in name and not name.endswith(".base_layer"):
             for key, parameter in module.named_parameters(recurse=False):
-                out[f"{name}.{key}"] = matrices.dense(parameter, torch.float32).to("cpu", dtype)
+                out[f"{name}.{key}"] = dense(parameter, torch.float32).to("cpu", dtype)
     return out
 
 
 def answers(model: Any, tokenizer: Any, cutter: Any, config: Config, some: list[squad.Example]) -> dict[str, str]:
-    trees = prompt.build_trees(
+    trees = build_trees(
         some, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
     ).trees
-    found = decode.predict(model, tokenizer, trees, decode.stop_ids(tokenizer), config.window.answer, config.eval)
+    found = predict.answer_trees(model, tokenizer, trees, stop_tokens(tokenizer), config.window.answer, config.eval)
     return {id_: answer.text for id_, answer in found.items()}
 
 
@@ -203,7 +206,7 @@ def write_card(
         window=config.window.context + config.window.question,
         prompt=prompt.text("{context}", "{question}", config.prompt.order),
     )
-    record.write_text(folder / "README.md", text)
+    write_text(folder / "README.md", text)
 
 
 def trained_on(adapter: Path) -> str:

@@ -20,9 +20,8 @@ from typing import Any
 from common.config import Data
 from common.data import squad
 from common.errors import UserError, one_line_errors
-from common.files import ROOT
-from common.metrics import error_analysis as mistakes
-from common.metrics import plots
+from common.files import ROOT, write_text
+from common.metrics import error_analysis, plots
 from common.metrics.compare import Rows, compare
 from common.metrics.stats import Bin, clustered, reliability, t_interval, wilson
 from common.runs import record
@@ -182,7 +181,9 @@ def mistaken(lines: Sequence[Line]) -> list[dict[str, Any]]:
         return []
     if data.sha256 != some["must_match"]["data"]:
         return []
-    return [mistakes.table(data.examples, line.rows[line.evaluations[0]["folder"]]) for line in lines if line.scored]
+    return [
+        error_analysis.table(data.examples, line.rows[line.evaluations[0]["folder"]]) for line in lines if line.scored
+    ]
 
 
 def mistake_rows(lines: Sequence[Line], tables: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -381,7 +382,7 @@ def main(argv: list[str]) -> None:
     names = ", ".join(sorted({r["system"] for r in records}))
     missing = [*(f"{name} is in no table: {why}" for name, why in absent.items()), *others]
     html = page.render(systems=names, missing=missing, parts=parts, snapshot=first)
-    record.write_text(root / "report.html", html)
+    write_text(root / "report.html", html)
     markdown = ["# SQuAD v1.1: exact match, F1, latency, memory", "", *(f"- {line}" for line in missing), ""]
     for part in parts:
         markdown += [f"## {part['title']}", "", part["same"], "", *markdown_table(part["rows"]), ""]
@@ -390,7 +391,7 @@ def main(argv: list[str]) -> None:
             markdown += ["### Right and wrong answers", "", *markdown_table(part["mistakes"]), ""]
         markdown += ["### How each was made", "", *markdown_table(part["provenance"]), ""]
     markdown += ["## The snapshot this project began with", "", f"{first['what']}. Not measured by this code.", ""]
-    record.write_text(root / "report.md", "\n".join([*markdown, *markdown_table(first["rows"])]) + "\n")
+    write_text(root / "report.md", "\n".join([*markdown, *markdown_table(first["rows"])]) + "\n")
     for part in parts:
         print(f"{part['title']}\n{part['same']}")
         widths = [max(map(len, column)) for column in zip(*part["rows"], strict=True)]

@@ -26,10 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, one_line_errors
-from common.runs import record
-from common.runs import regression as gate
-from common.runs import signals as stopping
-from common.runs import sweeps as jobs
+from common.files import write_text
+from common.runs import record, regression, signals, sweeps
 
 SWEEP = [sys.executable, "-m", "scripts.sweep"]
 BUSY = 75  # EX_TEMPFAIL: try again later
@@ -47,7 +45,7 @@ def main(argv: list[str]) -> None:
     overrides = [word for word in args.words if "=" in word and not word.startswith("runs=")]
     if len(names) > 1:
         raise UserError(f"{' '.join(names)}: name one sweep")
-    file = jobs.find(names[0])
+    file = sweeps.find(names[0])
     runs = next((word.removeprefix("runs=") for word in args.words if word.startswith("runs=")), "runs")
     if not runs.strip():
         raise UserError("runs=: must not be empty; leave it out for runs/")
@@ -58,7 +56,7 @@ def main(argv: list[str]) -> None:
         history: list[dict[str, Any]] = json.loads(accepted.read_text()) if accepted.exists() else []
     except ValueError as error:
         raise UserError(f"{accepted}: not readable ({error}); restore it, or move it away and accept anew") from error
-    planned, sweep = jobs.plan(file, overrides)
+    planned, sweep = sweeps.plan(file, overrides)
     rows = Counter((job.config.system, job.config.seed) for job in planned)
     if twice := next((name for (name, _), n in rows.items() if n > 1), None):
         raise UserError(f"{file}: several variants are called {twice}; give each a name of its own (system=…)")
@@ -83,15 +81,15 @@ def main(argv: list[str]) -> None:
             line = f"nothing is accepted yet: look at {folder}, then make accept REASON='…'"
         else:
             before = Path(history[-1]["folder"])
-            checks = gate.compare(before, folder, sweep.gate)
+            checks = regression.compare(before, folder, sweep.gate)
             if any(check.what == "p95" and not check.fine for check in checks):
                 print("p95 is too long; once more, for something else may have run on this machine", flush=True)
-                again = gate.once_more(folder)
+                again = regression.once_more(folder)
                 again.mkdir(exist_ok=True)
                 timing = replace(sweep, kinds=("bench",), adapters=sweep.adapters or str(folder))
-                record.write_text(again / "sweep.yaml", json.dumps(asdict(timing)))  # which is YAML too
+                write_text(again / "sweep.yaml", json.dumps(asdict(timing)))  # which is YAML too
                 measure(again / "sweep.yaml", overrides, again)
-                checks = gate.confirmed(checks, gate.compare(before, again, sweep.gate, ("bench",)))
+                checks = regression.confirmed(checks, regression.compare(before, again, sweep.gate, ("bench",)))
             alarms = [check for check in checks if not check.fine]
             for check in checks:
                 print(f"{'ok   ' if check.fine else 'ALARM'} {check.system}, {check.what}: {check.words}")
@@ -101,7 +99,7 @@ def main(argv: list[str]) -> None:
             }  # fmt: skip
             told = "; ".join(f"{check.system} {check.what}: {check.words}" for check in alarms)
             line = f"REGRESSION: {told}" if alarms else f"PASS: {len(checks)} checks against {history[-1]['folder']}"
-        record.write_text(folder / "verdict.json", json.dumps(verdict, indent=1) + "\n")
+        write_text(folder / "verdict.json", json.dumps(verdict, indent=1) + "\n")
         print(line)
         print(json.dumps(verdict))
         if args.notify and not verdict["passed"]:
@@ -124,9 +122,9 @@ def alone(root: Path) -> Iterator[None]:
 def measure(file: Path, overrides: list[str], folder: Path) -> None:
     """Do what is left of the sweep in `folder`; exits where it fails."""
     command = [*SWEEP, str(file), *overrides, f"runs={folder}"]
-    if code := stopping.run(command):
+    if code := signals.run(command):
         print(f"error: measuring ended with {code}; the same command goes on in {folder}", file=sys.stderr)
-        sys.exit(code if code in stopping.CODES else 2)
+        sys.exit(code if code in signals.CODES else 2)
 
 
 def accept(why: str, folder: Path, accepted: Path, history: list[dict[str, Any]]) -> None:
@@ -137,7 +135,7 @@ def accept(why: str, folder: Path, accepted: Path, history: list[dict[str, Any]]
     commit, dirty = record.code()
     when = datetime.now(UTC).isoformat(timespec="seconds")
     history = [*history, {"folder": str(folder), "why": why, "when": when, "commit": commit, "dirty": dirty}]
-    record.write_text(accepted, json.dumps(history, indent=1) + "\n")
+    write_text(accepted, json.dumps(history, indent=1) + "\n")
     print(f"{folder} is what later ones are compared with, from now on: {why}")
 
 

@@ -23,8 +23,7 @@ from typing import Any
 
 from common.errors import UserError, one_line_errors
 from common.files import ROOT
-from common.runs import signals as stopping
-from common.runs import sweeps as jobs
+from common.runs import signals, sweeps
 
 import pynvml
 
@@ -44,7 +43,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--slurm", action="append", default=[], metavar="key=value", help=f"of {', '.join(SLURM)}, …")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # the configuration's hash of one run
     args = parser.parse_intermixed_args(argv)
-    planned, sweep = jobs.plan(jobs.find(args.sweep), args.overrides)
+    planned, sweep = sweeps.plan(sweeps.find(args.sweep), args.overrides)
     planned = [job for job in planned if args.only in (None, job.config.hash())]
     if not planned:
         raise UserError(f"{args.only}: the sweep has changed since this run was handed out; it has none with this hash")
@@ -54,10 +53,10 @@ def main(argv: list[str]) -> None:
         raise UserError("--workers must be 1 or more")
     waiting = []
     for job in planned:
-        steps = [kind for kind, _ in jobs.left(job, sweep.kinds)]
+        steps = [kind for kind, _ in sweeps.left(job, sweep.kinds)]
         print(f"{job.name}: {', '.join(steps) if steps else 'done'}")
         waiting += [job] if steps else []
-    seconds, unknown = jobs.expected_seconds(waiting, sweep.kinds)
+    seconds, unknown = sweeps.expected_seconds(waiting, sweep.kinds)
     rest = f"about {seconds / 60 / workers:.0f} min" + (f" and {unknown} steps of unknown length" if unknown else "")
     at_once = f"{workers} at a time on {len(gpus)} GPU{'s' * (len(gpus) != 1)}"
     print(f"{len(planned)} runs, {len(planned) - len(waiting)} done; left: {rest if waiting else 'nothing'}; {at_once}")
@@ -75,11 +74,11 @@ def main(argv: list[str]) -> None:
     running: set[subprocess.Popen] = set()
     failed: dict[str, str] = {}
 
-    def work(job: jobs.Job) -> tuple[bool, str]:
+    def work(job: sweeps.Job) -> tuple[bool, str]:
         """Do what is left of a job: (whether it is done, the last line that a script said)."""
         gpu, said = slots.get(), ""
         try:
-            while steps := jobs.left(job, sweep.kinds):
+            while steps := sweeps.left(job, sweep.kinds):
                 kind, words = steps[0]
                 for _ in range(TRIES):
                     if request.code:
@@ -89,13 +88,13 @@ def main(argv: list[str]) -> None:
                         break
                 if code:
                     return False, "stopped" if request.code else f"{kind} failed: {said}"
-                if jobs.left(job, sweep.kinds) == steps:
+                if sweeps.left(job, sweep.kinds) == steps:
                     return False, f"{kind} ended well and left no record: {said}"
             return True, said
         finally:
             slots.put(gpu)
 
-    def step(job: jobs.Job, kind: str, words: list[str], gpu: str | None) -> tuple[int, str]:
+    def step(job: sweeps.Job, kind: str, words: list[str], gpu: str | None) -> tuple[int, str]:
         """One script, to its end: (exit code, its last line). What it says is kept in runs/logs/."""
         log = Path(job.config.runs) / "logs" / f"{job.config.system}-s{job.config.seed}-{job.config.hash()}-{kind}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +111,7 @@ def main(argv: list[str]) -> None:
         return code, lines[-1]
 
     began, told = time.monotonic(), set[subprocess.Popen]()
-    with stopping.listen() as request, ThreadPoolExecutor(workers) as pool:
+    with signals.listen() as request, ThreadPoolExecutor(workers) as pool:
         pending = {pool.submit(work, job): job for job in waiting}
         while pending:
             ended, _ = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
@@ -135,7 +134,7 @@ def main(argv: list[str]) -> None:
     sys.exit(request.code or bool(failed))
 
 
-def submit(command: list[str], waiting: list[jobs.Job], given: list[str]) -> None:
+def submit(command: list[str], waiting: list[sweeps.Job], given: list[str]) -> None:
     """A job array of `command` with each run's hash; `given` is key=value of submitit's parameters, over `SLURM`."""
     try:
         import submitit

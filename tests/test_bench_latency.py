@@ -13,13 +13,10 @@ from types import SimpleNamespace
 import bench_latency
 from common.config import load
 from common.data import prompt, squad
-from common.decode import hosted as api
-from common.decode import predict as decode
-from common.decode import single
+from common.decode import hosted, single
+from common.decode.answers import Generation
 from common.errors import UserError
-from common.runs import gauges as meter
-from common.runs import preflight, record
-from common.runs import signals as stopping
+from common.runs import gauges, preflight, record, signals
 from tests.decode.test_hosted import KEY, Host
 
 import pytest
@@ -115,7 +112,7 @@ def bench(config_file, monkeypatch, capsys):
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
 
     def run(
-        *words: str, device=CPU, gauges=ON_CPU, by_nvml=({}, {}, {}), natural=NATURAL, fixed=FIXED, made=MADE_BY,
+        *words: str, device=CPU, peaks=ON_CPU, by_nvml=({}, {}, {}), natural=NATURAL, fixed=FIXED, made=MADE_BY,
         meanwhile=lambda: None,
     ):  # fmt: skip
         commands = []
@@ -124,15 +121,15 @@ def bench(config_file, monkeypatch, capsys):
             i = len(commands)
             commands.append(command)
             modes = {"natural": natural[i]} | ({"fixed": fixed[i]} if fixed else {})
-            found = {"ids": [f"q{j}" for j in range(N)], "modes": modes, "gauges": gauges[i],
+            found = {"ids": [f"q{j}" for j in range(N)], "modes": modes, "gauges": peaks[i],
                      "made_by": made, "nvml": by_nvml[i]}  # fmt: skip
             Path(command[-1]).write_text(json.dumps(found))
             meanwhile()
             return 0
 
-        monkeypatch.setattr(stopping, "run", measured)
-        monkeypatch.setattr(meter, "pick_device", lambda: device)
-        monkeypatch.setattr(meter, "describe", lambda device: {"name": f"a {device.type}"})
+        monkeypatch.setattr(signals, "run", measured)
+        monkeypatch.setattr(bench_latency, "pick_device", lambda: device)
+        monkeypatch.setattr(bench_latency, "describe_device", lambda device: {"name": f"a {device.type}"})
         bench_latency.main([str(config_file), *words])
         out = capsys.readouterr().out
         result = json.loads(out.splitlines()[-1])
@@ -204,7 +201,7 @@ def test_what_is_printed_without_a_gpu(bench):
 
 
 def test_gauges_are_the_highest_of_all_processes_energy_and_clocks_those_in_the_middle(bench):
-    out, result = bench(device=GPU, gauges=ON_GPU, by_nvml=BY_NVML)
+    out, result = bench(device=GPU, peaks=ON_GPU, by_nvml=BY_NVML)
     assert result["phases"] == {
         "load": {
             **gauge(900 * MIB, 1200 * MIB, 3), "process_bytes": 1300 * MIB, "device_bytes": 2100 * MIB,
@@ -228,7 +225,7 @@ def test_gauges_are_the_highest_of_all_processes_energy_and_clocks_those_in_the_
 
 def test_what_a_driver_does_not_say_is_printed_as_not_said(bench):
     silent = {"natural": nvml(None, 64 * MIB, 0, None, None)}
-    out, result = bench(device=GPU, gauges=ON_GPU, by_nvml=[{}, silent, {}])
+    out, result = bench(device=GPU, peaks=ON_GPU, by_nvml=[{}, silent, {}])
     assert result["phases"]["load"] == gauge(900 * MIB, 1200 * MIB, 3)
     assert result["phases"]["natural"] == {
         **gauge(300 * MIB, 600 * MIB, 9), "process_bytes": None, "device_bytes": 64 * MIB, "processes": None,
@@ -241,7 +238,7 @@ def test_what_a_driver_does_not_say_is_printed_as_not_said(bench):
         "throttled: no; processes on the GPU: not said",
     ]
     one = {"natural": nvml(None, 64 * MIB, 1, None, None)}
-    assert "processes on the GPU: 1\n" in bench(device=GPU, gauges=ON_GPU, by_nvml=[one, {}, {}])[0]
+    assert "processes on the GPU: 1\n" in bench(device=GPU, peaks=ON_GPU, by_nvml=[one, {}, {}])[0]
 
 
 def test_a_host_elsewhere_has_no_fixed_mode_and_times_of_its_own(config_file, bench, tmp_path):
@@ -250,7 +247,7 @@ def test_a_host_elsewhere_has_no_fixed_mode_and_times_of_its_own(config_file, be
     nothing = [{"natural": gauge(None, None, None)}] * 3
     made = {**MADE_BY, "engine": "api"}
     words = ("api.url=http://h/v1", f"window.tokenizer={tmp_path / 'base'}")
-    out, result = bench(*words, natural=rows, fixed=None, gauges=nothing, made=made)
+    out, result = bench(*words, natural=rows, fixed=None, peaks=nothing, made=made)
     assert "fixed" not in result
     natural = result["natural"]
     assert (natural["mean_passes"], natural["drafts_accepted"]) == (0, None)
@@ -398,7 +395,7 @@ def test_a_single_process_is_this_one(config_file, monkeypatch, capsys, adapter)
                                     "gauges": ON_GPU[0], "made_by": MADE_BY, "nvml": BY_NVML[0]}))  # fmt: skip
 
     monkeypatch.setattr(bench_latency, "measure", measure)
-    monkeypatch.setattr(stopping, "run", lambda command: pytest.fail("another process"))
+    monkeypatch.setattr(signals, "run", lambda command: pytest.fail("another process"))
     bench_latency.main([str(config_file), "bench.processes=1", LORA, f"adapter={adapter}"])
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
@@ -433,7 +430,7 @@ def test_queries_are_of_dev(config_file, monkeypatch, tmp_path, dev_file):
 
 def test_the_script_is_started_with_its_arguments(config_file, monkeypatch):
     commands = []
-    monkeypatch.setattr(stopping, "run", lambda command: (commands.append(command), 143)[1])
+    monkeypatch.setattr(signals, "run", lambda command: (commands.append(command), 143)[1])
     monkeypatch.setattr(sys, "argv", ["bench_latency.py", str(config_file), "bench.processes=2"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(bench_latency.__file__, run_name="__main__")
@@ -463,7 +460,7 @@ def test_a_hosted_model_is_measured_over_the_network(config_file, monkeypatch, t
 
 @pytest.mark.parametrize("code", [2, 129, 130, 143])
 def test_a_measuring_process_that_has_said_why_ends_it_with_its_code(config_file, monkeypatch, code):
-    monkeypatch.setattr(stopping, "run", lambda command: code)
+    monkeypatch.setattr(signals, "run", lambda command: code)
     with pytest.raises(SystemExit) as ended:
         bench_latency.main([str(config_file)])
     assert ended.value.code == code
@@ -477,8 +474,8 @@ def test_a_measuring_process_that_dies_is_named(config_file, monkeypatch, tmp_pa
         Path(command[-1]).write_text("{}")
         return -9 if command[-1].endswith("process-1.json") else 0
 
-    monkeypatch.setattr(stopping, "run", second_dies)
-    monkeypatch.setattr(meter, "pick_device", lambda: device)
+    monkeypatch.setattr(signals, "run", second_dies)
+    monkeypatch.setattr(bench_latency, "pick_device", lambda: device)
     with pytest.raises(UserError) as error:
         bench_latency.main([str(config_file)])
     (run,) = (tmp_path / "runs").iterdir()
@@ -550,10 +547,8 @@ def process(config_file, monkeypatch, tmp_path):
         tick(2)
         clock["now"] += 0.01
         events.append((example.id, "to the limit" if to_the_limit else "natural", script))
-        answer = single.Answer([5, 6, 7], passes=2, drafted=15, accepted=1)
-        windows = (
-            [answer, single.Answer([8], passes=1, drafted=4, accepted=2)] if example.id in made["long"] else [answer]
-        )
+        answer = Generation([5, 6, 7], passes=2, drafted=15, accepted=1)
+        windows = [answer, Generation([8], passes=1, drafted=4, accepted=2)] if example.id in made["long"] else [answer]
         return "text", windows, False
 
     @contextmanager
@@ -573,15 +568,15 @@ def process(config_file, monkeypatch, tmp_path):
         return made["engine"]
 
     made = {"long": ()}
-    monkeypatch.setattr(meter, "now", lambda device: clock["now"])
-    monkeypatch.setattr(meter, "nvml_sampler", sampler)
-    monkeypatch.setattr(meter, "peaks", peaks)
-    monkeypatch.setattr(meter, "reset_peaks", happens("reset"))
-    monkeypatch.setattr(meter, "pick_device", lambda: CPU)
+    monkeypatch.setattr(gauges, "now", lambda device: clock["now"])
+    monkeypatch.setattr(gauges, "nvml_sampler", sampler)
+    monkeypatch.setattr(gauges, "peaks", peaks)
+    monkeypatch.setattr(gauges, "reset_peaks", happens("reset"))
+    monkeypatch.setattr(bench_latency, "pick_device", lambda: CPU)
     monkeypatch.setattr(single, "ask", ask)
     monkeypatch.setattr(single, "engine", engine)
-    monkeypatch.setattr(decode, "stop_ids", lambda tokenizer: [1, 2])
-    monkeypatch.setattr(decode, "gold_ids", lambda tokenizer, text, limit: [tokenizer, text, limit])
+    monkeypatch.setattr(bench_latency, "stop_tokens", lambda tokenizer: [1, 2])
+    monkeypatch.setattr(bench_latency, "gold_ids", lambda tokenizer, text, limit: [tokenizer, text, limit])
     monkeypatch.setattr(prompt, "beside", lambda tokenizer, options: 17)
     monkeypatch.setattr(bench_latency, "load_tokenizers", lambda config: ("tokenizer", "cutter"))
     monkeypatch.setattr(bench_latency, "load_system", happens("load", "model"))
@@ -675,7 +670,7 @@ def test_a_query_that_does_not_fit_says_what_to_lower(process, monkeypatch):
 
 def test_a_process_without_a_gpu_has_no_gauges_of_one(process, monkeypatch):
     sampler = contextmanager(lambda device, file: iter([lambda phase: None]))
-    monkeypatch.setattr(meter, "nvml_sampler", sampler)
+    monkeypatch.setattr(gauges, "nvml_sampler", sampler)
     assert process()[0]["nvml"] == {}
 
 
@@ -689,7 +684,7 @@ class Client:
         self.clock, self.log, self.asked = clock, log, 0
         log.append((*args, how))
 
-    def ask(self, text: str) -> api.Reply:
+    def ask(self, text: str) -> hosted.Reply:
         if text == self.log[0][0].system:
             raise UserError("no")
         self.asked += 1
@@ -697,14 +692,14 @@ class Client:
         self.log.append(text)
         connect = 0.5 if self.asked == 1 else None
         written = None if self.asked == 4 else 6
-        return api.Reply("amber", False, 100, written, connect, self.asked - 0.75, self.asked, 0.125, 12.5)
+        return hosted.Reply("amber", False, 100, written, connect, self.asked - 0.75, self.asked, 0.125, 12.5)
 
     def close(self) -> None:
         self.log.append("closed")
 
 
 @pytest.fixture
-def hosted(config_file, monkeypatch, tmp_path):
+def at_host(config_file, monkeypatch, tmp_path):
     """Runs `measure_api` on such a client; cutting a text takes a quarter of a second."""
     clock, log = {"now": 100.0}, []
 
@@ -716,15 +711,15 @@ def hosted(config_file, monkeypatch, tmp_path):
     config = load(str(config_file), ["api.url=http://h/v1", f"window.tokenizer={tmp_path / 'base'}", "prompt.chat=true",
                                      "bench.queries=4", "window.answer=20"])  # fmt: skip
     monkeypatch.setattr(bench_latency.time, "perf_counter", lambda: clock["now"])
-    monkeypatch.setattr(prompt, "texts", texts)
-    monkeypatch.setattr(api, "Client", lambda *args, **how: Client(clock, log, *args, **how))
+    monkeypatch.setattr(bench_latency, "prompt_texts", texts)
+    monkeypatch.setattr(hosted, "Client", lambda *args, **how: Client(clock, log, *args, **how))
     monkeypatch.setattr(bench_latency, "load_tokenizers", lambda config: ("own", "cutter"))
     monkeypatch.setattr(bench_latency, "sources", lambda model, own, cutter: {"of": [model, own, cutter]})
     return config, squad.load(config.data, "dev"), log, tmp_path / "process-0.json"
 
 
-def test_a_hosted_models_queries_are_asked_anew_after_a_warm_up_and_their_times_are_cut_and_reply(hosted, capsys):
-    config, dev, log, file = hosted
+def test_a_hosted_models_queries_are_asked_anew_after_a_warm_up_and_their_times_are_cut_and_reply(at_host, capsys):
+    config, dev, log, file = at_host
     bench_latency.measure_api(config, dev, file)
     bars = capsys.readouterr().err
     assert "warm up: 100%" in bars
@@ -746,17 +741,17 @@ def test_a_hosted_models_queries_are_asked_anew_after_a_warm_up_and_their_times_
     }  # fmt: skip
 
 
-def test_a_hosted_models_transcript_is_closed_where_asking_fails(hosted, monkeypatch):
-    config, dev, log, file = hosted
-    monkeypatch.setattr(prompt, "texts", lambda examples, *args: ([("", "one")], {}))
+def test_a_hosted_models_transcript_is_closed_where_asking_fails(at_host, monkeypatch):
+    config, dev, log, file = at_host
+    monkeypatch.setattr(bench_latency, "prompt_texts", lambda examples, *args: ([("", "one")], {}))
     with pytest.raises(UserError, match="no"):
         bench_latency.measure_api(config, dev, file)
     assert log[-1] == "closed"
     assert not file.exists()
 
 
-def test_a_long_warm_up_of_a_hosted_model_begins_again(hosted):
-    config, dev, log, file = hosted
+def test_a_long_warm_up_of_a_hosted_model_begins_again(at_host):
+    config, dev, log, file = at_host
     bench_latency.measure_api(replace(config, bench=replace(config.bench, warmup_queries=6)), dev, file)
     ids = [e.id for e in bench_latency.drawn(config, dev)]
     assert log[1:-1] == [f"asks {id_}" for id_ in [*ids, *ids[:2], *ids]]
@@ -795,4 +790,4 @@ def test_a_hosted_models_single_queries_are_timed_over_the_network(tmp_path, tin
     assert natural["waited"]["p99_ms"] > 190, "0.2 s of one, 3 % of the way from it to the next"
     assert "fixed" not in result
     assert host.most_at_once == 1
-    assert len(list(api.read_transcript(Path(result["run"]) / "transcript.jsonl"))) == 6
+    assert len(list(hosted.read_transcript(Path(result["run"]) / "transcript.jsonl"))) == 6

@@ -5,9 +5,8 @@ import contextlib
 import dataclasses
 import typing
 
-from common.config import CONFIGS, Base, Config, apart_from_memory, find, flat, load
+from common.config import CONFIGS, Base, Config, Window, apart_from_memory, find, flat, load
 from common.config_file import known_keys
-from common.data.prompt import Window
 from common.errors import UserError
 from tests.conftest import ROOT
 

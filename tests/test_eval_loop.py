@@ -9,13 +9,12 @@ from types import SimpleNamespace
 
 import eval_loop
 from common.config import load
-from common.data import cache, prompt, squad
-from common.decode import hosted as api
-from common.decode import predict as decode
+from common.data import cache, squad
+from common.decode import hosted, predict
+from common.decode.answers import Prediction
+from common.device import describe_device, pick_device
 from common.errors import UserError
-from common.runs import checkpoint, preflight, ranks, record
-from common.runs import gauges as meter
-from common.runs import signals as stopping
+from common.runs import checkpoint, gauges, preflight, ranks, record, signals
 from tests.decode.test_hosted import KEY, Host
 
 import pytest
@@ -69,7 +68,7 @@ def config_file(tmp_path) -> Path:
 def answered(**more) -> eval_loop.Answered:
     """The answers of `GOLD`, in order of ids as engines give them; three ran into the limit."""
     found = {
-        id_: decode.Prediction(id_, text, [7, 8], -0.25, id_ in ("a1", "a2", "z2"), ties=i)
+        id_: Prediction(id_, text, [7, 8], -0.25, id_ in ("a1", "a2", "z2"), ties=i)
         for i, (_, id_, _, text, *_) in enumerate(GOLD)
     }
     made_by = {"engine": "stream", "tokenizer": "t", "cutter": "c", "base_commit": "b"}
@@ -83,7 +82,7 @@ def scored(config_file, monkeypatch, capsys):
     """Runs the script on made-up answers: (what it printed, the object on its last line)."""
 
     def run(*words: str, **more):
-        monkeypatch.setattr(eval_loop, "local", lambda config, dev: answered(**more))
+        monkeypatch.setattr(eval_loop, "answer_here", lambda config, dev: answered(**more))
         eval_loop.main([str(config_file), *words])
         out = capsys.readouterr().out
         return out, json.loads(out.splitlines()[-1])
@@ -181,7 +180,7 @@ def test_a_run_that_was_begun_is_written_to_and_no_other_made(scored, tmp_path):
 
 
 def test_a_rank_that_is_not_the_first_writes_and_prints_nothing(config_file, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(eval_loop, "local", lambda config, dev: None)
+    monkeypatch.setattr(eval_loop, "answer_here", lambda config, dev: None)
     eval_loop.main([str(config_file)])
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "runs").exists()
@@ -219,7 +218,7 @@ def test_what_stands_in_the_way_is_said_before_anything_is_read(config_file, mon
 
 def test_shots_are_filled_in(config_file, monkeypatch, train_file):
     found = []
-    monkeypatch.setattr(eval_loop, "local", lambda config, dev: found.append(config.prompt.before))
+    monkeypatch.setattr(eval_loop, "answer_here", lambda config, dev: found.append(config.prompt.before))
     eval_loop.main([str(config_file), f"data.train={train_file}", "prompt.shots=1"])
     assert found[0].startswith("Context: Number ")
 
@@ -230,7 +229,7 @@ def test_questions_are_of_dev(config_file, monkeypatch, tmp_path):
     (folder / "dev-v1.1.json").write_bytes((tmp_path / "dev.json").read_bytes())
     monkeypatch.setenv("SQUAD_DIR", str(folder))
     found = []
-    monkeypatch.setattr(eval_loop, "local", lambda config, dev: found.append(dev.source))
+    monkeypatch.setattr(eval_loop, "answer_here", lambda config, dev: found.append(dev.source))
     eval_loop.main([str(config_file), "data.dev=rajpurkar/squad"])
     assert found == [str(folder / "dev-v1.1.json")]
 
@@ -267,20 +266,20 @@ def here(config_file, monkeypatch, tmp_path):
         dev = squad.load(config.data, "dev")
         built = SimpleNamespace(trees=["tree"], counts={"truncated": 3, "questions": 8})
         process = SimpleNamespace(is_main_process=first, num_processes=processes)
-        mine, others = (decode.Prediction(i, "x", [1], p, False) for i, p in (("a", -2.0), ("b", -3.0)))
+        mine, others = (Prediction(i, "x", [1], p, False) for i, p in (("a", -2.0), ("b", -3.0)))
         for module, name, seconds, result in (
             (ranks, "join", 1, process), (eval_loop, "broadcast_object_list", 1, lambda found: found),
             (eval_loop, "load_tokenizers", 1, ("tokenizer", "cutter")), (record, "note_prompt", 1, None),
             (eval_loop, "load_system", 1, "model"), (cache, "build_trees", 1, built),
-            (decode, "stop_ids", 1, [1, 2]), (meter, "reset_peaks", 1, None),
-            (decode, "predict", 10, {"a": mine}), (eval_loop, "gather_object", 20, [others, mine]),
-            (meter, "peaks", 1, {"rss_bytes": 9}), (meter, "describe", 1, {"name": "a machine"}),
-            (meter, "pick_device", 1, "device"), (decode, "engine_of", 1, "stream"),
+            (eval_loop, "stop_tokens", 1, [1, 2]), (gauges, "reset_peaks", 1, None),
+            (predict, "answer_trees", 10, {"a": mine}), (eval_loop, "gather_object", 20, [others, mine]),
+            (gauges, "peaks", 1, {"rss_bytes": 9}), (eval_loop, "describe_device", 1, {"name": "a machine"}),
+            (eval_loop, "pick_device", 1, "device"), (predict, "engine_of", 1, "stream"),
         ):  # fmt: skip
             monkeypatch.setattr(module, name, passes(name, seconds, result))
         monkeypatch.setattr(eval_loop, "sources", lambda *args: {"of": args})
-        monkeypatch.setattr(meter, "now", lambda device: clock["now"])
-        return eval_loop.local(config, dev), {event[0]: event[1:] for event in events}, config, dev
+        monkeypatch.setattr(gauges, "now", lambda device: clock["now"])
+        return eval_loop.answer_here(config, dev), {event[0]: event[1:] for event in events}, config, dev
 
     return run
 
@@ -309,17 +308,17 @@ def test_every_part_of_a_local_evaluation_gets_what_it_needs(here, tmp_path):
         dev.examples, "tokenizer", config.window,
         {"train": False, "options": config.prompt, "window_tokenizer": "cutter"},
     )  # fmt: skip
-    assert got["predict"] == ("model", "tokenizer", ["tree"], [1, 2], 20, config.eval, "decode")
+    assert got["answer_trees"] == ("model", "tokenizer", ["tree"], [1, 2], 20, config.eval, "decode")
     assert [answer.id for answer in got["gather_object"][0]] == ["a"]
-    assert got["reset_peaks"] == got["peaks"] == got["describe"] == ("device",)
-    assert got["stop_ids"] == ("tokenizer",)
+    assert got["reset_peaks"] == got["peaks"] == got["describe_device"] == ("device",)
+    assert got["stop_tokens"] == ("tokenizer",)
     assert got["engine_of"] == ("model", config.eval)
 
 
 def test_other_ranks_say_nothing_and_hand_their_answers_over(here):
     found, got, _, _ = here(first=False)
     assert found is None
-    assert got["predict"][-1] is None, "no progress bar"
+    assert got["answer_trees"][-1] is None, "no progress bar"
     assert "note_prompt" not in got
     assert [answer.id for answer in got["gather_object"][0]] == ["a"]
 
@@ -338,7 +337,7 @@ def test_the_first_rank_says_which_adapter(here, monkeypatch, tmp_path):
     loaded = []
     monkeypatch.setattr(eval_loop, "load_system", lambda config, adapter, device: loaded.append(adapter))
     config = load(str(tmp_path / "one.yaml"), [LORA, f"adapter={tmp_path / 'adapter'}"])
-    eval_loop.local(config, squad.load(config.data, "dev"))
+    eval_loop.answer_here(config, squad.load(config.data, "dev"))
     assert loaded == [other]
 
 
@@ -373,7 +372,7 @@ def asked(config_file, monkeypatch, capsys, tmp_path):
                 raise UserError("met a limit")
             return answered(run=folder, result={"cost_usd": 0.5})
 
-        monkeypatch.setattr(eval_loop, "hosted", hosted)
+        monkeypatch.setattr(eval_loop, "answer_hosted", hosted)
         try:
             eval_loop.main([str(config_file), *words, *more])
         except UserError:
@@ -409,13 +408,15 @@ def test_a_fresh_start_a_replay_and_other_data_begin_another_run(asked, tmp_path
 # ---- a hosted model: its answers -----------------------------------------------------------------------------------
 
 
-def reply(read: int | None = 10, written: int | None = 2, waited: float = 0.126, hit_limit: bool = False) -> api.Reply:
-    return api.Reply("amber", hit_limit, read, written, None, 0.1, 0.2, None, waited)
+def reply(
+    read: int | None = 10, written: int | None = 2, waited: float = 0.126, hit_limit: bool = False
+) -> hosted.Reply:
+    return hosted.Reply("amber", hit_limit, read, written, None, 0.1, 0.2, None, waited)
 
 
 @pytest.fixture
-def hosted(config_file, monkeypatch, tmp_path):
-    """Runs `hosted` on made-up replies; asking takes 4.5 s and 8 requests of the 3 that were sent before."""
+def at_host(config_file, monkeypatch, tmp_path):
+    """Runs `answer_hosted` on made-up replies; asking takes 4.5 s and 8 requests of the 3 that were sent before."""
     config = load(
         str(config_file), ["api.url=http://h/v1", f"window.tokenizer={tmp_path / 'base'}", "prompt.chat=true"]
     )
@@ -447,27 +448,27 @@ def hosted(config_file, monkeypatch, tmp_path):
     before = {"made": False, "replies": {}}
     monkeypatch.setattr(eval_loop, "load_tokenizers", lambda config: ("own", "cutter"))
     monkeypatch.setattr(eval_loop, "sources", lambda *args: {"of": args})
-    monkeypatch.setattr(prompt, "texts", texts)
-    monkeypatch.setattr(api, "Client", Client)
-    monkeypatch.setattr(api, "ask_all", ask_all)
+    monkeypatch.setattr(eval_loop, "prompt_texts", texts)
+    monkeypatch.setattr(hosted, "Client", Client)
+    monkeypatch.setattr(hosted, "ask_all", ask_all)
     monkeypatch.setattr(eval_loop.time, "perf_counter", lambda: clock["now"])
 
     def run(run=None, replay=None, replies=None, made=False):
         before.update(made=made, replies=replies or {"b": reply(), "a": reply(read=7, waited=0.1, hit_limit=True)})
-        return eval_loop.hosted(config, dev, run, replay), events
+        return eval_loop.answer_hosted(config, dev, run, replay), events
 
     return run
 
 
-def test_a_hosted_models_answers_costs_tokens_and_times(hosted, tmp_path):
-    found, events = hosted()
+def test_a_hosted_models_answers_costs_tokens_and_times(at_host, tmp_path):
+    found, events = at_host()
     (run,) = (tmp_path / "runs").iterdir()
     ids = [row[1] for row in GOLD]
     assert events == [("one", run / "transcript.jsonl", False), {id_: f"asks {id_}" for id_ in ids}, "closed"]
     assert (found.truncated, found.seconds, found.device, found.run) == (3, 4.5, {"name": "http://h/v1"}, run)
     assert found.made_by == {"engine": "api", "of": (None, "cutter", "cutter")}
-    assert found.answers == {"b": decode.Prediction("b", "amber", [], None, False),
-                             "a": decode.Prediction("a", "amber", [], None, True)}  # fmt: skip
+    assert found.answers == {"b": Prediction("b", "amber", [], None, False),
+                             "a": Prediction("a", "amber", [], None, True)}  # fmt: skip
     assert found.result == {
         "transcript_sha256": WEIGHTS, "replayed": None, "requests": 8, "requests_before": 0, "cost_usd": 0.123457,
         "tokens_read": 17, "tokens_written": 4, "waited_s": 0.23, "adapter": None, "adapter_sha256": None,
@@ -475,80 +476,80 @@ def test_a_hosted_models_answers_costs_tokens_and_times(hosted, tmp_path):
     }  # fmt: skip
 
 
-def test_tokens_that_a_host_does_not_say_are_not_known(hosted):
-    found, _ = hosted(replies={"a": reply(read=None), "b": reply(written=0), "c": reply()})
+def test_tokens_that_a_host_does_not_say_are_not_known(at_host):
+    found, _ = at_host(replies={"a": reply(read=None), "b": reply(written=0), "c": reply()})
     assert (found.result["tokens_read"], found.result["tokens_written"]) == (None, 4)
-    found, _ = hosted(replies={"a": reply(written=None), "b": reply()})
+    found, _ = at_host(replies={"a": reply(written=None), "b": reply()})
     assert (found.result["tokens_read"], found.result["tokens_written"]) == (20, None)
 
 
-def test_of_a_run_that_is_gone_on_with_the_time_is_not_known(hosted, tmp_path):
+def test_of_a_run_that_is_gone_on_with_the_time_is_not_known(at_host, tmp_path):
     (tmp_path / "begun").mkdir()
-    found, events = hosted(run=tmp_path / "begun", made=True)
+    found, events = at_host(run=tmp_path / "begun", made=True)
     assert events[0] == ("one", tmp_path / "begun" / "transcript.jsonl", False)
     assert found.seconds is None
     assert (found.run, found.result["requests"], found.result["requests_before"]) == (tmp_path / "begun", 11, 3)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_replay_takes_its_answers_from_that_run_and_writes_a_run_of_its_own(hosted, tmp_path):
+def test_a_replay_takes_its_answers_from_that_run_and_writes_a_run_of_its_own(at_host, tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "transcript.jsonl").touch()
-    found, events = hosted(replay=tmp_path / "old")
+    found, events = at_host(replay=tmp_path / "old")
     assert events[0] == ("one", tmp_path / "old" / "transcript.jsonl", True)
     assert found.seconds is found.run is None
     assert found.result["replayed"] == str(tmp_path / "old")
     with pytest.raises(UserError, match=r"absent/transcript.jsonl: no such file; --replay names the run"):
-        hosted(replay=tmp_path / "absent")
+        at_host(replay=tmp_path / "absent")
 
 
-def test_nothing_paid_is_no_cost(hosted, monkeypatch):
-    made = api.Client
+def test_nothing_paid_is_no_cost(at_host, monkeypatch):
+    made = hosted.Client
 
     class Free(made):
         usd = property(lambda self: 0.0, lambda self, value: None)
 
-    monkeypatch.setattr(api, "Client", Free)
-    assert hosted()[0].result["cost_usd"] is None
+    monkeypatch.setattr(hosted, "Client", Free)
+    assert at_host()[0].result["cost_usd"] is None
 
 
-def test_being_told_to_stop_keeps_what_came_and_says_how_to_go_on(hosted, monkeypatch, capsys, tmp_path):
+def test_being_told_to_stop_keeps_what_came_and_says_how_to_go_on(at_host, monkeypatch, capsys, tmp_path):
     class Request:
         code = 143
 
         def check(self):
-            raise stopping.Stopped
+            raise signals.Stopped
 
     class Listen:
         __enter__, __exit__ = lambda self: Request(), lambda self, *what: None
 
-    monkeypatch.setattr(stopping, "listen", Listen)
+    monkeypatch.setattr(signals, "listen", Listen)
     with pytest.raises(SystemExit) as ended:
-        hosted()
+        at_host()
     assert ended.value.code == 143
     (run,) = (tmp_path / "runs").iterdir()
     assert capsys.readouterr().out == f"stopped; the same command goes on from {run}\n"
 
 
-def test_the_transcript_is_closed_whatever_happens(hosted, monkeypatch):
+def test_the_transcript_is_closed_whatever_happens(at_host, monkeypatch):
     def fails(client, wanted, check):
         events.append("asked")
         raise UserError("met a limit")
 
-    _, events = hosted()
+    _, events = at_host()
     events.clear()
-    monkeypatch.setattr(api, "ask_all", fails)
+    monkeypatch.setattr(hosted, "ask_all", fails)
     with pytest.raises(UserError, match="met a limit"):
-        hosted()
+        at_host()
     assert events[1:] == ["asked", "closed"]
 
 
-def test_a_hosted_model_is_asked_by_one_process(hosted, monkeypatch):
+def test_a_hosted_model_is_asked_by_one_process(at_host, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    hosted()
+    at_host()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="asked by one process: leave PROCESSES out"):
-        hosted()
+        at_host()
 
 
 # ---- the real thing ------------------------------------------------------------------------------------------------
@@ -572,7 +573,7 @@ def test_a_model_that_answers_is_scored_as_its_words_say(answering_config, capsy
     assert result["peak"]["rss_bytes"] > 2**20
     made = record.read_one(Path(result["run"]) / "record.json")["may_differ"]
     assert made["engine"] == "stream"
-    assert made["device"] == meter.describe(meter.pick_device())
+    assert made["device"] == describe_device(pick_device())
 
 
 def test_a_context_longer_than_the_window_is_cut_and_counted(answering_config, tmp_path, capsys):

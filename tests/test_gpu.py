@@ -12,19 +12,19 @@ import bench_latency
 import eval_loop
 import train_loop
 from common.config import Base, Eval, Lora, Train
-from common.data.prompt import Branch, Tree
-from common.decode.forward import Recorded
-from common.decode.predict import predict, stop_ids
+from common.data.trees import Branch, Tree
+from common.decode.answers import stop_tokens
+from common.decode.forward import Captured
+from common.decode.predict import answer_trees
 from common.decode.single import Single
 from common.errors import UserError
-from common.model import attention, memory
-from common.model import pack as packing
-from common.model.linears import FEW, Matrix
+from common.model import attention, memory, tree_mask
+from common.model.linears import MergedLinear
 from common.model.load import add_lora, load_base, load_tokenizer, parameter_counts
 from common.model.memory import GIB, Shapes, choose
-from common.model.pack import IGNORED, Room, pack
-from common.runs import gauges as meter
-from common.runs import ranks
+from common.model.nf4 import FEW
+from common.model.pack import IGNORED, PadSizes, build_pack
+from common.runs import gauges, ranks
 from common.train.cuda_graphs import Graphed
 from common.train.fused import Fused
 from tests.conftest import ROOT
@@ -108,7 +108,7 @@ def test_fused_gradients_in_16_bits_are_as_good_as_those_of_the_modules(base16, 
     if not flash:
         without_flash(monkeypatch)
     trees, _ = trees_of(base16, 40)
-    packs = [pack(trees[i : i + 8]).to(GPU) for i in range(0, 40, 8)]
+    packs = [build_pack(trees[i : i + 8]).to(GPU) for i in range(0, 40, 8)]
 
     def losses_of(logits_of) -> torch.Tensor:
         """Of every answer token, after a backward pass for their sum."""
@@ -121,7 +121,7 @@ def test_fused_gradients_in_16_bits_are_as_good_as_those_of_the_modules(base16, 
 
     def by_modules(dtype: str):
         model = lora_model(base16, "nf4", dtype, GPU)
-        return model, losses_of(lambda batch, keep: packing.pack_logits(model, batch, keep)), gradient(model)
+        return model, losses_of(lambda batch, keep: tree_mask.pack_logits(model, batch, keep)), gradient(model)
 
     _, true_losses, truth = by_modules("fp32")
     model, modules_losses, modules = by_modules(dtype)
@@ -148,8 +148,8 @@ def test_a_graph_computes_what_was_recorded_for_any_pack_that_fits(smollm2_base)
     model = lora_model(smollm2_base, "nf4", "fp16", GPU)
     fused = Fused(model, keep_layers=8, hold_layers=30)
     work = worker(fused)
-    packs = [pack(trees[i : i + n]) for i, n in ((0, 8), (8, 2), (10, 8), (18, 6))]
-    room = Room.of(packs, 2048)
+    packs = [build_pack(trees[i : i + n]) for i, n in ((0, 8), (8, 2), (10, 8), (18, 6))]
+    room = PadSizes.of(packs, 2048)
     graphed = Graphed(work, [fused.flat], room, packs[1])
     assert len(graphed.graphs) >= 2
     replays = []
@@ -188,10 +188,10 @@ def test_a_budget_is_kept_and_its_count_is_right(monkeypatch, budget, flash, dty
     fused = Fused(model, choice.keep_layers, choice.hold_layers)
     optimizer = bnb.optim.PagedAdamW8bit([fused.flat])
     torch.cuda.empty_cache()
-    meter.reset_peaks(GPU)
+    gauges.reset_peaks(GPU)
     work = worker(fused)
-    packs = [pack(some(n)) for n in (full, full // 2)]
-    room = Room.of(packs, choice.pack_tokens)
+    packs = [build_pack(some(n)) for n in (full, full // 2)]
+    room = PadSizes.of(packs, choice.pack_tokens)
     compute = Graphed(work, [fused.flat], room, packs[1]) if flash else None
     for batch in packs:
         share = 1 / len(batch.target_ids)
@@ -199,7 +199,7 @@ def test_a_budget_is_kept_and_its_count_is_right(monkeypatch, budget, flash, dty
         assert torch.isfinite(loss)
     assert torch.isfinite(fused.flat.grad).all()
     optimizer.step()
-    peak = meter.peaks(GPU)["allocated_bytes"] / GIB
+    peak = gauges.peaks(GPU)["allocated_bytes"] / GIB
     counted = sum(choice.counted.values()) / GIB
     print(f"budget {budget}: {peak:.2f} GiB allocated, {counted:.2f} counted")
     assert peak <= budget
@@ -257,10 +257,10 @@ def test_checkpointing_changes_no_gradient_and_takes_less_memory(smollm2_base):
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        meter.reset_peaks(GPU)
+        gauges.reset_peaks(GPU)
         packed_loss(model, [trees])
         found.append(gradient(model))
-        peak.append(meter.peaks(GPU)["allocated_bytes"])
+        peak.append(gauges.peaks(GPU)["allocated_bytes"])
     assert cosine(*found) >= 0.99999
     assert peak[1] < peak[0]
 
@@ -286,8 +286,8 @@ def test_an_interrupted_run_goes_on_with_the_same_steps_in_the_same_order(tiny_c
 def test_greedy_answers_are_those_of_generate(smollm2_base, quant):
     model = load_base(Base(str(smollm2_base), quant=quant, dtype="fp32"), GPU)
     tokenizer = load_tokenizer(str(smollm2_base))
-    trees, stops = demo_trees(tokenizer, 6), stop_ids(tokenizer)
-    answers = predict(model, tokenizer, trees, stops, LIMIT, progress=None)
+    trees, stops = demo_trees(tokenizer, 6), stop_tokens(tokenizer)
+    answers = answer_trees(model, tokenizer, trees, stops, LIMIT, progress=None)
     alone = Single(model, stops, LIMIT, 512)
     for tree in trees:
         for branch in tree.branches:
@@ -310,7 +310,7 @@ def test_kernels_of_4_bits_compute_what_bitsandbytes_does(dtype, double, rows, c
             bnb.nn.Linear4bit(columns, n, bias=False, quant_type=kind, compress_statistics=double).to(GPU) for n in rows
         ]
         parts = [bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state) for m in linears]
-        truth, matrix = torch.cat(parts).to(dtype), Matrix(linears, dtype)
+        truth, matrix = torch.cat(parts).to(dtype), MergedLinear(linears, dtype)
         assert matrix.kernels
         assert torch.equal(matrix(), truth)
         a, b = (torch.randn(*shape, dtype=dtype, device=GPU) / 8 for shape in ((rank, columns), (sum(rows), rank)))
@@ -331,8 +331,8 @@ def test_flash_attention_over_trees_is_that_of_products(monkeypatch, dtype):
     """Forward and backward, of a padded pack: no token of the padding gets in, whatever memory held."""
     rng = random.Random(0)
     shapes = [(rng.randrange(1, 300), [rng.randrange(1, 60) for _ in range(rng.randrange(1, 8))]) for _ in range(12)]
-    batch = pack(attention_trees(shapes))
-    padded = Room.of([batch], most_tokens=4096).pad(batch).to(GPU)
+    batch = build_pack(attention_trees(shapes))
+    padded = PadSizes.of([batch], most_tokens=4096).pad(batch).to(GPU)
     n, total = padded.n_tokens, len(padded.input_ids)
     torch.manual_seed(0)
     q, k, v, d_out = (torch.randn(total, heads, 128, dtype=dtype, device=GPU) for heads in (8, 4, 4, 8))
@@ -387,12 +387,12 @@ def test_flash_attention_over_an_arena_is_that_of_products(monkeypatch, dtype, g
 def test_both_engines_err_in_16_bits_as_the_modules_do(base16, dtype):
     """Every engine follows the modules' answers; how far log-probabilities are from those of fp32 is compared."""
     tokenizer = load_tokenizer(str(base16))
-    trees, stops = demo_trees(tokenizer, 24), stop_ids(tokenizer)
+    trees, stops = demo_trees(tokenizer, 24), stop_tokens(tokenizer)
     model = lora_model(base16, "nf4", dtype, GPU).eval()
-    plain = predict(model, tokenizer, trees, stops, LIMIT, Eval("plain"), progress=None)
+    plain = answer_trees(model, tokenizer, trees, stops, LIMIT, Eval("plain"), progress=None)
     scripts = {id_: answer.token_ids for id_, answer in plain.items()}
-    streamed = predict(model, tokenizer, trees, stops, LIMIT, progress=None, scripts=scripts)
-    free = predict(model, tokenizer, trees, stops, LIMIT, progress=None)
+    streamed = answer_trees(model, tokenizer, trees, stops, LIMIT, progress=None, scripts=scripts)
+    free = answer_trees(model, tokenizer, trees, stops, LIMIT, progress=None)
     engine, alone = Single(model, stops, LIMIT, 512), {}
     assert engine.prompts
     for tree in trees:
@@ -400,7 +400,7 @@ def test_both_engines_err_in_16_bits_as_the_modules_do(base16, dtype):
             alone[branch.id] = engine.answer(tree.prefix_ids + branch.prompt_ids, scripts[branch.id])
     del engine, model
     exact = lora_model(base16, "nf4", "fp32", GPU).eval()
-    truth = predict(exact, tokenizer, trees, stops, LIMIT, progress=None, scripts=scripts)
+    truth = answer_trees(exact, tokenizer, trees, stops, LIMIT, progress=None, scripts=scripts)
 
     def apart(found) -> float:
         assert all(found[i].token_ids == scripts[i] for i in scripts)
@@ -415,13 +415,13 @@ def test_both_engines_err_in_16_bits_as_the_modules_do(base16, dtype):
 def test_recorded_passes_answer_as_those_that_are_launched_one_by_one(base16, monkeypatch):
     """To the last bit; both are padded."""
     tokenizer = load_tokenizer(str(base16))
-    trees, stops = demo_trees(tokenizer, 60), stop_ids(tokenizer)
+    trees, stops = demo_trees(tokenizer, 60), stop_tokens(tokenizer)
     model = lora_model(base16, "nf4", "bf16", GPU).eval()
     seen, found = set(), []
-    record = Recorded._record
+    record = Captured._record
     for way in (lambda self, n: seen.add(n) or record(self, n), lambda self, n: None):
-        monkeypatch.setattr(Recorded, "_record", way)
-        found.append(predict(model, tokenizer, trees, stops, LIMIT, Eval(pass_tokens=600, parts=2), progress=None))
+        monkeypatch.setattr(Captured, "_record", way)
+        found.append(answer_trees(model, tokenizer, trees, stops, LIMIT, Eval(pass_tokens=600, parts=2), progress=None))
     assert len(seen) >= 3, "sizes that were met twice"
     assert found[0] == found[1]
 
@@ -429,7 +429,7 @@ def test_recorded_passes_answer_as_those_that_are_launched_one_by_one(base16, mo
 def test_single_answers_hardly_differ_with_and_without_graphs(smollm2_base):
     model = lora_model(smollm2_base, "nf4", "fp16", GPU).eval()
     tokenizer = load_tokenizer(str(smollm2_base))
-    stops = stop_ids(tokenizer)
+    stops = stop_tokens(tokenizer)
     prompts = [t.prefix_ids + b.prompt_ids for t in demo_trees(tokenizer, 6) for b in t.branches]
     with_graphs = Single(model, stops, 32, 512)
     without = Single(model, stops, 32, 512)
@@ -448,9 +448,9 @@ def test_decoding_keeps_to_its_budget(tiny_base):
     tokenizer = load_tokenizer(str(tiny_base))
     trees = demo_trees(tokenizer, 24)
     for budget in (7, 12):
-        meter.reset_peaks(GPU)
-        answers = predict(model, tokenizer, trees, [], 12, Eval(memory_budget_gib=budget), progress=None)
-        peak, reserved = (meter.peaks(GPU)[f"{kind}_bytes"] / GIB for kind in ("allocated", "reserved"))
+        gauges.reset_peaks(GPU)
+        answers = answer_trees(model, tokenizer, trees, [], 12, Eval(memory_budget_gib=budget), progress=None)
+        peak, reserved = (gauges.peaks(GPU)[f"{kind}_bytes"] / GIB for kind in ("allocated", "reserved"))
         print(f"decoding with {budget} GiB: {peak:.2f} allocated, {reserved:.2f} reserved")
         assert len(answers) == sum(len(tree.branches) for tree in trees)
         assert 0.8 * budget <= peak <= budget

@@ -139,15 +139,15 @@ def test_asking_prints_answer_span_confidence_and_time(answering_config, capsys,
 def test_what_is_not_given_comes_from_stdin(monkeypatch, context, question, stdin, expected):
     monkeypatch.setattr(ask.sys, "stdin", io.StringIO(stdin))
     if isinstance(expected, tuple):
-        assert ask.texts(context, question) == expected
+        assert ask.given_texts(context, question) == expected
     else:
         with pytest.raises(UserError, match=expected):
-            ask.texts(context, question)
+            ask.given_texts(context, question)
 
 
 def test_text_that_is_no_text_and_a_context_that_is_cut_are_said(answering_config, capsys):
     with pytest.raises(UserError, match="must be UTF-8"):
-        ask.texts("caf\udce9", "q")
+        ask.given_texts("caf\udce9", "q")
     window = ["window.context=64", "window.stride=64", "window.answer=16"]
     for overflow, cut in (("truncate", True), ("chunk", False)):
         ask.main([str(answering_config), "lora=null", f"window.overflow={overflow}", *window, "--question", "Which?",

@@ -14,7 +14,7 @@ import eval_loop
 import train_loop
 from common.config import Config
 from common.config_file import known_keys
-from common.model import pack as packing
+from common.model.pack import build_pack
 from tests import answering
 from tests.conftest import answering_yaml
 
@@ -123,9 +123,9 @@ def runs(tmp_path_factory, answering_base):
 
     @functools.cache
     def of(seen, *words: str) -> dict:
-        packed, pack = [], packing.pack
+        packed = []
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-            patch.setattr(packing, "pack", lambda trees: packed.append(pack(trees)) or packed[-1])
+            patch.setattr(train_loop, "build_pack", lambda trees: packed.append(build_pack(trees)) or packed[-1])
             where = folder / "runs" / str(next(numbers))
             AcceleratorState._reset_state()  # one precision a process, and this may be the second run of a test
             {trained: train_loop, evaluated: eval_loop}[seen].main([str(config), *words, f"runs={where}"])

@@ -16,13 +16,14 @@ import eval_loop
 import train_loop
 from common.config import load
 from common.data import plan, squad
-from common.data.prompt import build_trees
-from common.decode import predict as decode
+from common.data.trees import build_trees
+from common.decode import plain, predict
+from common.decode.answers import stop_tokens
 from common.errors import UserError
-from common.model import pack as packing
+from common.files import SUMS
 from common.model.load import add_lora, load_base, load_tokenizer
-from common.runs import checkpoint
-from common.runs import gauges as meter
+from common.model.pack import build_pack
+from common.runs import checkpoint, gauges
 from tests.conftest import answering_yaml, squad_file
 from tests.model.test_pack import rows_loss
 
@@ -51,15 +52,15 @@ def only_run(tmp_path, pattern: str = "*-train-*"):
 def interrupt_at_evaluation(monkeypatch, n: int) -> None:
     """As a power cut would: the n-th evaluation never ends."""
     calls = []
-    predict = decode.predict
+    answer_trees = predict.answer_trees
 
     def cut(*args, **kwargs):
         calls.append(1)
         if len(calls) == n:
             raise KeyboardInterrupt
-        return predict(*args, **kwargs)
+        return answer_trees(*args, **kwargs)
 
-    monkeypatch.setattr(decode, "predict", cut)
+    monkeypatch.setattr(predict, "answer_trees", cut)
 
 
 def test_a_run_learns_and_leaves_a_whole_folder(tiny_config, tmp_path, capsys):
@@ -176,7 +177,7 @@ def test_the_running_mean_is_kept_while_training_goes_on_with_the_last(tiny_conf
 def test_a_signal_saves_at_the_steps_end_and_the_run_goes_on(tiny_config, tmp_path, monkeypatch, number, code, where):
     arguments = [str(tiny_config), "train.pack_tokens=10000"]  # one pack a step
     train_loop.main([*arguments, f"runs={tmp_path / 'whole'}"])
-    module, name, nth = (train_loop.F, "cross_entropy", 3) if where == "step" else (decode.Reader, "read", 2)
+    module, name, nth = (train_loop.F, "cross_entropy", 3) if where == "step" else (predict.Decoder, "read", 2)
     original, calls = getattr(module, name), []
 
     def signalled(*args, **kwargs):
@@ -206,10 +207,10 @@ def test_running_out_of_memory_names_the_knob_to_turn(tiny_config, monkeypatch, 
         patch.setattr(train_loop.F, "cross_entropy", full)
         with pytest.raises(UserError, match=rf"lower train\.pack_tokens \(now 256\), or set train\.{knob}"):
             train_loop.main([str(tiny_config), f"train.fused={fused}"])
-    monkeypatch.setattr(decode.Reader, "read", full)
+    monkeypatch.setattr(predict.Decoder, "read", full)
     with pytest.raises(UserError, match=r"lower eval\.memory_budget_gib or, in a training, .* \(now 12\)"):
         train_loop.main([str(tiny_config)])
-    monkeypatch.setattr(decode, "greedy", full)
+    monkeypatch.setattr(plain, "greedy", full)
     with pytest.raises(UserError, match=r"lower eval\.pass_tokens \(now 8192\)"):
         train_loop.main([str(tiny_config), "eval.engine=plain"])
 
@@ -221,7 +222,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny_config, tmp_path,
         interrupt_at_evaluation(patch, 2)
         train_loop.main(arguments)
     run = only_run(tmp_path)
-    before = (run / "last" / checkpoint.SUMS).read_text()
+    before = (run / "last" / SUMS).read_text()
     adapter_bytes = (run / "last" / "adapter_model.safetensors").stat().st_size
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit in (adapter_bytes // 2, adapter_bytes + 100):  # no room for the adapter; none for the optimizer
@@ -232,7 +233,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny_config, tmp_path,
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         checkpoint.verify(run / "last")
-        assert (run / "last" / checkpoint.SUMS).read_text() == before
+        assert (run / "last" / SUMS).read_text() == before
         assert not [path for path in run.iterdir() if path.suffix in (".partial", ".old")]
     train_loop.main(arguments)
     assert (run / "record.json").exists()
@@ -318,9 +319,11 @@ def test_how_a_step_is_cut_into_packs_changes_nothing(tiny_config, tmp_path):
 
 
 def test_every_epoch_runs_in_an_order_of_its_own(tiny_config, tmp_path, monkeypatch):
-    packed, pack = [], packing.pack
+    packed = []
     monkeypatch.setattr(
-        packing, "pack", lambda trees: packed.append(sorted(t.branches[0].id for t in trees)) or pack(trees)
+        train_loop,
+        "build_pack",
+        lambda trees: packed.append(sorted(t.branches[0].id for t in trees)) or build_pack(trees),
     )
     train_loop.main([str(tiny_config), "seed=3", "train.epochs=3", "train.eval_every=99", "train.pack_tokens=10000"])
     config = load(str(tiny_config))
@@ -390,12 +393,12 @@ def test_times_are_of_what_they_say(tiny_config, tmp_path, monkeypatch, capsys):
         return timed
 
     for name in ("now", "mark"):
-        monkeypatch.setattr(meter, name, lambda device: clock.now)
+        monkeypatch.setattr(gauges, name, lambda device: clock.now)
     monkeypatch.setattr(train_loop.time, "perf_counter", lambda: 60.0)  # when the script began
     monkeypatch.setattr(train_loop.F, "cross_entropy", takes(1, train_loop.F.cross_entropy))
     monkeypatch.setattr(train_loop.bnb.optim.PagedAdamW8bit, "step", takes(2, train_loop.bnb.optim.PagedAdamW8bit.step))
-    predict = decode.predict
-    monkeypatch.setattr(decode, "predict", takes(10, predict))
+    answer_trees = predict.answer_trees
+    monkeypatch.setattr(predict, "answer_trees", takes(10, answer_trees))
     # 32 questions of 8 paragraphs: 4 steps of one pack each, an evaluation after two and after four of them
     words = [str(tiny_config), "train.epochs=1", "train.pack_tokens=10000"]
     train_loop.main(words)
@@ -429,8 +432,10 @@ def test_fused_layers_take_the_steps_of_the_modules(tiny_config, tmp_path, capsy
     said = capsys.readouterr().out
     assert "layers by transformers and PEFT (train.fused=false)" in said
     assert "fused layers, 2 of 2 keep their activations" in said
-    for plain, fused in zip(*rows, strict=True):
-        assert fused["loss"] == pytest.approx(plain["loss"], rel=1e-2)  # the optimizer's 8-bit blocks lie elsewhere
+    for by_modules, fused in zip(*rows, strict=True):
+        assert fused["loss"] == pytest.approx(
+            by_modules["loss"], rel=1e-2
+        )  # the optimizer's 8-bit blocks lie elsewhere
     assert rows[1][0]["loss"] == pytest.approx(rows[0][0]["loss"], rel=1e-6)
     assert rows[1][0]["grad_norm"] == pytest.approx(rows[0][0]["grad_norm"], rel=1e-5)
 
@@ -568,13 +573,13 @@ def test_a_paragraph_of_more_questions_than_a_step_has_is_split(tiny_config, tmp
 def test_an_evaluation_keeps_to_the_budget_of_the_training_that_it_interrupts(
     tiny_config, monkeypatch, budget, expected
 ):
-    seen, predict = [], decode.predict
-    monkeypatch.setattr(decode, "predict", lambda *args, **how: seen.append(args) or predict(*args, **how))
+    seen, answer_trees = [], predict.answer_trees
+    monkeypatch.setattr(predict, "answer_trees", lambda *args, **how: seen.append(args) or answer_trees(*args, **how))
     words = [f"train.memory_budget_gib={budget}", "eval.memory_budget_gib=7", "eval.parts=3", "train.max_steps=1"]
     train_loop.main([str(tiny_config), *words])
     _, _, trees, stops, limit, options, *_ = seen[0]
     assert (options.memory_budget_gib, options.parts, limit, len(trees)) == (expected, 3, 32, 4)
-    assert stops == decode.stop_ids(load_tokenizer(load(str(tiny_config)).base.path))
+    assert stops == stop_tokens(load_tokenizer(load(str(tiny_config)).base.path))
 
 
 @pytest.mark.parametrize(("patience", "min_delta"), [(1, 0.0), (2, 0.0), (2, 22.0), (3, 100.0)])

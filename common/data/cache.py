@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Prompt, Window
-from common.data import prompt
-from common.data.prompt import Branch, Tree, Trees
+from common.data import prompt, tokens, trees
 from common.data.squad import Example
+from common.data.trees import Branch, Tree, Trees
 from common.files import ROOT
 
 import numpy as np
@@ -29,14 +29,14 @@ def build_trees(
     examples: Sequence[Example], tokenizer: Any, window: Window, *, train: bool, options: Prompt = Prompt(),
     window_tokenizer: Any = None,
 ) -> Trees:  # fmt: skip
-    """`prompt.build_trees`, kept in `FOLDER` where there are many questions. An unreadable file is made anew."""
+    """`trees.build_trees`, kept in `FOLDER` where there are many questions. An unreadable file is made anew."""
 
     def build() -> Trees:
-        return prompt.build_trees(
+        return trees.build_trees(
             examples, tokenizer, window, train=train, options=options, window_tokenizer=window_tokenizer
         )
 
-    if len(examples) < prompt.MANY:
+    if len(examples) < tokens.MANY:
         return build()
     template = tokenizer.chat_template if options.chat else None
     decides = hashlib.sha256(

@@ -6,7 +6,7 @@ Imports no torch.
 import random
 from collections.abc import Sequence
 
-from common.data.prompt import Tree
+from common.data.trees import Tree
 
 EVEN = 0.002  # of the mean: what nobody would notice
 

@@ -12,8 +12,10 @@ ended; that answer's one token too many is dropped.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from common.data.prompt import Branch, Ids, Tree
-from common.decode.forward import Drawn, Pass, Reader
+from common.data.tokens import Ids
+from common.data.trees import Branch, Tree
+from common.decode.forward import Decoder, NextTokens, Pass
+from common.decode.kv_cache import BlockAllocator
 from common.errors import UserError
 from common.model.memory import BUDGET
 
@@ -21,7 +23,7 @@ import torch
 
 
 @dataclass
-class Answer:
+class ActiveAnswer:
     """One question's, growing."""
 
     branch: Branch
@@ -37,14 +39,14 @@ class Answer:
 
 
 @dataclass
-class Reading:
+class ActiveTree:
     """A tree that is in the arena: its prefix, and its answers."""
 
     prefix_ids: Ids
     stretch: tuple[int, int]
-    answers: list[Answer]
+    answers: list[ActiveAnswer]
 
-    def given_back(self, arena: "Arena") -> bool:
+    def given_back(self, arena: BlockAllocator) -> bool:
         """Whether all answers have ended; the prefix is then given back."""
         over = all(answer.ended for answer in self.answers)
         if over:
@@ -52,34 +54,10 @@ class Reading:
         return over
 
 
-class Arena:
-    """Stretches of `size` tokens, given out and taken back: first fit."""
-
-    def __init__(self, size: int):
-        self.free = [(0, size)]  # start, length; rising, never touching
-
-    def take(self, length: int) -> int | None:
-        """Where a stretch begins; None where no gap is that long."""
-        for i, (start, gap) in enumerate(self.free):
-            if gap >= length:
-                self.free[i : i + 1] = [(start + length, gap - length)] if gap > length else []
-                return start
-        return None
-
-    def give_back(self, start: int, length: int) -> None:
-        merged: list[tuple[int, int]] = []
-        for a, n in sorted([*self.free, (start, length)]):
-            if merged and sum(merged[-1]) == a:
-                merged[-1] = merged[-1][0], merged[-1][1] + n
-            else:
-                merged.append((a, n))
-        self.free = merged
-
-
 def answers(
-    reader: Reader, trees: Iterable[Tree], stops: Sequence[int], limit: int, pass_tokens: int,
+    reader: Decoder, trees: Iterable[Tree], stops: Sequence[int], limit: int, pass_tokens: int,
     scripts: Mapping[str, Ids] | None = None, check: Callable[[], None] = lambda: None,
-) -> Iterator[Answer]:  # fmt: skip
+) -> Iterator[ActiveAnswer]:  # fmt: skip
     """Every question's answer as it ends: at a stop token, or at `limit` tokens.
 
     One tree at most is asked for ahead of what there is room for, so several readers can share them out as they go.
@@ -92,13 +70,13 @@ def answers(
     parts = (part for tree in trees for part in tree.split(max_tokens=most))
     fitting = (part for tree in parts for part in _that_fit(tree, reader.arena_tokens, limit))
     upcoming = next(fitting, None)
-    arena, ended = Arena(reader.arena_tokens), set(stops)
-    reading: list[Reading] = []
-    before: tuple[Drawn, Drawn, list[Answer], torch.cuda.Event | None] | None = None
+    arena, ended = BlockAllocator(reader.arena_tokens), set(stops)
+    reading: list[ActiveTree] = []
+    before: tuple[NextTokens, NextTokens, list[ActiveAnswer], torch.cuda.Event | None] | None = None
     while upcoming or reading:
         check()
         growing = sum(_grows(a, limit) for r in reading for a in r.answers)
-        new: list[Reading] = []
+        new: list[ActiveTree] = []
         while upcoming and (growing + len(upcoming) <= pass_tokens or not growing):
             admitted = _admit(upcoming, arena, limit, scripts or {})
             if admitted is None:
@@ -123,7 +101,7 @@ def answers(
         reading = [r for r in (*reading, *new) if not r.given_back(arena)]
 
 
-def _grows(answer: Answer, limit: int) -> bool:
+def _grows(answer: ActiveAnswer, limit: int) -> bool:
     return not answer.ended and answer.launched < limit
 
 
@@ -146,7 +124,7 @@ def _that_fit(tree: Tree, arena_tokens: int, limit: int) -> Iterator[Tree]:
         )
 
 
-def _admit(tree: Tree, arena: Arena, limit: int, scripts: Mapping[str, Ids]) -> Reading | None:
+def _admit(tree: Tree, arena: BlockAllocator, limit: int, scripts: Mapping[str, Ids]) -> ActiveTree | None:
     """Stretches for the tree's prefix and for each of its answers; None where the arena has no room."""
     lengths = [len(tree.prefix_ids), *(len(branch.prompt_ids) + limit - 1 for branch in tree.branches)]
     taken: list[tuple[int, int]] = []
@@ -159,15 +137,15 @@ def _admit(tree: Tree, arena: Arena, limit: int, scripts: Mapping[str, Ids]) -> 
         taken.append((start, length))
     prefix, *own = taken
     grown = [
-        Answer(b, stretch, len(tree.prefix_ids), scripts.get(b.id))
+        ActiveAnswer(b, stretch, len(tree.prefix_ids), scripts.get(b.id))
         for b, stretch in zip(tree.branches, own, strict=True)
     ]
-    return Reading(tree.prefix_ids, prefix, grown)
+    return ActiveTree(tree.prefix_ids, prefix, grown)
 
 
 def _lay_out(
-    device: torch.device, new: list[Reading], reading: list[Reading], limit: int
-) -> tuple[list[Answer], Pass | None]:
+    device: torch.device, new: list[ActiveTree], reading: list[ActiveTree], limit: int
+) -> tuple[list[ActiveAnswer], Pass | None]:
     """The answers that draw a token in the next pass, and the pass; no pass where there is nothing to read."""
     ids: Ids = []
     drawn: list[int] = []
@@ -175,7 +153,7 @@ def _lay_out(
     slot: list[int] = []
     keep: list[int] = []
     forced: list[int] = []
-    asked: list[Answer] = []
+    asked: list[ActiveAnswer] = []
     own, own_start, own_used = [0], [], []
     trees, prefix_start, prefix_used = [0], [], []
 
@@ -221,8 +199,8 @@ def _lay_out(
 
 
 def _take_in(
-    draw: tuple[Drawn, Drawn, list[Answer], torch.cuda.Event | None], stops: set[int], limit: int
-) -> Iterator[Answer]:
+    draw: tuple[NextTokens, NextTokens, list[ActiveAnswer], torch.cuda.Event | None], stops: set[int], limit: int
+) -> Iterator[ActiveAnswer]:
     """Give each answer what it drew; yield those that end by it."""
     _, drawn, asked, event = draw
     if event:

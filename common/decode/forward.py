@@ -15,8 +15,7 @@ from typing import Any
 
 from common.model import attention
 from common.model.attention import Reach
-from common.model.linears import FEW
-from common.train.fused import (
+from common.model.llama import (
     Rope,
     adapter_of,
     add_norm,
@@ -26,8 +25,9 @@ from common.train.fused import (
     norm,
     rotate,
     swiglu,
-    unreadable,
+    unsupported_reason,
 )
+from common.model.nf4 import FEW
 
 import torch
 from torch import Tensor
@@ -71,16 +71,16 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class NextTokens:
     """What a pass says of its K tokens, on the device."""
 
     token: Tensor  # [K] int64
     logprob: Tensor  # [K] fp32, natural log
     tie: Tensor  # [K] bool: another token had the same logit, so the choice was the order's
 
-    def to_host(self, wait: bool = True) -> "Drawn":
+    def to_host(self, wait: bool = True) -> "NextTokens":
         """`wait=False`: the copy may still be under way; an event recorded now says when it is done."""
-        return Drawn(*(getattr(self, f.name).to("cpu", non_blocking=not wait) for f in fields(self)))
+        return NextTokens(*(getattr(self, f.name).to("cpu", non_blocking=not wait) for f in fields(self)))
 
 
 class Layer:
@@ -160,7 +160,7 @@ class Layers:
         return x
 
 
-class Recorded:
+class Captured:
     """What `layers` do, for passes of up to `most` tokens, padded to sizes that are recorded the second time they come.
 
     The first time compiles what a size needs. Padding's keys and values go to the arena's last slot; nobody reads it.
@@ -240,7 +240,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class Reader:
+class Decoder:
     """The passes of one model, PEFT's or a plain one, over an arena of `arena_tokens`; those of up to `recorded_tokens`
     padded and recorded.
 
@@ -249,15 +249,15 @@ class Reader:
     """
 
     def __init__(self, model: Any, arena_tokens: int, recorded_tokens: int = 0):
-        if reason := unreadable(model):
+        if reason := unsupported_reason(model):
             raise ValueError(reason)
         self.base, self.arena_tokens = causal_of(model), arena_tokens
         self.layers = Layers(model, arena_tokens + (1 if recorded_tokens else 0))
         self.device = self.layers.device
-        self.recorded = Recorded(self.layers, recorded_tokens) if recorded_tokens else None
+        self.recorded = Captured(self.layers, recorded_tokens) if recorded_tokens else None
 
     @torch.no_grad()
-    def read(self, new: Pass, before: Tensor | None = None) -> Drawn:
+    def read(self, new: Pass, before: Tensor | None = None) -> NextTokens:
         """Read the new tokens, keep their keys and values, draw the next token of `keep`. `before`: the last draw's."""
         ids = new.ids
         if before is not None:
@@ -269,4 +269,4 @@ class Reader:
         token = torch.where(new.forced >= 0, new.forced, logits.argmax(-1))
         best = logits.topk(2).values
         logprob = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
-        return Drawn(token, logprob, best[:, 0] == best[:, 1])
+        return NextTokens(token, logprob, best[:, 0] == best[:, 1])

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common.config import Config
-from common.data import prompt as prompts
+from common.data.prompt import message
 from common.errors import UserError
 
 import httpx2
@@ -123,7 +123,7 @@ class Client:
 
     def body(self, prompt: str) -> dict[str, Any]:
         chat = self.config.prompt.chat
-        asked = {"messages": [{"role": "user", "content": prompts.message(prompt)}]} if chat else {"prompt": prompt}
+        asked = {"messages": [{"role": "user", "content": message(prompt)}]} if chat else {"prompt": prompt}
         return {
             "model": self.config.base.path, **asked, "temperature": 0, "max_tokens": self.config.window.answer,
             "stop": ["\n"], "stream": True, "stream_options": {"include_usage": True},

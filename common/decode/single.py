@@ -9,37 +9,27 @@ On a GPU with flash attention a pass is one CUDA graph, recorded for a few lengt
 the same passes run as they are.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from common.config import Eval, Prompt, Window
-from common.data.prompt import Branch, Ids, Tree, build_trees
 from common.data.squad import Example
-from common.decode import predict as decode
-from common.decode.forward import Drawn, Pass, Reader
+from common.data.tokens import Ids
+from common.data.trees import build_trees
+from common.decode import predict
+from common.decode.answers import Generation, to_text
+from common.decode.drafts import draft_from
+from common.decode.forward import Decoder, NextTokens, Pass
+from common.decode.plain import Plain
+from common.device import has_flash_attention
 from common.errors import UserError
-from common.model import attention
-from common.model.linears import FEW
-from common.model.pack import pack
-from common.train.fused import unreadable
+from common.model.llama import unsupported_reason
+from common.model.nf4 import FEW
 
 import torch
 
 DRAFT = FEW - 1  # tokens: with the one before them as many as a pass may have without a 16-bit copy of each matrix
 PROMPTS = (64, 128, 192, 256, 384)  # tokens that a graph is recorded for, beside the most that there may be
-LONGEST_MATCH, NEAR = 4, 24  # tokens
-
-
-@dataclass
-class Answer:
-    token_ids: Ids = field(default_factory=list)
-    logprob: float = 0.0  # of all tokens, natural log
-    ties: int = 0  # tokens with whose logit another's was equal
-    drafted: int = 0  # tokens
-    accepted: int = 0
-    passes: int = 0
 
 
 class Single:
@@ -49,11 +39,11 @@ class Single:
 
     def __init__(self, model: Any, stops: Sequence[int], limit: int, most_tokens: int):
         # a draft may reach beyond the last token, and padding goes to a slot of its own
-        self.model, self.reader = model, Reader(model, most_tokens + DRAFT + 1)
+        self.model, self.reader = model, Decoder(model, most_tokens + DRAFT + 1)
         self.stops, self.limit, self.most_prompt = set(stops), limit, most_tokens - limit
         self.prompts: list[_Recorded] = []  # rising; none where there are no graphs
         self.drafts: list[_Recorded] = []  # likewise
-        if attention.has_flash(self.reader.device, self.reader.base.dtype):
+        if has_flash_attention(self.reader.device, self.reader.base.dtype):
             pool = None
             # the largest first: the others find room in its memory
             for length in reversed([*(n for n in PROMPTS if n < self.most_prompt), self.most_prompt]):
@@ -64,7 +54,7 @@ class Single:
     def answer(
         self, prompt_ids: Ids, script: Ids | None = None, to_the_limit: bool = False,
         tick: Callable[[int], None] = lambda n: None,
-    ) -> Answer:  # fmt: skip
+    ) -> Generation:  # fmt: skip
         """The greedy answer: up to and with a stop token, or `limit` tokens.
 
         `script`: what is drawn in place of the most probable tokens. `to_the_limit`: a stop token does not end it.
@@ -73,7 +63,7 @@ class Single:
         if not 0 < len(prompt_ids) <= self.most_prompt:
             n, most = len(prompt_ids), self.most_prompt
             raise UserError(f"a prompt of {n} tokens; 1 to {most} can be asked: lower window.context")
-        answer, new, before, hope = Answer(), prompt_ids, 0, DRAFT
+        answer, new, before, hope = Generation(), prompt_ids, 0, DRAFT
         stops = set[int]() if to_the_limit else self.stops
         while True:
             draft = new[1:] if before else []
@@ -99,7 +89,7 @@ class Single:
             most = min(DRAFT, hope, self.limit - len(answer.token_ids) - 1)
             new = [answer.token_ids[-1], *draft_from(prompt_ids, answer.token_ids, most)]
 
-    def _read(self, new: Ids, before: int, asks: int, forced: Ids) -> Drawn:
+    def _read(self, new: Ids, before: int, asks: int, forced: Ids) -> NextTokens:
         """What is drawn after each of the last `asks` tokens of `new`, on the host; more rows may follow."""
         for recorded in self.drafts if before else self.prompts:
             if recorded.length >= len(new):
@@ -108,37 +98,12 @@ class Single:
         return self.reader.read(Pass.on(self.reader.device, lists, len(new))).to_host()
 
 
-class Plain:
-    """The same by transformers' and PEFT's own modules, a token a pass: the reference, and for all that is no Llama."""
-
-    name = "plain"
-
-    def __init__(self, model: Any, stops: Sequence[int], limit: int):
-        self.model, self.limit = model, limit
-        self.stops = torch.tensor(stops, device=next(model.parameters()).device)
-
-    def answer(
-        self, prompt_ids: Ids, script: Ids | None = None, to_the_limit: bool = False,
-        tick: Callable[[int], None] = lambda n: None,
-    ) -> Answer:  # fmt: skip
-        if script:
-            raise ValueError("the plain engine follows no scripts")
-        answer, stops = Answer(), self.stops[:0] if to_the_limit else self.stops
-        batch = pack([Tree(prompt_ids[:-1], (Branch("", prompt_ids[-1:], []),))]).to(stops.device)
-        for _, token, logprob in decode.greedy(self.model, batch, stops, self.limit):
-            answer.token_ids += token.tolist()
-            answer.logprob += logprob.item()
-            answer.passes += 1
-            tick(1)
-        return answer
-
-
 def engine(model: Any, stops: Sequence[int], window: Window, options: Eval, beside: int = 0) -> Single | Plain:
     """What `options.engine` and the model allow; for prompts and answers of this window, and `beside` tokens more.
 
     The model is in eval mode.
     """
-    if options.engine == "plain" or unreadable(model):
+    if options.engine == "plain" or unsupported_reason(model):
         return Plain(model, stops, window.answer)
     # another tokenizer cuts the text by its own tokens, of which this one may make more
     return Single(model, stops, window.answer, window.tokens * (2 if window.tokenizer else 1) + beside)
@@ -148,21 +113,21 @@ def ask(
     engine: Single | Plain, tokenizer: Any, example: Example, window: Window, window_tokenizer: Any | None = None,
     script: Ids | None = None, to_the_limit: bool = False, tick: Callable[[int], None] = lambda n: None,
     prompt: Prompt = Prompt(),
-) -> tuple[str, list[Answer], bool]:  # fmt: skip
+) -> tuple[str, list[Generation], bool]:  # fmt: skip
     """From text to text: the answer, what it took (the most probable first, where the context is read in windows), and
     whether the context was longer than the window."""
     built = build_trees([example], tokenizer, window, train=False, options=prompt, window_tokenizer=window_tokenizer)
-    decode.check_positions(engine.model, max(map(len, built.trees)), window.answer)
+    predict.check_positions(engine.model, max(map(len, built.trees)), window.answer)
     prompts = [tree.prefix_ids + tree.branches[0].prompt_ids for tree in built.trees]
     found = [engine.answer(ids, script, to_the_limit, tick) for ids in prompts]
     found.sort(key=lambda answer: (answer.logprob, answer.token_ids), reverse=True)
-    return decode.to_text(tokenizer, found[0].token_ids), found, bool(built.counts["truncated"])
+    return to_text(tokenizer, found[0].token_ids), found, bool(built.counts["truncated"])
 
 
 class _Recorded:
     """A pass of `length` tokens as a CUDA graph, which draws after the last of them, or after each."""
 
-    def __init__(self, reader: Reader, length: int, asks: int, pool: Any):
+    def __init__(self, reader: Decoder, length: int, asks: int, pool: Any):
         self.length, self.asks, self.unused = length, asks, reader.arena_tokens - 1
         lists = _lists([0] * length, 0, [], length, asks, self.unused)
         self.flat = Pass.flat(lists).to(reader.device)
@@ -175,7 +140,7 @@ class _Recorded:
         with torch.cuda.graph(self.graph, pool=pool):
             self.drawn = reader.read(new)
 
-    def __call__(self, new: Ids, before: int, forced: Ids) -> Drawn:
+    def __call__(self, new: Ids, before: int, forced: Ids) -> NextTokens:
         lists = _lists(new, before, forced, self.length, self.asks, self.unused)
         self.flat.copy_(Pass.flat(lists).pin_memory(), non_blocking=True)
         self.graph.replay()
@@ -193,34 +158,3 @@ def _lists(new: Ids, before: int, forced: Ids, length: int, asks: int, unused: i
         "own": [0, n], "own_start": [0, 0], "own_used": [before + n], "trees": [0], "prefix_start": [0],
         "prefix_used": [],
     }  # fmt: skip
-
-
-def draft_from(prompt_ids: Ids, token_ids: Ids, most: int) -> Ids:
-    """Up to `most` tokens that follow `token_ids` in the prompt; none where the last of them is not in it.
-
-    Of all places where the longest part of its end is found (at most 4 tokens), the one with most of the question's
-    tokens around it, rare ones counting more: the question is the end of the prompt.
-    """
-    if most < 1:
-        return []
-    for length in range(min(LONGEST_MATCH, len(token_ids)), 0, -1):
-        end = token_ids[-length:]
-        places = [
-            i + length for i in range(len(prompt_ids) - length) if prompt_ids[i] == end[0]
-            and prompt_ids[i : i + length] == end
-        ]  # fmt: skip
-        if places:
-            break
-    else:
-        return []
-    if len(places) > 1:
-        counts, asked = Counter(prompt_ids), set(prompt_ids[-NEAR:])
-
-        def about(place: int) -> float:
-            if place > len(prompt_ids) - NEAR:
-                return 0.0  # the question itself
-            near = set(prompt_ids[max(0, place - NEAR) : place + NEAR])
-            return sum(1 / counts[token] for token in near & asked)
-
-        places.sort(key=about, reverse=True)
-    return prompt_ids[places[0] : places[0] + most]

@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+from common.device import has_flash_attention
 from common.model.compiled import compiled
 
 import torch
@@ -132,13 +133,9 @@ class Reach:
         return out
 
 
-def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cuda" and dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor | None]:
     """Queries [T, H, D] over keys and values [T, G, D], G dividing H → output [T, H, D], log-sum-exp [H, T] or None."""
-    if not has_flash(q.device, q.dtype):
+    if not has_flash_attention(q.device, q.dtype):
         return _by_tree(q, k, v, spans), None
     own, longest = spans.own, spans.longest
     out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, own, own, longest[0], longest[0], 0.0, True, False)
@@ -171,7 +168,7 @@ def backward(
 
 def over_arena(q: Tensor, keys: Tensor, values: Tensor, reach: Reach) -> Tensor:
     """Queries [T, H, D] of new tokens over an arena's keys and values [A, G, D] → output [T, H, D]. For inference."""
-    if not has_flash(q.device, q.dtype):
+    if not has_flash_attention(q.device, q.dtype):
         return _over_arena_by_tree(q, keys, values, reach)
     queries, own, over, prefix = reach.longest
     out, lse, *_ = torch.ops.aten._flash_attention_forward(

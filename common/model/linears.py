@@ -8,34 +8,17 @@ row with one absmax each, so matrices of whole blocks may lie below each other. 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from common.model import attention
+from common.device import has_flash_attention
+from common.model.nf4 import NESTED, NF4Weight
 
 import bitsandbytes as bnb
 import torch
 from torch import Tensor
 
-FEW = 16  # tokens: up to as many, products read the 4-bit numbers themselves
-NESTED = 256  # absmaxes in a row that share one of their own, where they are quantised
 
-
-@dataclass(frozen=True)
-class Codes:
-    """Numbers of 4 bits, as bitsandbytes packs them: two in a byte, and an absmax for each `blocksize` in a row."""
-
-    numbers: Tensor  # uint8
-    levels: Tensor  # [16] fp32
-    kind: str  # nf4 or fp4
-    blocksize: int
-    absmax: Tensor  # a block each: fp32, or uint8 where they are quantised themselves
-    absmax2: Tensor | None = None  # then one for each NESTED of these: fp32, as the two that follow
-    levels2: Tensor | None = None  # [256]
-    offset: Tensor | None = None  # what was taken from the 256 before
-
-
-class Matrix:
+class MergedLinear:
     """Of `linears` that share their input; calling it gives [rows of all, columns] in `dtype`."""
 
     def __init__(self, linears: Sequence[Any], dtype: torch.dtype):
@@ -44,13 +27,13 @@ class Matrix:
         self.shape = (sum(self.rows), linears[0].in_features)
         self.dtype = dtype
         self.whole: Tensor | None = None  # the weights as they are stored; None where they cannot be joined
-        self.codes: Codes | None = None  # the same where they are of 4 bits
+        self.codes: NF4Weight | None = None  # the same where they are of 4 bits
         states: list[Any] = [getattr(w, "quant_state", None) for w in self.weights]
         self.four_bit = all(states)
         if self.four_bit and all(math.prod(state.shape) % state.blocksize == 0 for state in states):
             constants = _join_constants(states)
             self.whole = _join(self.weights)
-            self.codes = Codes(self.whole, states[0].code, states[0].quant_type, states[0].blocksize, *constants)
+            self.codes = NF4Weight(self.whole, states[0].code, states[0].quant_type, states[0].blocksize, *constants)
         elif not any(states) and len({w.dtype for w in self.weights}) == 1:
             self.whole = _join(self.weights)
         self.kernels = _kernels(self.codes, self.shape, dtype)
@@ -97,16 +80,17 @@ def _join_constants(states: list[Any]) -> tuple[Tensor, ...]:
     return absmax, absmax2, states[0].state2.code, offset
 
 
-def _kernels(codes: Codes | None, shape: tuple[int, int], dtype: torch.dtype) -> Any:
+def _kernels(codes: NF4Weight | None, shape: tuple[int, int], dtype: torch.dtype) -> Any:
     """Triton's, where they can read this matrix; else None."""
-    if codes is None or not attention.has_flash(codes.numbers.device, dtype):
+    if codes is None or not has_flash_attention(codes.numbers.device, dtype):
         return None
-    from common.model import nf4_kernels as four_bit  # torch for a CPU comes without Triton
 
-    return four_bit if four_bit.readable(codes, shape) else None
+    from common.model import nf4_kernels  # torch for a CPU comes without Triton
+
+    return nf4_kernels if nf4_kernels.readable(codes, shape) else None
 
 
-def _dequantised(codes: Codes, columns: int, dtype: torch.dtype) -> Tensor:
+def _dequantised(codes: NF4Weight, columns: int, dtype: torch.dtype) -> Tensor:
     absmax = codes.absmax.float()
     if codes.offset is not None:
         absmax = torch.ops.bitsandbytes.dequantize_blockwise(

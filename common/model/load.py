@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Base, Config, Lora
+from common.device import out_of_memory
 from common.errors import UserError
-from common.model.pack import ATTENTION
-from common.runs import gauges as meter
+from common.model.tree_mask import registered
 
 import bitsandbytes as bnb
 import torch
@@ -72,11 +72,11 @@ def load_base(base: Base, device: torch.device) -> Any:
     options = {
         "dtype": dtype,
         "quantization_config": quantization,
-        "attn_implementation": ATTENTION,
+        "attn_implementation": registered(),
         "device_map": {"": device},
         "output_loading_info": True,
     }
-    with meter.out_of_memory(f"{base.path} does not fit with base.quant={base.quant}; nf4 takes the least"):
+    with out_of_memory(f"{base.path} does not fit with base.quant={base.quant}; nf4 takes the least"):
         try:
             if base.random_weights:  # the same loader as for real ones, handed numbers in place of a file
                 kind, config, weights = random_weights(base)

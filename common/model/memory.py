@@ -109,7 +109,7 @@ class Choice:
     sentence: str
 
 
-def free(device: torch.device) -> int:
+def available_bytes(device: torch.device) -> int:
     """Bytes that this process may well allocate: what is free or its own, less a tenth for gaps between tensors."""
     unused, _ = torch.cuda.mem_get_info(device)
     return int(0.9 * (unused + torch.cuda.memory_reserved(device)))
@@ -130,7 +130,9 @@ def decoding(options: Eval, shapes: Shapes, device: torch.device, record: bool) 
     if device.type == "cpu":
         return Decoding(options.pass_tokens or CPU_PASS_TOKENS, CPU_ARENA_TOKENS)
     torch.cuda.empty_cache()
-    left = free(device) - torch.cuda.memory_reserved(device)  # what graphs keep is reserved, and not to be had
+    left = available_bytes(device) - torch.cuda.memory_reserved(
+        device
+    )  # what graphs keep is reserved, and not to be had
     room = min(int(options.memory_budget_gib * GIB) - torch.cuda.memory_allocated(device), left)
     return fit(options, shapes, room, record)
 

@@ -6,7 +6,7 @@ numbers: a level times its block's absmax in fp32, rounded once to 16 bits. `ben
 Two numbers are in a byte, and a sum has no order: the upper halves meet the even columns of x, the lower ones the odd.
 """
 
-from common.model.linears import FEW, NESTED, Codes
+from common.model.nf4 import FEW, NESTED, NF4Weight
 
 import torch
 import triton
@@ -18,11 +18,11 @@ ROWS = 64  # of a program
 PARTS = 8  # programs share a row's columns, so that a card has enough of them
 
 
-def readable(w: Codes, shape: tuple[int, int]) -> bool:
+def readable(w: NF4Weight, shape: tuple[int, int]) -> bool:
     return w.blocksize == BLOCK and shape[0] % ROWS == 0 and shape[1] % BLOCK == 0
 
 
-def dequantised(w: Codes, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def dequantised(w: NF4Weight, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """[N, K] in a 16-bit `dtype`."""
     out = torch.empty(shape, dtype=dtype, device=w.numbers.device)
     blocks = out.numel() // BLOCK
@@ -31,7 +31,7 @@ def dequantised(w: Codes, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
 
 
 def products(
-    x: Tensor, w: Codes, rows: int, a: Tensor | None = None, b: Tensor | None = None, add: Tensor | None = None
+    x: Tensor, w: NF4Weight, rows: int, a: Tensor | None = None, b: Tensor | None = None, add: Tensor | None = None
 ) -> Tensor:
     """x @ (w + b @ a).T + add: x [T, K] of T <= FEW tokens, w [N, K], a [R, K], b [N, R], add [T, N] → [T, N].
 
@@ -55,7 +55,7 @@ def products(
     return out
 
 
-def _tensors(w: Codes) -> tuple[Tensor | None, ...]:
+def _tensors(w: NF4Weight) -> tuple[Tensor | None, ...]:
     """As kernels take them; where absmaxes are not quantised, three are not read."""
     rest = (w.absmax,) * 3 if w.offset is None else (w.absmax2, w.levels2, w.offset)
     return w.numbers, w.levels, w.absmax, *rest

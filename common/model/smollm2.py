@@ -11,8 +11,7 @@ import zipfile
 from pathlib import Path
 
 from common.errors import UserError, one_line_errors
-from common.files import ROOT
-from common.runs.checkpoint import replacing
+from common.files import ROOT, replacing
 
 FOLDER = ROOT / ".cache" / "smollm2-135m-instruct"
 LOCK = ROOT / "requirements-smollm2.lock"

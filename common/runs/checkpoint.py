@@ -5,54 +5,15 @@ A checkpoint is a plain PEFT adapter (`adapter_config.json`, `adapter_model.safe
 them (`sha256sum -c` reads it).
 """
 
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import SUMS, recover, replacing, sha256
 
 import torch
 from safetensors import SafetensorError
-
-SUMS = "SHA256SUMS"
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """Yield a new folder to fill; on success it takes the place of `folder`, on an error `folder` stays as it was."""
-    partial, old = beside(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        (partial / SUMS).write_text("".join(f"{sha256(path)}  {path.relative_to(partial)}\n" for path in files))
-        for path in (*files, partial / SUMS):
-            _flush(path)
-        recover(folder)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        recover(folder)
-        raise
-
-
-def recover(folder: Path) -> None:
-    """After a crash between the two renames: the previous folder gets its name back."""
-    _, old = beside(folder)
-    if old.exists():
-        if folder.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(folder)
 
 
 def verified(adapter: Path | None) -> Path | None:
@@ -123,18 +84,3 @@ def unchanged(adapter: Path | None, weights: str | None) -> None:
     """Raises `UserError` where an adapter no longer is what `weights_sha256` said: what was loaded may be another."""
     if weights_sha256(adapter) != weights:
         raise UserError(f"{adapter}: replaced while it was read, by a training that goes on; try again when it is done")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def beside(folder: Path) -> tuple[Path, Path]:
-    """Where `replacing` fills a folder, and where it keeps the one before for the time of two renames."""
-    return folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

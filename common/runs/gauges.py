@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -12,14 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
 from common.files import ROOT
 
 import torch
-
-
-def pick_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def now(device: torch.device) -> float:
@@ -27,14 +21,6 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def describe(device: torch.device) -> dict[str, Any]:
-    """What a record says of the machine."""
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        return {"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1), "cuda": torch.version.cuda}
-    return {"name": f"CPU {_cpu_name()}", "threads": torch.get_num_threads()}
 
 
 def reset_peaks(device: torch.device) -> None:
@@ -72,19 +58,6 @@ def between(began: Any, ended: Any) -> float:
 
 
 @contextmanager
-def out_of_memory(advice: str) -> Iterator[None]:
-    """Running out of memory in the body becomes a `UserError` that ends with `advice`: which knob to turn."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"out of GPU memory; {advice}") from error
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        raise UserError(f"out of memory; {advice}") from error
-
-
-@contextmanager
 def nvml_sampler(device: torch.device, file: Path) -> Iterator[Callable[[str], None]]:
     """Sample NVML from a process of its own while the body runs, into `file` (`common.runs.nvml`).
 
@@ -108,11 +81,3 @@ def nvml_sampler(device: torch.device, file: Path) -> Iterator[Callable[[str], N
         finally:
             with contextlib.suppress(BrokenPipeError):
                 sampler.stdin.close()  # ends it
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

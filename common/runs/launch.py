@@ -11,10 +11,6 @@ import sys
 
 from common.errors import UserError, one_line_errors
 
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
 SAVE_SECONDS = 110  # that a rank has from SIGTERM on; torchrun before 2.13 knows 30 alone
 KILLED = [-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS]
 
@@ -29,6 +25,11 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"PROCESSES={argv[0] if argv else ''}: it must be how many processes, 1 or more, and a script to run"
         )
+    # here, so that a mistake is answered without the seconds that torch takes
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     threads = max(1, (os.cpu_count() or 1) // int(argv[0]))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # torchrun would set 1, and say so at length
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_SECONDS))

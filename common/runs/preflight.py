@@ -1,4 +1,5 @@
-"""Before anything is downloaded: can this machine run the system, and may it have the weights?"""
+"""Before anything is downloaded: can this machine run the system, and may it have the weights? Imports no torch
+unless a system asks for a GPU."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +8,6 @@ from common.config import Base, Config
 from common.errors import UserError
 
 import huggingface_hub
-import torch
 from huggingface_hub import constants  # attributes of the package only once something has imported them
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -42,6 +42,8 @@ def gpu(base: Base, system: str) -> None:
     """Is there a GPU, and is it large enough?"""
     if not base.min_gpu_gib:
         return
+    import torch  # takes seconds, and a mistake in what was typed is answered without it
+
     if not torch.cuda.is_available():
         raise UserError(f"No CUDA device. {system} needs one with ≥ {base.min_gpu_gib:g} GiB. {TRY}")
     card = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -17,7 +17,6 @@ import contextlib
 import fcntl
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import subprocess
@@ -31,7 +30,7 @@ from common.config import Config, apart_from_memory, flat, with_defaults
 from common.data import prompt
 from common.data.squad import Dataset
 from common.errors import UserError
-from common.files import ROOT
+from common.files import ROOT, write_text
 from common.metrics import score
 
 import yaml
@@ -231,13 +230,6 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _runs(config: Config, kind: str) -> list[Path]:

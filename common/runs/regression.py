@@ -12,26 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.config import between, need
+from common.config import Rules
 from common.errors import UserError
 from common.metrics.stats import differences, slower, worse
 from common.runs import record
 
 MIB = 2**20
 KINDS = ("eval", "bench")
-
-
-@dataclass(frozen=True)
-class Rules:
-    em_margin: float = 0.5  # points that EM may lie lower, over all seeds together, [0, 100]
-    f1_margin: float = 0.5
-    p95_ratio: float = 1.1  # how many times as long p95 may take, 1 to 1,000
-    memory_mib: float = 256.0  # how much more a GPU may have allocated at the peak, ≤ a billion
-    false_alarms: float = 0.001  # of runs in which nothing has changed, at most
-
-    def __post_init__(self) -> None:
-        between(self, em_margin=(0, 100), f1_margin=(0, 100), p95_ratio=(1, 1000), memory_mib=(0, 10**9))
-        need(0 < self.false_alarms < 1, "false_alarms", "must be in (0, 1)")
 
 
 @dataclass(frozen=True)

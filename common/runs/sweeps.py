@@ -6,36 +6,16 @@ Imports no torch.
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-from common.config import CONFIGS, Config, load, need, plain_words
+from common.config import CONFIGS, Config, Kind, Sweep, load
 from common.config_file import read
 from common.data import prompt
 from common.errors import UserError
 from common.runs import record
-from common.runs.regression import Rules
 
-Kind = Literal["train", "eval", "bench"]
 TRAINED = ("train.", "lora.", "early_stop.")  # keys that change nothing about a system without an adapter
-
-
-@dataclass(frozen=True)
-class Sweep:
-    systems: tuple[str, ...]  # names in configs/, YAML files, folders or hub ids
-    seeds: tuple[int, ...] = (0,)
-    # SYSTEM:key=value is of one system only, in both
-    variants: tuple[str, ...] = ("",)  # each the overrides of one, spaces between; system=… gives it rows of its own
-    overrides: tuple[str, ...] = ()  # of all runs
-    kinds: tuple[Kind, ...] = ("train", "eval")
-    adapters: str | None = None  # a folder of runs whose trainings answer; null: those of where the sweep's own runs go
-    gate: Rules = field(default_factory=Rules)  # of `make revalidate`, which has this measured anew each time
-
-    def __post_init__(self) -> None:
-        for name in ("systems", "seeds", "variants", "kinds"):
-            need(len(getattr(self, name)) > 0, name, "name at least one")
-        plain_words(self, "adapters")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ other shape is computed without a graph, and takes memory beside theirs.
 
 from collections.abc import Callable
 
-from common.model.pack import Pack, Room
+from common.model.pack import Pack, PadSizes
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class Graphed:
     """
 
     def __init__(
-        self, work: Callable[[Pack, Tensor], Tensor], weights: list[torch.nn.Parameter], room: Room, example: Pack
+        self, work: Callable[[Pack, Tensor], Tensor], weights: list[torch.nn.Parameter], room: PadSizes, example: Pack
     ):
         self.work, self.weights = work, weights
         self.device = weights[0].device

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-class Average:
+class EMA:
     def __init__(self, weights: Sequence[Tensor], decay: float):
         self.weights, self.decay, self.steps = list(weights), decay, 0
         self.mean = [w.detach().clone() for w in weights]

@@ -5,8 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import decode_peers, peers, scaling, train_throughput
-from benchmarks import decode_throughput as decode
+from benchmarks import decode_peers, decode_throughput, peers, scaling, train_throughput
 from common.config import load
 from common.errors import UserError
 from tests.conftest import ROOT
@@ -82,9 +81,11 @@ def test_a_budget_at_which_ours_fails_is_a_row_and_not_the_end(tmp_path, monkeyp
 @pytest.mark.parametrize("kinds", [["natural"], ["a", "b"]])
 def test_decoding_stacks_answer_the_same_questions_alike(tiny_config, dev_file, tmp_path, kinds, capsys):
     """Ours and `generate`, in this process: answers equal where the model decides, and scripts are followed by both."""
-    args = decode.parser(gpu=False).parse_args(["tiny.yaml", "--questions", "9", "--alone", "4", "--batches", "1", "3"])
+    args = decode_throughput.parser(gpu=False).parse_args(
+        ["tiny.yaml", "--questions", "9", "--alone", "4", "--batches", "1", "3"]
+    )
     config = load(str(tiny_config), ["lora=null", "base.quant=nf4", "window.context=416"])
-    job, examples = decode.job_of(config, args, kinds, tmp_path)
+    job, examples = decode_throughput.job_of(config, args, kinds, tmp_path)
     assert len(job["questions"]) == len(examples) == 9
     assert all(q["gold"][-1] == job["eos"] for q in job["questions"])
     ours, theirs = decode_peers.ours(job), decode_peers.hf(job)
@@ -92,7 +93,7 @@ def test_decoding_stacks_answer_the_same_questions_alike(tiny_config, dev_file, 
         assert {(r["kind"], r["batch"]) for r in found["rows"]} == {(k, b) for k in kinds for b in batches}
         assert all(r["questions_per_s"] > 0 for r in found["rows"])
         assert all(("p95_ms" in r) == (r["batch"] == 1) for r in found["rows"])
-    both = decode.equal(examples, {"ours": ours, "hf": theirs}, config)
+    both = decode_throughput.equal(examples, {"ours": ours, "hf": theirs}, config)
     if kinds == ["natural"]:
         assert (both["n"], both["same"], both["same_alone"], both["em"]) == (4, 4, 4, both["em_generate"])
     else:
@@ -111,8 +112,8 @@ def test_the_decoding_table_has_ratios_and_says_why_a_stack_failed(tiny_config, 
         "hf": {"rows": [row("natural", 1, 2.0, p50_ms=400, p95_ms=600), row("natural", 16, 10.0)]},
         "vllm": {"failed": "ImportError: no vllm"},
     }
-    monkeypatch.setattr(decode, "last_line", lambda script, stack, job, folder: found[stack])
-    decode.main([str(tiny_config), "lora=null", "--systems", "ours", "hf", "vllm"])
+    monkeypatch.setattr(decode_throughput, "last_line", lambda script, stack, job, folder: found[stack])
+    decode_throughput.main([str(tiny_config), "lora=null", "--systems", "ours", "hf", "vllm"])
     out = capsys.readouterr().out
     rows = {(r["system"], r.get("batch")): r for r in json.loads(out.splitlines()[-1])["rows"]}
     assert rows["hf", 1]["ours_is_questions_per_s"] == 40

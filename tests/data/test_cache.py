@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 from common.config import Prompt, Window
-from common.data import cache, prompt
+from common.data import cache, prompt, tokens, trees
 from common.data.squad import read
+from common.data.trees import build_trees
 from tests.conftest import ROOT
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "FOLDER", tmp_path / "trees")
-    monkeypatch.setattr(prompt, "MANY", 1)
+    monkeypatch.setattr(tokens, "MANY", 1)
     return tmp_path / "trees"
 
 
@@ -31,9 +32,9 @@ def examples():
 def test_what_is_read_is_what_was_built(folder, tokenizer, examples, monkeypatch):
     for train in (True, False):
         built = cache.build_trees(examples, tokenizer, Window(context=220), train=train)
-        assert built == prompt.build_trees(examples, tokenizer, Window(context=220), train=train)
+        assert built == build_trees(examples, tokenizer, Window(context=220), train=train)
         with monkeypatch.context() as patch:
-            patch.setattr(prompt, "build_trees", None)  # nothing is built again
+            patch.setattr(trees, "build_trees", None)  # nothing is built again
             assert cache.build_trees(examples, tokenizer, Window(context=220), train=train) == built
 
 
@@ -46,9 +47,9 @@ def test_whatever_decides_the_trees_makes_another_file(folder, tokenizer, exampl
     cache.build_trees(shorter, tokenizer, Window(), train=True)
     cache.build_trees(examples, other, Window(), train=True)
     by_other = cache.build_trees(examples, tokenizer, Window(), train=True, window_tokenizer=other)
-    assert by_other == prompt.build_trees(examples, tokenizer, Window(), train=True, window_tokenizer=other)
-    assert by_other != prompt.build_trees(examples, tokenizer, Window(), train=True)
-    monkeypatch.setattr(prompt, "_QUESTION", "\n\nQ: {}\n\nAnswer:")
+    assert by_other == build_trees(examples, tokenizer, Window(), train=True, window_tokenizer=other)
+    assert by_other != build_trees(examples, tokenizer, Window(), train=True)
+    monkeypatch.setattr(prompt, "QUESTION", "\n\nQ: {}\n\nAnswer:")
     cache.build_trees(examples, tokenizer, Window(), train=True)
     assert len(list(folder.iterdir())) == 7
 
@@ -62,7 +63,7 @@ def test_a_prompts_options_and_a_tokenizers_eos_make_another_file_and_a_template
         for key, value in ({"chat_template": "{{ messages[0]['content'] }}"} | changes).items():
             setattr(tokenizer, key, value)
         built = cache.build_trees(examples, tokenizer, Window(), train=True, options=options)
-        assert built == prompt.build_trees(examples, tokenizer, Window(), train=True, options=options)
+        assert built == build_trees(examples, tokenizer, Window(), train=True, options=options)
         return "".join(file.name for file in set(folder.glob("*")) - before)
 
     other_template = "{{ messages[0]['content'] }}."
@@ -116,14 +117,14 @@ def test_a_disk_that_is_full_leaves_no_partial_file(folder, tokenizer, examples,
 
     monkeypatch.setattr(cache.np, "savez", full)
     built = cache.build_trees(examples, tokenizer, Window(), train=True)
-    assert built == prompt.build_trees(examples, tokenizer, Window(), train=True)
+    assert built == build_trees(examples, tokenizer, Window(), train=True)
     assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(("many", "kept"), [(20, True), (21, False)])
 def test_few_questions_are_not_kept(folder, tokenizer, examples, monkeypatch, many, kept):
     assert len(examples) == 20
-    monkeypatch.setattr(prompt, "MANY", many)
+    monkeypatch.setattr(tokens, "MANY", many)
     built = cache.build_trees(examples, tokenizer, Window(), train=True, window_tokenizer=tokenizer)
-    assert built == prompt.build_trees(examples, tokenizer, Window(), train=True)
+    assert built == build_trees(examples, tokenizer, Window(), train=True)
     assert folder.exists() == kept

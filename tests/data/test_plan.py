@@ -4,7 +4,7 @@ import random
 from collections import Counter
 
 from common.data import plan
-from common.data.prompt import Branch, Tree
+from common.data.trees import Branch, Tree
 
 import pytest
 from hypothesis import given

@@ -8,9 +8,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from common.config import Prompt, Window, load
-from common.data import prompt
-from common.data.prompt import Branch, Tree, build_trees
+from common.data import prompt, tokens
+from common.data import trees as trees_module
 from common.data.squad import Answer, Example, read
+from common.data.tokens import encode, tokens_within
+from common.data.trees import Branch, Tree, Trees, _tree, build_trees, prompt_texts
 from common.errors import UserError
 from common.model.load import load_tokenizer
 from tests.conftest import ROOT, squad_file
@@ -104,9 +106,9 @@ def test_the_fingerprint_changes_with_the_prompt(monkeypatch):
     seen = {"debd7cbbbb31"}
     for name, value in (
         ("VERSION", "2"),
-        ("_CONTEXT", "context: {}"),
-        ("_QUESTION", QUESTION + " "),
-        ("_TARGET", "{}"),
+        ("CONTEXT", "context: {}"),
+        ("QUESTION", QUESTION + " "),
+        ("TARGET", "{}"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(prompt, name, value)
@@ -324,7 +326,7 @@ def test_a_tree_has_the_paragraph_once_and_a_branch_each_question_with_its_answe
 @pytest.mark.parametrize("before", ["", "w9 ", "Context: w0\n\nQuestion: q9\n\nAnswer: w0\n\n"])
 @pytest.mark.parametrize(("odd", "alone"), [(0, True), (5, True), (6, False)])  # <s> Context : w0 Question :
 def test_a_question_whose_ids_break_the_shared_prefix_gets_a_tree_of_its_own(by_words, monkeypatch, before, odd, alone):
-    encode, at = prompt._encode, odd + len(by_words(before, add_special_tokens=False).input_ids)
+    at = odd + len(by_words(before, add_special_tokens=False).input_ids)
 
     class Odd:
         def __init__(self, encoding):
@@ -340,7 +342,7 @@ def test_a_question_whose_ids_break_the_shared_prefix_gets_a_tree_of_its_own(by_
         rows = encode(tokenizer, texts, *args, **kwargs)
         return [Odd(row) if "Answer:" in text and "q1" in text else row for text, row in zip(texts, rows, strict=True)]
 
-    monkeypatch.setattr(prompt, "_encode", one_odd)
+    monkeypatch.setattr(trees_module, "encode", one_odd)
     rows = [asks("w0", f"q{i}", id_=f"{i}") for i in range(3)]
     trees = build_trees(rows, by_words, Window(), train=False, options=Prompt(before=before)).trees
     assert [[b.id for b in tree.branches] for tree in trees] == ([["0", "2"], ["1"]] if alone else [["0", "1", "2"]])
@@ -386,7 +388,7 @@ def test_a_window_holds_as_many_words_of_the_question_as_fit_without_bos(by_word
 def test_what_an_order_takes_comes_off_the_context(by_words, order, context, read):
     window = replace(BARE, context=context)
     rows = [asks(some("w", 0, 50))]
-    found = prompt.texts(rows, by_words, window, Prompt(order))
+    found = prompt_texts(rows, by_words, window, Prompt(order))
     expected = prompt.text(some("w", 0, read), "q0", order)
     assert found == ([("q", expected)], {"questions": 1, "truncated": 1})
     assert windows(by_words, rows, window, options=Prompt(order)) == [f"w0-w{read - 1}"]
@@ -400,10 +402,10 @@ def test_a_window_without_room_for_a_token_of_the_text_is_an_error():
     by_letters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=by_letters, unk_token="<unk>")
     row = asks("w0", "q0 q1")
-    found, _ = prompt.texts([row], tokenizer, replace(BARE, question=len(QUESTION) - 1))
+    found, _ = prompt_texts([row], tokenizer, replace(BARE, question=len(QUESTION) - 1))
     assert found == [("q", "Context: w0\n\nQuestion: q\n\nAnswer:")]
     with pytest.raises(UserError, match="a window of 21 tokens leaves no room for text; raise window"):
-        prompt.texts([row], tokenizer, replace(BARE, question=len(QUESTION) - 2))
+        prompt_texts([row], tokenizer, replace(BARE, question=len(QUESTION) - 2))
 
 
 @pytest.mark.parametrize(
@@ -442,7 +444,7 @@ def test_spaces_in_front_of_an_answer_are_not_the_answers(by_words, before, held
 
 def test_no_questions_have_all_counts_too(by_words):
     assert build_trees([], by_words, BARE, train=True) == (
-        prompt.Trees([], {"questions": 0, "truncated": 0, "dropped_outside": 0, "dropped_long": 0})
+        Trees([], {"questions": 0, "truncated": 0, "dropped_outside": 0, "dropped_long": 0})
     )
     assert build_trees([], by_words, BARE, train=False).counts == {"questions": 0, "truncated": 0}
 
@@ -521,7 +523,7 @@ def test_questions_of_one_chunk_share_it(by_words):
 def test_texts_are_the_prompts_that_trees_are_made_of(by_words):
     rows = [asks(some("w", 0, 14), f" {some('q', 0, 13)} ", id_="a"), asks(" w1 ", answer="w1", id_="b")]
     options = Prompt(before="q9 ")
-    found, counts = prompt.texts(rows, by_words, BARE, options)
+    found, counts = prompt_texts(rows, by_words, BARE, options)
     assert found == [
         ("a", f"q9 Context: {some('w', 0, 13)}\n\nQuestion: {some('q', 0, 12)}\n\nAnswer:"),
         ("b", "q9 Context: w1\n\nQuestion: q0\n\nAnswer:"),
@@ -566,7 +568,7 @@ def test_a_tree_counts_its_prefix_once_and_is_split_without_loss():
     ],
 )
 def test_a_prefix_is_the_longest_that_leaves_every_branch_a_token(rows, prefix, rests):
-    tree = prompt._tree([Branch(str(i), list(row), ["0"]) for i, row in enumerate(rows)])
+    tree = _tree([Branch(str(i), list(row), ["0"]) for i, row in enumerate(rows)])
     assert tree == Tree(list(prefix), tuple(Branch(str(i), list(rest), ["0"]) for i, rest in enumerate(rests)))
 
 
@@ -592,7 +594,7 @@ class Spans:
     ],
 )
 def test_the_tokens_within_some_characters_are_those_that_end_there(encoding, within):
-    assert [prompt._tokens_within(encoding, stop) for stop in range(5)] == within
+    assert [tokens_within(encoding, stop) for stop in range(5)] == within
 
 
 @pytest.mark.parametrize(
@@ -617,9 +619,9 @@ def test_many_texts_are_encoded_by_the_thousand_with_a_bar(monkeypatch, texts, p
     def encode_batch(part, add_special_tokens):
         return [(text, add_special_tokens) for text in part]
 
-    monkeypatch.setattr(prompt, "tqdm", Bar)
+    monkeypatch.setattr(tokens, "tqdm", Bar)
     tokenizer = SimpleNamespace(backend_tokenizer=SimpleNamespace(encode_batch=encode_batch))
-    found = list(prompt._encode(tokenizer, [str(i) for i in range(texts)], progress, special=False))
+    found = list(encode(tokenizer, [str(i) for i in range(texts)], progress, special=False))
     assert found == [(str(i), False) for i in range(texts)]
     assert seen[0] == (texts, "tokenise", "text", shown)
     assert seen[1:] == [1000] * (texts // 1000) + [texts % 1000] * (texts % 1000 > 0)
@@ -627,10 +629,10 @@ def test_many_texts_are_encoded_by_the_thousand_with_a_bar(monkeypatch, texts, p
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_a_progress_bar_is_shown_where_trees_are_to_be_built_with_one(by_words, monkeypatch, progress):
-    monkeypatch.setattr(prompt, "MANY", 2)
+    monkeypatch.setattr(tokens, "MANY", 2)
     shown = []
-    bar = prompt.tqdm
-    monkeypatch.setattr(prompt, "tqdm", lambda disable, **rest: shown.append(not disable) or bar(disable=True, **rest))
+    bar = tokens.tqdm
+    monkeypatch.setattr(tokens, "tqdm", lambda disable, **rest: shown.append(not disable) or bar(disable=True, **rest))
     build_trees([asks("w0", id_="a"), asks("w0", "q1", id_="b")], by_words, BARE, train=False, progress=progress)
     assert shown[-1] == progress
 
@@ -645,7 +647,7 @@ def asked(tmp_path, tiny_base):
     return dev, train, load_tokenizer(str(tiny_base))
 
 
-def texts_of(built: prompt.Trees, tokenizer) -> dict[str, str]:
+def texts_of(built: Trees, tokenizer) -> dict[str, str]:
     """The text of every prompt, whose ids are those of the whole text."""
     out = {}
     for tree in built.trees:
@@ -665,8 +667,8 @@ def test_shots_are_questions_of_different_articles_with_their_answers_before_eve
     assert len({prompt.fingerprint(replace(options, before=b)) for b in others}) == len(others)
     shown = [e for e in train if f"Question: {e.question}\n\nAnswer: {e.answers[0].text}\n\n" in options.before]
     assert len({e.title for e in shown}) >= 2
-    plain = prompt.build_trees(dev, tokenizer, Window(), train=False)
-    built = prompt.build_trees(dev, tokenizer, Window(), train=False, options=options)
+    plain = build_trees(dev, tokenizer, Window(), train=False)
+    built = build_trees(dev, tokenizer, Window(), train=False, options=options)
     assert len(built.trees) == len(plain.trees) == 6  # shots and paragraph are read once
     before = texts_of(plain, tokenizer)
     assert all(
@@ -718,7 +720,7 @@ def test_a_configuration_is_filled_with_shots_of_its_train_set(tmp_path):
 def test_earlier_questions_of_a_paragraph_come_with_their_answers(asked):
     dev, _, tokenizer = asked
     options = Prompt(earlier=True)
-    found = texts_of(prompt.build_trees(dev, tokenizer, Window(), train=False, options=options), tokenizer)
+    found = texts_of(build_trees(dev, tokenizer, Window(), train=False, options=options), tokenizer)
     first, second, third = dev[:3]
     asked_as = "\n\nQuestion: {}\n\nAnswer:"
     one = f"<s>Context: {first.context}" + asked_as.format(first.question)
@@ -733,7 +735,7 @@ def test_earlier_questions_of_a_paragraph_come_with_their_answers(asked):
 def test_earlier_answers_stand_without_their_spaces_and_a_question_without_one_too(by_words):
     rows = [asks(some("w", 0, 14), "q0", " w1 ", id_="a"), replace(asks(some("w", 0, 14), "q1", id_="b"), answers=()),
             asks(some("w", 0, 14), "q2", id_="c")]  # fmt: skip
-    found, _ = prompt.texts(rows, by_words, BARE, Prompt(earlier=True, before="q9 "))
+    found, _ = prompt_texts(rows, by_words, BARE, Prompt(earlier=True, before="q9 "))
     one = f"q9 Context: {some('w', 0, 13)}\n\nQuestion: q0\n\nAnswer:"
     two = f"{one} w1\n\nQuestion: q1\n\nAnswer:"
     assert found == [("a", one), ("b", two), ("c", f"{two} \n\nQuestion: q2\n\nAnswer:")]
@@ -769,9 +771,9 @@ def test_a_chat_is_in_the_models_own_template(asked):
     dev, _, tokenizer = asked
     options = Prompt(chat=True)
     with pytest.raises(UserError, match="no chat template"):
-        prompt.build_trees(dev, tokenizer, Window(), train=False, options=options)
+        build_trees(dev, tokenizer, Window(), train=False, options=options)
     tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %} [model]"
-    built = prompt.build_trees(dev, tokenizer, Window(), train=False, options=options)
+    built = build_trees(dev, tokenizer, Window(), train=False, options=options)
     found = texts_of(built, tokenizer)
     e = dev[0]
     plain = prompt.text(e.context, e.question)

@@ -4,12 +4,12 @@ import gc
 import random
 import weakref
 
-from common.data.prompt import Branch, Tree
-from common.decode import batched as stream
-from common.decode.batched import Arena
-from common.decode.forward import Drawn, Pass, Reader
+from common.data.trees import Branch, Tree
+from common.decode import batched
+from common.decode.forward import Decoder, NextTokens, Pass
+from common.decode.kv_cache import BlockAllocator
 from common.errors import UserError
-from common.model.pack import pack
+from common.model.pack import build_pack
 from tests.decode.test_predict import demo_trees, system
 
 import pytest
@@ -21,7 +21,7 @@ STOPS = [7, 8, 9]
 
 
 def answers_of(reader, trees, **more):
-    return {a.branch.id: a for a in stream.answers(reader, trees, more.pop("stops", STOPS), more.pop("limit", 6),
+    return {a.branch.id: a for a in batched.answers(reader, trees, more.pop("stops", STOPS), more.pop("limit", 6),
                                                    more.pop("pass_tokens", 512), **more)}  # fmt: skip
 
 
@@ -33,14 +33,14 @@ def tokens_of(answers) -> dict[str, list[int]]:
 def passes(monkeypatch):
     """Every pass that is read, as it is laid out."""
     seen: list[Pass] = []
-    read = Reader.read
-    monkeypatch.setattr(Reader, "read", lambda self, new, before=None: seen.append(new) or read(self, new, before))
+    read = Decoder.read
+    monkeypatch.setattr(Decoder, "read", lambda self, new, before=None: seen.append(new) or read(self, new, before))
     return seen
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.booleans()), max_size=60))
 def test_stretches_never_overlap_and_all_come_back(orders):
-    arena, given_out = Arena(100), []
+    arena, given_out = BlockAllocator(100), []
     for length, back in orders:
         if back and given_out:
             arena.give_back(*given_out.pop(random.Random(length).randrange(len(given_out))))
@@ -62,10 +62,10 @@ def test_answers_do_not_depend_on_passes_and_arena(tiny_base, passes, pass_token
     """`padded`: up to as many tokens a pass is laid out as a GPU would record it."""
     model, tokenizer = system(tiny_base)
     trees = demo_trees(tokenizer, 8)
-    expected = answers_of(Reader(model, 8192), trees, pass_tokens=8192)
+    expected = answers_of(Decoder(model, 8192), trees, pass_tokens=8192)
     assert len({tuple(ids) for ids in tokens_of(expected).values()}) > 3
     passes.clear()
-    reader = Reader(model, arena_tokens, padded)
+    reader = Decoder(model, arena_tokens, padded)
     found = answers_of(reader, trees, pass_tokens=pass_tokens)
     assert tokens_of(found) == tokens_of(expected)
     assert all(found[id_].logprob == pytest.approx(answer.logprob, abs=1e-4) for id_, answer in expected.items())
@@ -89,7 +89,7 @@ class Paths:
     def __init__(self, arena_tokens: int):
         self.arena_tokens, self.arena = arena_tokens, [-1] * arena_tokens
 
-    def read(self, new: Pass, before: torch.Tensor | None = None) -> Drawn:
+    def read(self, new: Pass, before: torch.Tensor | None = None) -> NextTokens:
         ids = [
             before[row].item() if row >= 0 else id_
             for row, id_ in zip(new.drawn.tolist(), new.ids.tolist(), strict=True)
@@ -107,7 +107,7 @@ class Paths:
             assert positions[row] == len(seen) - 1
             token.append(said_after(seen))
         drawn = torch.tensor(token)
-        return Drawn(drawn, torch.zeros(len(token)), torch.zeros(len(token), dtype=torch.bool))
+        return NextTokens(drawn, torch.zeros(len(token)), torch.zeros(len(token), dtype=torch.bool))
 
 
 tokens = st.integers(0, 22)
@@ -141,7 +141,7 @@ def test_any_schedule_answers_as_each_question_alone_would(shapes, pass_tokens, 
 def test_what_is_read_and_what_is_decoded_share_passes(tiny_base, passes):
     model, tokenizer = system(tiny_base)
     trees = demo_trees(tokenizer, 8)
-    found = answers_of(Reader(model, 8192), trees, pass_tokens=1000, stops=[], limit=4)
+    found = answers_of(Decoder(model, 8192), trees, pass_tokens=1000, stops=[], limit=4)
     assert any((new.drawn >= 0).any() and (new.drawn < 0).any() for new in passes)
     read = sum(len(new.ids) for new in passes)
     assert read == sum(map(len, trees)) + 3 * len(found), "each paragraph once, each token but the last once"
@@ -151,7 +151,7 @@ def test_an_answer_that_has_ended_costs_one_token_more_at_most(tiny_base, passes
     model, tokenizer = system(tiny_base)
     (tree,) = demo_trees(tokenizer, 1)
     everything = list(range(len(tokenizer)))
-    found = answers_of(Reader(model, 2048), [tree], stops=everything, limit=9, pass_tokens=2048)
+    found = answers_of(Decoder(model, 2048), [tree], stops=everything, limit=9, pass_tokens=2048)
     assert all(len(a.token_ids) == 1 for a in found.values())
     assert len(passes) <= 2
 
@@ -159,7 +159,7 @@ def test_an_answer_that_has_ended_costs_one_token_more_at_most(tiny_base, passes
 def test_a_script_is_what_is_drawn_and_the_rest_is_the_models(tiny_base):
     model, tokenizer = system(tiny_base)
     trees = demo_trees(tokenizer, 3)
-    reader, some = Reader(model, 4096), trees[0].branches[0].id
+    reader, some = Decoder(model, 4096), trees[0].branches[0].id
     free = answers_of(reader, trees)
     scripted = answers_of(reader, trees, scripts={some: [20, 21, 7]})
     assert scripted[some].token_ids == [20, 21, 7]
@@ -171,10 +171,10 @@ def test_a_script_is_what_is_drawn_and_the_rest_is_the_models(tiny_base):
 def test_ties_are_counted(tiny_base):
     model, tokenizer = system(tiny_base)
     trees = demo_trees(tokenizer, 1)
-    assert sum(a.ties for a in answers_of(Reader(model, 1024), trees).values()) == 0
+    assert sum(a.ties for a in answers_of(Decoder(model, 1024), trees).values()) == 0
     head = model.lm_head.weight.data
     head[:] = head[:1].clone()
-    tied = answers_of(Reader(model, 1024), trees, stops=[], limit=3)
+    tied = answers_of(Decoder(model, 1024), trees, stops=[], limit=3)
     assert all(a.ties == 3 for a in tied.values())
 
 
@@ -182,13 +182,13 @@ def test_a_question_that_no_arena_holds_is_named(tiny_base):
     model, _ = system(tiny_base)
     tree = Tree([5] * 20, (Branch("long", [6] * 30, []),))
     with pytest.raises(UserError, match="question long takes 55 tokens, and memory is for 54"):
-        answers_of(Reader(model, 54), [tree])
-    assert answers_of(Reader(model, 55), [tree])["long"].token_ids
+        answers_of(Decoder(model, 54), [tree])
+    assert answers_of(Decoder(model, 55), [tree])["long"].token_ids
 
 
 def test_a_readers_memory_is_given_back_without_waiting_for_a_collector(tiny_base):
     model, tokenizer = system(tiny_base)
-    reader = Reader(model, 2048, 512)
+    reader = Decoder(model, 2048, 512)
     answers_of(reader, demo_trees(tokenizer, 2))
     arena, between = weakref.ref(reader.layers.keys), weakref.ref(reader.recorded.x)
     gc.collect()
@@ -208,15 +208,15 @@ def test_being_asked_to_stop_ends_it_between_passes(tiny_base, passes):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        answers_of(Reader(model, 1024), demo_trees(tokenizer, 4), stops=[], check=check)
+        answers_of(Decoder(model, 1024), demo_trees(tokenizer, 4), stops=[], check=check)
     assert len(passes) == 2
 
 
 def test_a_pass_draws_what_the_model_says(tiny_base):
     model, tokenizer = system(tiny_base)
     (tree,) = demo_trees(tokenizer, 1)
-    reader, batch = Reader(model, 2048), pack([tree])
-    asked, new = stream._lay_out(reader.device, [stream._admit(tree, Arena(2048), 6, {})], [], 6)
+    reader, batch = Decoder(model, 2048), build_pack([tree])
+    asked, new = batched._lay_out(reader.device, [batched._admit(tree, BlockAllocator(2048), 6, {})], [], 6)
     assert new.ids.tolist() == batch.input_ids.tolist()
     assert new.position.tolist() == batch.layout.position.tolist()
     drawn = reader.read(new)

@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import eval_loop
 from common.config import load
 from common.data import prompt, squad
-from common.decode import hosted as api
+from common.data.trees import build_trees
+from common.decode import hosted
 from common.errors import UserError
 from common.model.load import load_tokenizer
 from scripts import ask as ask_script
@@ -125,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
 def ask(tmp_path, monkeypatch):
     """Clients of a host with faults, on one transcript."""
     monkeypatch.setenv("API_KEY", KEY)
-    monkeypatch.setattr(api, "BACKOFF", lambda state: 0.001)
+    monkeypatch.setattr(hosted, "BACKOFF", lambda state: 0.001)
     hosts, clients = [], []
 
     def make(faults=lambda: None, *overrides: str, host: Host | None = None, beside: bool = False, **how: bool):
@@ -134,7 +135,7 @@ def ask(tmp_path, monkeypatch):
         host = host or Host(faults)
         hosts.append(host)
         config = load("api8b", [f"api.url={host.url}", *overrides])
-        clients.append(api.Client(config, tmp_path / "transcript.jsonl", **how))
+        clients.append(hosted.Client(config, tmp_path / "transcript.jsonl", **how))
         return clients[-1], host
 
     yield make
@@ -145,7 +146,7 @@ def ask(tmp_path, monkeypatch):
 
 
 def lines(tmp_path) -> list[dict]:
-    return list(api.read_transcript(tmp_path / "transcript.jsonl"))
+    return list(hosted.read_transcript(tmp_path / "transcript.jsonl"))
 
 
 def test_an_answer_has_text_tokens_and_times(ask, tmp_path):
@@ -169,7 +170,7 @@ def test_hundreds_of_questions_through_every_fault_none_lost_none_double_order_k
     kinds = ["429/0", "429", "500", "503/0", "cut", "garbage", "html", "error inside", *[None] * 12]
     client, host = ask(lambda: rng.choice(kinds), "api.concurrency=16", "api.tries=30")
     wanted = {f"q{i}": f"Which? word{i}" for i in range(300)}
-    replies = api.ask_all(client, wanted, progress=None)
+    replies = hosted.ask_all(client, wanted, progress=None)
     assert list(replies) == list(wanted)
     assert all(replies[f"q{i}"].text == f"word{i}" for i in range(300))
     assert sorted(host.answered) == sorted(wanted.values())
@@ -181,9 +182,9 @@ def test_hundreds_of_questions_through_every_fault_none_lost_none_double_order_k
 def test_what_was_answered_is_not_asked_again(ask, tmp_path):
     client, host = ask()
     wanted = {"a": "one", "b": "two"}
-    first = api.ask_all(client, wanted, progress=None)
+    first = hosted.ask_all(client, wanted, progress=None)
     again, _ = ask(host=host)
-    assert api.ask_all(again, wanted | {"c": "three"}, progress=None)["a"] == first["a"]
+    assert hosted.ask_all(again, wanted | {"c": "three"}, progress=None)["a"] == first["a"]
     assert sorted(host.answered) == ["one", "three", "two"]
     timed, _ = ask(host=host, anew=True)
     timed.ask("one")
@@ -258,13 +259,13 @@ def test_a_host_that_is_not_there_is_named(ask):
 def test_limits_are_kept_before_a_request_is_sent(ask):
     client, host = ask(lambda: None, "api.max_requests=2")
     with pytest.raises(UserError, match=r"api.max_requests=2 is reached; what was answered is kept"):
-        api.ask_all(client, {str(i): f"word{i}" for i in range(5)}, progress=None)
+        hosted.ask_all(client, {str(i): f"word{i}" for i in range(5)}, progress=None)
     assert len(host.bodies) == 2
     prices = ("api.usd_per_million_read=1000", "api.usd_per_million_written=0")  # 0.1 a reply, by its usage
     more, _ = ask(lambda: None, *prices, "api.max_cost_usd=0.41", "api.concurrency=1", host=host)
     assert more.usd == pytest.approx(0.2)
     with pytest.raises(UserError, match=r"api.max_cost_usd=0.41 is reached \(0.4000 spent\)"):
-        api.ask_all(more, {str(i): f"word{i} " + "x" * 30 for i in range(10, 20)}, progress=None)
+        hosted.ask_all(more, {str(i): f"word{i} " + "x" * 30 for i in range(10, 20)}, progress=None)
     assert len(host.bodies) == 4
 
 
@@ -282,7 +283,7 @@ def test_the_key_is_nowhere(ask, tmp_path, capsys):
 
 @pytest.mark.parametrize("key", ["…", "sk-abc\x00def"])
 def test_a_key_that_can_be_none_is_refused(ask, monkeypatch, key):
-    monkeypatch.setattr(api.os, "environ", {"API_KEY": key})
+    monkeypatch.setattr(hosted.os, "environ", {"API_KEY": key})
     with pytest.raises(UserError, match="API_KEY holds is no key"):
         ask()
 
@@ -346,7 +347,7 @@ def test_being_told_to_stop_ends_the_work_and_keeps_what_came(ask, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        api.ask_all(client, {str(i): f"word{i}" for i in range(500)}, check, progress=None)
+        hosted.ask_all(client, {str(i): f"word{i}" for i in range(500)}, check, progress=None)
     assert 0 < len(lines(tmp_path)) < 500
 
 
@@ -359,7 +360,7 @@ PRICES = ("api.usd_per_million_read=2000", "api.usd_per_million_written=10000") 
 def client(ask):
     """Clients whose requests go nowhere: `_stream` is what each of them gets, one after the other."""
 
-    def make(*replies, words: tuple[str, ...] = (), **how: bool) -> api.Client:
+    def make(*replies, words: tuple[str, ...] = (), **how: bool) -> hosted.Client:
         made, _ = ask(lambda: None, *words, **how)
         coming = iter(replies)
 
@@ -378,8 +379,8 @@ def client(ask):
     return make
 
 
-def said(text: str = "amber", read: int | None = 100, written: int | None = 3) -> api.Reply:
-    return api.Reply(text, False, read, written, None, 0.1, 0.2, None, 0.0)
+def said(text: str = "amber", read: int | None = 100, written: int | None = 3) -> hosted.Reply:
+    return hosted.Reply(text, False, read, written, None, 0.1, 0.2, None, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -399,7 +400,7 @@ def test_a_reply_costs_its_tokens_and_at_most_what_is_not_known(client, reply, u
 
 
 def test_what_was_cut_short_was_paid_for_and_what_was_refused_was_not(client, ask):
-    tries = [(200, api._Again("cut")), (500, api._Again("busy")), (None, api._Again("no word")), said()]
+    tries = [(200, hosted._Again("cut")), (500, hosted._Again("busy")), (None, hosted._Again("no word")), said()]
     asking = client(*tries, words=PRICES)
     asking.ask("twenty letters, 2 x 10"[:20])
     most = (10 * 2000 + 32 * 10000) / 1e6
@@ -419,12 +420,12 @@ def test_requests_on_their_way_count_against_the_budget(client):
     """One of 20 letters may cost 0.02 + 0.32; others are asked for while the first, or two, are on their way."""
     one, two, three = (letter * 20 for letter in "abc")
 
-    def first() -> api.Reply:
+    def first() -> hosted.Reply:
         assert (asking.promised, asking.usd) == (pytest.approx(0.34), 0)
         assert asking.ask(two).text == "two"
         return said("one")
 
-    def second() -> api.Reply:
+    def second() -> hosted.Reply:
         assert asking.promised == pytest.approx(0.68)
         with pytest.raises(UserError, match=r"max_cost_usd=1 is reached \(0.6800 spent\); what was answered is kept"):
             asking.ask(three)
@@ -453,7 +454,7 @@ def test_a_limit_of_nothing_asks_nothing(client):
 
 
 def test_requests_on_their_way_count_against_their_number(client):
-    def nested() -> api.Reply:
+    def nested() -> hosted.Reply:
         with pytest.raises(UserError, match=r"max_requests=1 is reached"):
             asking.ask("two")
         return said()
@@ -477,7 +478,7 @@ def test_a_try_that_failed_is_on_its_way_no_more(client):
 
 
 def test_a_line_of_the_transcript_says_what_was_asked_and_what_came(client, tmp_path, monkeypatch):
-    asking = client((503, api._Again("busy – wait")), said("Zürich"), words=("api.url=http://h/v1",))
+    asking = client((503, hosted._Again("busy – wait")), said("Zürich"), words=("api.url=http://h/v1",))
     asking.ask("one")
     first, second = lines(tmp_path)  # before it is closed
     body = {
@@ -505,7 +506,7 @@ def test_an_answer_is_of_one_address_and_one_request(ask):
 
 
 def test_what_went_wrong_is_kept_up_to_300_letters_and_the_key_is_hidden_first(client, tmp_path):
-    tries = [api._Again("x" * 295 + KEY), httpx2.ReadTimeout(""), httpx2.StreamError("z" * 301)]
+    tries = [hosted._Again("x" * 295 + KEY), httpx2.ReadTimeout(""), httpx2.StreamError("z" * 301)]
     asking = client(*((None, error) for error in tries), said())
     asking.ask("one")
     first, second, third, _ = lines(tmp_path)
@@ -534,7 +535,7 @@ def test_a_line_that_is_none_of_a_transcript_is_named(ask, tmp_path, line):
 
 
 def test_a_transcript_that_is_not_there_is_empty(tmp_path):
-    assert list(api.read_transcript(tmp_path / "absent.jsonl")) == []
+    assert list(hosted.read_transcript(tmp_path / "absent.jsonl")) == []
 
 
 def test_a_client_that_is_closed_lets_go_of_everything_and_asks_no_more(ask):
@@ -565,8 +566,8 @@ class Wire:
     def __init__(self, monkeypatch, client, events, trace=(), status=200, headers=None, text=""):
         self.now, self.events, self.marks, self.asked = 1000.0, events, trace, None
         self.status_code, self.headers, self.text = status, headers or {}, text
-        monkeypatch.setattr(api.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(api, "_events", self.coming)
+        monkeypatch.setattr(hosted.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(hosted, "_events", self.coming)
         client.http.stream = self.stream
 
     @contextlib.contextmanager
@@ -600,7 +601,7 @@ def test_times_are_from_the_request_to_the_first_text_and_to_the_end(ask, monkey
     events = [piece(""), piece(" am"), piece("ber"), piece(finish_reason="stop"), {"choices": [], "usage": usage}, {}]
     wire = Wire(monkeypatch, client, events, trace)
     reply = client._stream({"prompt": "one"}, seen := {}, 990.0, waited=2.5)
-    assert reply == api.Reply(
+    assert reply == hosted.Reply(
         "amber", False, 7, 2, connect=13.0, first=16.0, total=21.0, server=1.5, waited=2.5
     )  # from 990: connected at 1003, first text at 1006, the end at 1011
     assert seen == {"status": 200, "text": " amber"}
@@ -612,7 +613,7 @@ def test_an_answer_without_text_has_its_first_at_the_end_and_no_connecting_where
     events = [{"choices": [{"delta": {"role": "assistant"}}]}, {"choices": [{"delta": {}, "finish_reason": "length"}]}]
     wire = Wire(monkeypatch, client, events, ["http11.send_request_headers.complete"])
     reply = client._stream({}, {}, 1000.0, waited=0.0)
-    assert reply == api.Reply("", True, None, None, None, first=4.0, total=4.0, server=None, waited=0.0)
+    assert reply == hosted.Reply("", True, None, None, None, first=4.0, total=4.0, server=None, waited=0.0)
     assert wire.asked[1] == "http://h/v1/chat/completions"
 
 
@@ -624,10 +625,10 @@ def test_what_is_said_once_is_kept_and_what_is_not_an_answer_is_none(ask, monkey
     reply = client._stream({}, {}, 1000.0, waited=0.0)
     assert (reply.text, reply.hit_limit, reply.read, reply.written, reply.server) == ("a b", True, 7, 2, 0.25)
     Wire(monkeypatch, client, [piece("a"), piece("b")])
-    with pytest.raises(api._Again, match="an answer that was cut short"):
+    with pytest.raises(hosted._Again, match="an answer that was cut short"):
         client._stream({}, {}, 1000.0, waited=0.0)
     Wire(monkeypatch, client, [{"choices": [{"text": ["a"]}]}])
-    with pytest.raises(api._Again, match=r"an event that is none of an answer's: .*'a'"):
+    with pytest.raises(hosted._Again, match=r"an event that is none of an answer's: .*'a'"):
         client._stream({}, {}, 1000.0, waited=0.0)
 
 
@@ -635,7 +636,7 @@ def test_what_is_said_once_is_kept_and_what_is_not_an_answer_is_none(ask, monkey
 def test_statuses_after_which_another_try_may_help(ask, monkeypatch, status):
     client, _ = ask()
     Wire(monkeypatch, client, [], status=status, headers={"retry-after": "300"}, text=f"no, {KEY} " + "x" * 3000)
-    with pytest.raises(api._Again) as again:
+    with pytest.raises(hosted._Again) as again:
         client._stream({}, seen := {}, 0.0, waited=0.0)
     assert again.value.after == 300
     assert str(again.value) == f"HTTP {status}: " + ("no, … " + "x" * 3000)[:300]
@@ -670,10 +671,10 @@ def test_what_was_waited_is_all_before_the_try_that_succeeded(ask, monkeypatch):
         waits.append(waited)
         clock["now"] += 2
         if len(waits) < 3:
-            raise api._Again("busy", 10.0)
+            raise hosted._Again("busy", 10.0)
         return said()
 
-    monkeypatch.setattr(api.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(hosted.time, "perf_counter", lambda: clock["now"])
     monkeypatch.setattr(client, "_sleep", lambda seconds: clock.update(now=clock["now"] + seconds))
     client._stream = stream
     client.ask("one")
@@ -692,8 +693,8 @@ def test_without_a_key_none_is_sent_and_nothing_is_hidden(ask, monkeypatch):
 
 def test_connections_and_their_patience_are_as_configured(ask, monkeypatch):
     made = []
-    real = api.httpx2.Client
-    monkeypatch.setattr(api.httpx2, "Client", lambda **how: (made.append(how), real(**how))[1])
+    real = hosted.httpx2.Client
+    monkeypatch.setattr(hosted.httpx2, "Client", lambda **how: (made.append(how), real(**how))[1])
     ask(lambda: None, "api.timeout_s=7.5", "api.concurrency=3")
     (how,) = made
     assert how["headers"] == {"Authorization": f"Bearer {KEY}"}
@@ -706,12 +707,12 @@ def test_pauses_double_up_to_a_minute_unless_the_host_says(monkeypatch):
     states = [RetryCallState(None, None, (), {}) for _ in range(9)]
     for i, state in enumerate(states, 1):
         state.attempt_number = i
-        state.set_exception((api._Again, api._Again("busy"), None))
-    assert [api._pause(state) for state in states] == [(0, 0.5 * 2**i) for i in range(7)] + [(0, 60)] * 2
-    states[0].set_exception((api._Again, api._Again("busy", 0.0), None))
-    assert api._pause(states[0]) == 0.0
+        state.set_exception((hosted._Again, hosted._Again("busy"), None))
+    assert [hosted._pause(state) for state in states] == [(0, 0.5 * 2**i) for i in range(7)] + [(0, 60)] * 2
+    states[0].set_exception((hosted._Again, hosted._Again("busy", 0.0), None))
+    assert hosted._pause(states[0]) == 0.0
     states[0].set_exception((ValueError, ValueError("no"), None))
-    assert api._pause(states[0]) == (0, 0.5)
+    assert hosted._pause(states[0]) == (0, 0.5)
 
 
 # ---- all questions -------------------------------------------------------------------------------------------------
@@ -728,7 +729,7 @@ def test_whoever_was_stopped_while_waiting_ends(ask):
 
 
 def test_a_failure_stops_the_others_and_the_client_can_be_used_again(client):
-    def stopped() -> api.Reply:
+    def stopped() -> hosted.Reply:
         assert asking.stop.wait(30), "the other has failed"
         return said("first")
 
@@ -737,7 +738,7 @@ def test_a_failure_stops_the_others_and_the_client_can_be_used_again(client):
 
     asking = client(stopped, failed, said("third"), words=("api.concurrency=2",))
     with pytest.raises(UserError, match="no such model"):
-        api.ask_all(asking, {"a": "one", "b": "two", "c": "three"}, progress=None)
+        hosted.ask_all(asking, {"a": "one", "b": "two", "c": "three"}, progress=None)
     assert len(asking.known) == 1, "what was on its way is kept, and nothing more was sent"
     assert asking.requests == 2
     assert not asking.stop.is_set()
@@ -746,24 +747,24 @@ def test_a_failure_stops_the_others_and_the_client_can_be_used_again(client):
 
 def test_progress_is_shown_by_question(client, capsys):
     asking = client(said(), said(), words=("api.concurrency=1",))
-    api.ask_all(asking, {"a": "one", "b": "two"}, progress="ask")
+    hosted.ask_all(asking, {"a": "one", "b": "two"}, progress="ask")
     shown = capsys.readouterr().err
     assert shown.lstrip().startswith("ask:   0%")
     assert "| 2/2 [" in shown
     assert "question" in shown
-    api.ask_all(asking, {"a": "one"}, progress=None)
+    hosted.ask_all(asking, {"a": "one"}, progress=None)
     assert capsys.readouterr().err == ""
 
 
 def test_asking_is_checked_while_an_answer_is_awaited(client):
     checked = threading.Event()
 
-    def waits() -> api.Reply:
+    def waits() -> hosted.Reply:
         assert checked.wait(30)
         return said()
 
     asking = client(waits)
-    found = api.ask_all(asking, {"a": "one"}, checked.set, progress=None)
+    found = hosted.ask_all(asking, {"a": "one"}, checked.set, progress=None)
     assert found["a"].text == "amber"
 
 
@@ -789,7 +790,7 @@ def test_asking_is_checked_while_an_answer_is_awaited(client):
     ],
 )
 def test_the_line_for_a_person_in_an_error(text, message):
-    assert api._message(text) == message
+    assert hosted._message(text) == message
 
 
 @pytest.mark.parametrize(
@@ -812,8 +813,8 @@ def test_how_long_a_host_asks_to_wait(monkeypatch, value, seconds):
         def now(cls, tz=None):
             return datetime(2025, 1, 1, tzinfo=tz)
 
-    monkeypatch.setattr(api, "datetime", Clock)
-    assert api._retry_after(value) == seconds
+    monkeypatch.setattr(hosted, "datetime", Clock)
+    assert hosted._retry_after(value) == seconds
 
 
 @pytest.mark.parametrize(
@@ -831,18 +832,18 @@ def test_how_long_a_host_asks_to_wait(monkeypatch, value, seconds):
     ],
 )
 def test_a_hosts_own_time(event, headers, seconds):
-    assert api._server_seconds(event, headers) == seconds
+    assert hosted._server_seconds(event, headers) == seconds
 
 
 def test_events_end_at_done_and_what_is_no_answer_is_asked_for_again(monkeypatch):
     def events(*data: str) -> list[dict]:
-        monkeypatch.setattr(api.httpx2, "EventSource", lambda _: [SimpleNamespace(data=text) for text in data])
-        return list(api._events(None))
+        monkeypatch.setattr(hosted.httpx2, "EventSource", lambda _: [SimpleNamespace(data=text) for text in data])
+        return list(hosted._events(None))
 
     assert events('{"a": 1}', '{"error": null}', " [DONE] ", '{"b": 2}') == [{"a": 1}, {"error": None}]
     for data, why in (("{not", "an answer that is no JSON: '{not'"), ("[1]", r"an error in the answer: \[1\]"),
                       ('{"error": "busy"}', 'an error in the answer: {"error": "busy"}')):  # fmt: skip
-        with pytest.raises(api._Again, match=why):
+        with pytest.raises(hosted._Again, match=why):
             events(data)
 
 
@@ -850,10 +851,10 @@ def test_events_end_at_done_and_what_is_no_answer_is_asked_for_again(monkeypatch
 
 
 @pytest.fixture
-def hosted(tmp_path, tiny_base, dev_file, monkeypatch):
+def host_and_words(tmp_path, tiny_base, dev_file, monkeypatch):
     """A host, and the arguments of a system behind it."""
     monkeypatch.setenv("API_KEY", KEY)
-    monkeypatch.setattr(api, "BACKOFF", lambda state: 0.001)
+    monkeypatch.setattr(hosted, "BACKOFF", lambda state: 0.001)
     faults = []
     host = Host(lambda: faults.pop() if faults else None)
     words = [f"api.url={host.url}", f"data.dev={dev_file}", f"window.tokenizer={tiny_base}"]
@@ -866,8 +867,8 @@ def last_json(capsys) -> dict:
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
 
-def test_a_hosted_model_is_scored_goes_on_is_not_paid_twice_and_is_replayed(hosted, capsys, tmp_path):
-    host, faults, arguments = hosted
+def test_a_hosted_model_is_scored_goes_on_is_not_paid_twice_and_is_replayed(host_and_words, capsys, tmp_path):
+    host, faults, arguments = host_and_words
     faults += ["401", None, None]  # taken from the end
     with pytest.raises(UserError, match="HTTP 401"):
         eval_loop.main([*arguments, "api.concurrency=1"])
@@ -898,8 +899,8 @@ def test_a_hosted_model_is_scored_goes_on_is_not_paid_twice_and_is_replayed(host
     assert KEY not in written
 
 
-def test_a_run_that_met_a_limit_goes_on_with_a_higher_one(hosted, capsys):
-    host, _, arguments = hosted
+def test_a_run_that_met_a_limit_goes_on_with_a_higher_one(host_and_words, capsys):
+    host, _, arguments = host_and_words
     with pytest.raises(UserError, match="max_requests=5 is reached"):
         eval_loop.main([*arguments, "api.max_requests=5"])
     eval_loop.main([*arguments, "api.max_requests=50"])
@@ -907,19 +908,19 @@ def test_a_run_that_met_a_limit_goes_on_with_a_higher_one(hosted, capsys):
     assert len(host.answered) == 12
 
 
-def test_a_hosted_models_prompts_are_the_bytes_that_others_read(hosted, capsys, dev_file, tiny_base):
-    host, _, arguments = hosted
+def test_a_hosted_models_prompts_are_the_bytes_that_others_read(host_and_words, capsys, dev_file, tiny_base):
+    host, _, arguments = host_and_words
     eval_loop.main(arguments)
     config, tokenizer = load("api8b", arguments[1:]), load_tokenizer(str(tiny_base))
-    trees = prompt.build_trees(squad.load(config.data, "dev").examples, tokenizer, config.window, train=False).trees
+    trees = build_trees(squad.load(config.data, "dev").examples, tokenizer, config.window, train=False).trees
     local = {
         tokenizer.decode([*t.prefix_ids, *b.prompt_ids], skip_special_tokens=True) for t in trees for b in t.branches
     }
     assert {body["prompt"] for body in host.bodies} == local
 
 
-def test_one_question_to_a_hosted_model(hosted, capsys):
-    _, _, arguments = hosted
+def test_one_question_to_a_hosted_model(host_and_words, capsys):
+    _, _, arguments = host_and_words
     ask_script.main([*arguments, "--context", "A bridge. Answer:", "--question", "What?"])
     out = capsys.readouterr().out
     assert json.loads(out.splitlines()[-1])["answer"] == "Answer:"

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 from common.config import Base, Eval, Window
 from common.data import plan, squad
-from common.data.prompt import Branch, Tree, build_trees
 from common.data.squad import Example
-from common.decode import forward as reader
-from common.decode import predict as decode
-from common.decode.predict import Prediction, check_positions, gold_ids, merge, predict, stop_ids, to_text
+from common.data.trees import Branch, Tree, build_trees
+from common.decode import forward, plain, predict
+from common.decode.answers import Prediction, gold_ids, stop_tokens, to_text
+from common.decode.chunks import merge
+from common.decode.predict import answer_trees, check_positions
 from common.errors import UserError
 from common.model import memory
 from common.model.load import load_base, load_tokenizer
@@ -55,7 +56,7 @@ def generated(model, tokenizer, tree: Tree, branch: Branch, stops: list[int]) ->
 def truth(folder: Path, paragraphs: int, questions: int = 5) -> dict[str, list[int]]:
     """What `model.generate` answers to each of so many of the demo's questions alone, by a base as it is."""
     model, tokenizer = system(folder)
-    stops = stop_ids(tokenizer)
+    stops = stop_tokens(tokenizer)
     return {
         branch.id: generated(model, tokenizer, tree, branch, stops)
         for tree in demo_trees(tokenizer, paragraphs)
@@ -73,7 +74,7 @@ def test_every_answer_equals_generate_at_batch_one_token_for_token(
         folder = first_layers(folder, tmp_path_factory.getbasetemp() / "first-layers", 4)
     model, tokenizer = system(folder)
     trees = [Tree(tree.prefix_ids, tree.branches[:questions]) for tree in demo_trees(tokenizer, paragraphs)]
-    answers = predict(model, tokenizer, trees, stop_ids(tokenizer), LIMIT, Eval(engine), progress=None)
+    answers = answer_trees(model, tokenizer, trees, stop_tokens(tokenizer), LIMIT, Eval(engine), progress=None)
     assert len(answers) == questions * paragraphs
     assert {id_: answer.token_ids for id_, answer in answers.items()} == truth(folder, paragraphs, questions)
     assert len({tuple(answer.token_ids) for answer in answers.values()}) > 1
@@ -82,10 +83,10 @@ def test_every_answer_equals_generate_at_batch_one_token_for_token(
 @pytest.mark.parametrize("engine", ["auto", "plain"])
 def test_answers_do_not_depend_on_how_trees_are_packed(tiny_base, engine):
     model, tokenizer = system(tiny_base)
-    trees, stops = demo_trees(tokenizer, 6), stop_ids(tokenizer)
-    one_pack = predict(model, tokenizer, trees, stops, LIMIT, Eval(engine, pass_tokens=100_000), progress=None)
+    trees, stops = demo_trees(tokenizer, 6), stop_tokens(tokenizer)
+    one_pack = answer_trees(model, tokenizer, trees, stops, LIMIT, Eval(engine, pass_tokens=100_000), progress=None)
     for options in (Eval(engine, pass_tokens=600), Eval(engine, parts=2), Eval(engine, parts=100)):
-        many = predict(model, tokenizer, trees, stops, LIMIT, options, progress=None)
+        many = answer_trees(model, tokenizer, trees, stops, LIMIT, options, progress=None)
         assert {k: v.token_ids for k, v in one_pack.items()} == {k: v.token_ids for k, v in many.items()}
     assert one_pack.keys() == {branch.id for tree in trees for branch in tree.branches}
 
@@ -93,26 +94,28 @@ def test_answers_do_not_depend_on_how_trees_are_packed(tiny_base, engine):
 @pytest.mark.parametrize("engine", ["auto", "plain"])
 def test_what_is_read_together_in_parts_is_so_whoever_takes_them(tiny_base, engine, monkeypatch):
     model, tokenizer = system(tiny_base)
-    trees, stops = demo_trees(tokenizer, 9), stop_ids(tokenizer)
+    trees, stops = demo_trees(tokenizer, 9), stop_tokens(tokenizer)
 
     def read(mine: Callable[[int], bool], parts: int | None = 3) -> list[tuple[int, ...]]:
         """The tokens of each pass of a rank that takes the items whose numbers are `mine`."""
         passes: list[tuple[int, ...]] = []
-        forward, whole = reader.Reader.read, decode.logits
+        read_pass, whole = forward.Decoder.read, plain.logits
 
         def seen(self, new, before=None):
             passes.append(tuple(new.ids.tolist()))
-            return forward(self, new, before)
+            return read_pass(self, new, before)
 
         def seen_plain(model, ids, *args, **kwargs):
             passes.append(tuple(ids.tolist()))
             return whole(model, ids, *args, **kwargs)
 
         with monkeypatch.context() as changed:
-            changed.setattr(decode.ranks, "take", lambda items, _: (x for i, x in enumerate(items) if mine(i)))
-            changed.setattr(reader.Reader, "read", seen)
-            changed.setattr(decode, "logits", seen_plain)
-            predict(model, tokenizer, trees, stops, LIMIT, Eval(engine, pass_tokens=700, parts=parts), progress=None)
+            changed.setattr(ranks, "take", lambda items, _: (x for i, x in enumerate(items) if mine(i)))
+            changed.setattr(forward.Decoder, "read", seen)
+            changed.setattr(plain, "logits", seen_plain)
+            answer_trees(
+                model, tokenizer, trees, stops, LIMIT, Eval(engine, pass_tokens=700, parts=parts), progress=None
+            )
         return passes
 
     alone = read(lambda i: True)
@@ -126,17 +129,17 @@ def test_what_is_read_together_in_parts_is_so_whoever_takes_them(tiny_base, engi
 def test_limit_is_kept_and_reported(tiny_base):
     model, tokenizer = system(tiny_base)
     trees = demo_trees(tokenizer, 2)
-    never_stop = predict(model, tokenizer, trees, [], 5, progress=None)
+    never_stop = answer_trees(model, tokenizer, trees, [], 5, progress=None)
     assert all(len(answer.token_ids) == 5 and answer.hit_limit for answer in never_stop.values())
     everything = list(range(len(tokenizer)))
-    at_once = predict(model, tokenizer, trees, everything, 5, progress=None)
+    at_once = answer_trees(model, tokenizer, trees, everything, 5, progress=None)
     assert all(len(answer.token_ids) == 1 and not answer.hit_limit for answer in at_once.values())
 
 
 def test_log_probability_is_that_of_the_decoded_tokens(tiny_base):
     model, tokenizer = system(tiny_base)
     (tree,) = demo_trees(tokenizer, 1)
-    for answer in predict(model, tokenizer, [tree], [], 4, progress=None).values():
+    for answer in answer_trees(model, tokenizer, [tree], [], 4, progress=None).values():
         (branch,) = [b for b in tree.branches if b.id == answer.id]
         prompt = tree.prefix_ids + branch.prompt_ids
         out = model(input_ids=torch.tensor([prompt + answer.token_ids[:-1]])).logits[0, len(prompt) - 1 :]
@@ -149,16 +152,16 @@ def test_of_several_windows_the_most_probable_answer_stays(tiny_base):
     tree = demo_trees(tokenizer, 1)[0]
     branches = tree.branches[:2]
     apart = [Tree(tree.prefix_ids, (branch,)) for branch in branches]
-    alone = [predict(model, tokenizer, [t], [], 4, progress=None)[t.branches[0].id] for t in apart]
+    alone = [answer_trees(model, tokenizer, [t], [], 4, progress=None)[t.branches[0].id] for t in apart]
     same_id = [Tree(tree.prefix_ids, (replace(branch, id="q"),)) for branch in branches]
-    (kept,) = predict(model, tokenizer, same_id, [], 4, progress=None).values()
+    (kept,) = answer_trees(model, tokenizer, same_id, [], 4, progress=None).values()
     best = max(alone, key=lambda answer: answer.logprob)
     assert (kept.token_ids, kept.id) == (best.token_ids, "q")
 
 
 def test_stops_are_eos_and_every_token_with_a_line_break(tiny_base):
     tokenizer = load_tokenizer(str(tiny_base))
-    stops = stop_ids(tokenizer)
+    stops = stop_tokens(tokenizer)
     assert tokenizer.eos_token_id in stops
     assert set(tokenizer("\n", add_special_tokens=False).input_ids) <= set(stops)
     assert not set(tokenizer(" plain words", add_special_tokens=False).input_ids) & set(stops)
@@ -174,23 +177,23 @@ def test_text_is_the_first_line_without_special_tokens(tiny_base):
 def test_predict_leaves_the_model_in_the_mode_it_was_in(tiny_base):
     model, tokenizer = system(tiny_base)
     model.train()
-    predict(model, tokenizer, demo_trees(tokenizer, 1), [], 2, progress=None)
+    answer_trees(model, tokenizer, demo_trees(tokenizer, 1), [], 2, progress=None)
     assert model.training
 
 
 def test_nothing_to_answer_is_no_error(tiny_base):
     model, tokenizer = system(tiny_base)
-    assert predict(model, tokenizer, [], [], 2, progress=None) == {}
+    assert answer_trees(model, tokenizer, [], [], 2, progress=None) == {}
 
 
 def test_the_plain_engine_stores_keys_and_values_of_a_prefix_once(tiny_base, monkeypatch):
     model, tokenizer = system(tiny_base)
     (tree,) = demo_trees(tokenizer, 1)
     caches = []
-    original = decode.DynamicCache
-    monkeypatch.setattr(decode, "DynamicCache", lambda **kw: caches.append(original(**kw)) or caches[-1])
+    original = plain.DynamicCache
+    monkeypatch.setattr(plain, "DynamicCache", lambda **kw: caches.append(original(**kw)) or caches[-1])
     four = Tree(tree.prefix_ids, tuple(Branch(f"{i}", [5], []) for i in range(4)))
-    predict(model, tokenizer, [four], [], 3, Eval("plain"), progress=None)
+    answer_trees(model, tokenizer, [four], [], 3, Eval("plain"), progress=None)
     (cache,) = caches
     assert cache.get_seq_length() == len(tree.prefix_ids) + 4 + 4 * 2  # prefix, prompts, all but the last tokens
 
@@ -200,11 +203,11 @@ def test_an_adapter_answers_alike_by_either_engine_and_not_as_the_base(tiny_base
     model, tokenizer = lora_model(tiny_base, "nf4"), load_tokenizer(str(tiny_base))
     for p in adapter_weights(model):
         torch.nn.init.normal_(p, std=0.2)
-    found = [predict(model, tokenizer, trees, [], 6, Eval(engine), progress=None) for engine in ("auto", "plain")]
+    found = [answer_trees(model, tokenizer, trees, [], 6, Eval(engine), progress=None) for engine in ("auto", "plain")]
     streamed, plain = ({k: v.token_ids for k, v in answers.items()} for answers in found)
     assert streamed == plain
     with model.disable_adapter():
-        base = predict(model, tokenizer, trees, [], 6, Eval("plain"), progress=None)
+        base = answer_trees(model, tokenizer, trees, [], 6, Eval("plain"), progress=None)
     assert streamed != {k: v.token_ids for k, v in base.items()}
     for id_, answer in found[0].items():
         assert answer.logprob == pytest.approx(found[1][id_].logprob, abs=1e-3)
@@ -213,10 +216,10 @@ def test_an_adapter_answers_alike_by_either_engine_and_not_as_the_base(tiny_base
 def test_a_model_that_is_no_llama_goes_the_plain_way(tiny_base, monkeypatch):
     model, tokenizer = system(tiny_base)
     trees = demo_trees(tokenizer, 2)
-    expected = predict(model, tokenizer, trees, [], 4, progress=None)
+    expected = answer_trees(model, tokenizer, trees, [], 4, progress=None)
     model.config.hidden_act = "gelu"  # what the layers have built in stays as it is
-    monkeypatch.setattr(decode, "Reader", None)
-    found = predict(model, tokenizer, trees, [], 4, progress=None)
+    monkeypatch.setattr(predict, "Decoder", None)
+    found = answer_trees(model, tokenizer, trees, [], 4, progress=None)
     assert {k: v.token_ids for k, v in found.items()} == {k: v.token_ids for k, v in expected.items()}
 
 
@@ -244,7 +247,7 @@ def notes(tokenizer, context: str = NOTE) -> list[Tree]:
 )
 def test_what_ends_by_its_stop_token_is_not_cut_by_the_limit(answering_base, engine, limit, texts, cut):
     model, tokenizer = system(answering_base)
-    found = predict(model, tokenizer, notes(tokenizer), stop_ids(tokenizer), limit, Eval(engine), progress=None)
+    found = answer_trees(model, tokenizer, notes(tokenizer), stop_tokens(tokenizer), limit, Eval(engine), progress=None)
     animal, place = found["animal"], found["place"]
     assert (animal.text, place.text) == texts
     assert (animal.hit_limit, place.hit_limit) == cut
@@ -257,7 +260,7 @@ def test_the_probability_of_an_answer_is_that_of_its_stop_token_too(answering_ba
     model, tokenizer = system(answering_base)
     (tree,) = notes(tokenizer)
     stops = [tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in ("otter", "gate")]
-    found = predict(model, tokenizer, [tree], stops, 9, Eval(engine), progress=None)
+    found = answer_trees(model, tokenizer, [tree], stops, 9, Eval(engine), progress=None)
     assert {id_: answer.text for id_, answer in found.items()} == {"animal": "otter", "place": "north gate"}
     for branch in tree.branches:
         prompt, ids = tree.prefix_ids + branch.prompt_ids, found[branch.id].token_ids
@@ -269,26 +272,28 @@ def test_the_probability_of_an_answer_is_that_of_its_stop_token_too(answering_ba
 
 def test_tokens_that_another_ties_with_are_counted_by_the_stream(answering_base):
     model, tokenizer = system(answering_base)
-    trees, stops = notes(tokenizer), stop_ids(tokenizer)
+    trees, stops = notes(tokenizer), stop_tokens(tokenizer)
     (gate,) = tokenizer(" gate", add_special_tokens=False).input_ids
-    assert {a.ties for a in predict(model, tokenizer, trees, stops, 9, progress=None).values()} == {0}
-    assert {a.ties for a in predict(model, tokenizer, trees, stops, 9, Eval("plain"), progress=None).values()} == {None}
+    assert {a.ties for a in answer_trees(model, tokenizer, trees, stops, 9, progress=None).values()} == {0}
+    assert {a.ties for a in answer_trees(model, tokenizer, trees, stops, 9, Eval("plain"), progress=None).values()} == {
+        None
+    }
     with torch.no_grad():
         model.lm_head.weight[-1] = model.lm_head.weight[gate]
-    found = predict(model, tokenizer, trees, stops, 9, progress=None)
+    found = answer_trees(model, tokenizer, trees, stops, 9, progress=None)
     assert (found["animal"].ties, found["place"].ties) == (0, 1)
 
 
 def test_scripts_are_what_the_stream_draws_and_the_plain_engine_refuses_them(answering_base):
     model, tokenizer = system(answering_base)
-    trees, stops = notes(tokenizer), stop_ids(tokenizer)
+    trees, stops = notes(tokenizer), stop_tokens(tokenizer)
     script = gold_ids(tokenizer, "chisel", 9)
-    found = predict(model, tokenizer, trees, stops, 9, progress=None, scripts={"animal": script})
+    found = answer_trees(model, tokenizer, trees, stops, 9, progress=None, scripts={"animal": script})
     assert (found["animal"].text, found["animal"].token_ids) == ("chisel", script)
     assert found["place"].text == "north gate"
     assert found["animal"].logprob < -1
     with pytest.raises(ValueError, match="follows no scripts"):
-        predict(model, tokenizer, trees, stops, 9, Eval("plain"), progress=None, scripts={"animal": script})
+        answer_trees(model, tokenizer, trees, stops, 9, Eval("plain"), progress=None, scripts={"animal": script})
 
 
 def test_a_gold_answer_as_a_script_ends_with_eos_within_the_limit(answering_base):
@@ -332,7 +337,7 @@ def test_the_window_that_holds_the_answer_answers(answering_base, engine):
     model, tokenizer = system(answering_base)
     apart = [notes(tokenizer, text)[0] for text in ("Note 2: nothing is here at all, and nothing more.", NOTE)]
     for trees in (apart, apart[::-1]):
-        found = predict(model, tokenizer, trees, stop_ids(tokenizer), 9, Eval(engine), progress=None)
+        found = answer_trees(model, tokenizer, trees, stop_tokens(tokenizer), 9, Eval(engine), progress=None)
         assert {id_: answer.text for id_, answer in found.items()} == {"animal": "otter", "place": "north gate"}
 
 
@@ -362,15 +367,15 @@ def test_the_longest_question_of_the_largest_paragraph_decides_whether_positions
         Tree([5] * 30, (Branch("a", [5] * 10, []), Branch("b", [5] * 4, []))), Tree([5] * 36, (Branch("c", [5], []),)),
     ]  # fmt: skip
     model.config.max_position_embeddings = 44
-    assert len(predict(model, tokenizer, trees, [], 4, progress=None)) == 3
+    assert len(answer_trees(model, tokenizer, trees, [], 4, progress=None)) == 3
     with pytest.raises(UserError, match="40 tokens of a prompt and up to 5 of its answer"):
-        predict(model, tokenizer, trees, [], 5, progress=None)
+        answer_trees(model, tokenizer, trees, [], 5, progress=None)
 
 
 def test_stops_are_the_tokens_that_byte_level_vocabularies_write_as_a_line_break(answering_base):
     tokenizer = load_tokenizer(str(answering_base))
-    assert stop_ids(tokenizer) == sorted({1} | {i for token, i in tokenizer.get_vocab().items() if "Ċ" in token})
-    assert len(stop_ids(tokenizer)) > 1
+    assert stop_tokens(tokenizer) == sorted({1} | {i for token, i in tokenizer.get_vocab().items() if "Ċ" in token})
+    assert len(stop_tokens(tokenizer)) > 1
 
 
 def test_text_ends_where_its_first_line_does(answering_base):
@@ -392,11 +397,11 @@ def test_work_is_left_between_passes_and_the_model_is_then_as_it_was(tiny_base, 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        predict(model, tokenizer, demo_trees(tokenizer, 4), [], 4, Eval(engine, pass_tokens=400), None, check)
+        answer_trees(model, tokenizer, demo_trees(tokenizer, 4), [], 4, Eval(engine, pass_tokens=400), None, check)
     assert passes == [False, False]
     assert model.training
     model.eval()
-    predict(model, tokenizer, demo_trees(tokenizer, 1), [], 1, progress=None)
+    answer_trees(model, tokenizer, demo_trees(tokenizer, 1), [], 1, progress=None)
     assert not model.training
 
 
@@ -404,9 +409,9 @@ def test_work_is_left_between_passes_and_the_model_is_then_as_it_was(tiny_base, 
 def test_the_plain_engines_packs_have_as_many_tokens_as_asked_for(tiny_base, monkeypatch, given, used):
     model, tokenizer = system(tiny_base)
     asked: list[int] = []
-    monkeypatch.setattr(decode.plan, "fill", lambda trees, tokens: asked.append(tokens) or plan.pack_up(trees))
+    monkeypatch.setattr(plain.plan, "fill", lambda trees, tokens: asked.append(tokens) or plan.pack_up(trees))
     monkeypatch.setattr(plan, "pack_up", lambda trees: [[tree] for tree in trees], raising=False)
-    predict(model, tokenizer, demo_trees(tokenizer, 1), [], 1, Eval("plain", pass_tokens=given), progress=None)
+    answer_trees(model, tokenizer, demo_trees(tokenizer, 1), [], 1, Eval("plain", pass_tokens=given), progress=None)
     assert asked == [used]
 
 
@@ -414,9 +419,9 @@ def test_the_plain_engines_packs_have_as_many_tokens_as_asked_for(tiny_base, mon
 def test_the_streams_sizes_are_of_this_model_and_recorded_where_there_is_flash_attention(tiny_base, monkeypatch, flash):
     model, _ = system(tiny_base)
     options, asked = Eval(memory_budget_gib=3), []
-    monkeypatch.setattr(decode.attention, "has_flash", lambda device, dtype: flash and dtype == torch.float32)
-    monkeypatch.setattr(decode.memory, "decoding", lambda *args, **record: asked.append((args, record)) or "sizes")
-    assert decode.sizes_of(model, options) == "sizes"
+    monkeypatch.setattr(predict, "has_flash_attention", lambda device, dtype: flash and dtype == torch.float32)
+    monkeypatch.setattr(predict.memory, "decoding", lambda *args, **record: asked.append((args, record)) or "sizes")
+    assert predict.sizes_of(model, options) == "sizes"
     assert asked == [((options, memory.Shapes.of(model), CPU), {"record": flash})]
 
 
@@ -424,20 +429,20 @@ def test_the_streams_sizes_are_of_this_model_and_recorded_where_there_is_flash_a
 def test_the_stream_reads_by_its_sizes(tiny_base, monkeypatch, record, recorded):
     model, tokenizer = system(tiny_base)
     asked: list[tuple] = []
-    monkeypatch.setattr(decode, "sizes_of", lambda model, options: memory.Decoding(77, 3000, record))
-    monkeypatch.setattr(decode, "Reader", lambda *args: asked.append(args[1:]) or reader.Reader(args[0], args[1]))
-    passes = decode.stream.answers
-    monkeypatch.setattr(decode.stream, "answers", lambda *args: asked.append(args[4]) or passes(*args))
-    assert len(predict(model, tokenizer, demo_trees(tokenizer, 1), [], 1, progress=None)) == 5
+    monkeypatch.setattr(predict, "sizes_of", lambda model, options: memory.Decoding(77, 3000, record))
+    monkeypatch.setattr(predict, "Decoder", lambda *args: asked.append(args[1:]) or forward.Decoder(args[0], args[1]))
+    passes = predict.batched.answers
+    monkeypatch.setattr(predict.batched, "answers", lambda *args: asked.append(args[4]) or passes(*args))
+    assert len(answer_trees(model, tokenizer, demo_trees(tokenizer, 1), [], 1, progress=None)) == 5
     assert asked == [(3000, recorded), 77]
 
 
 def test_progress_is_of_questions_and_of_as_many_as_there_are(tiny_base, capsys):
     model, tokenizer = system(tiny_base)
-    predict(model, tokenizer, demo_trees(tokenizer, 2), [], 1, progress="some work")
+    answer_trees(model, tokenizer, demo_trees(tokenizer, 2), [], 1, progress="some work")
     assert "some work: 100%" in (said := capsys.readouterr().err)
     assert "10/10" in said
-    predict(model, tokenizer, demo_trees(tokenizer, 2), [], 1, progress=None)
+    answer_trees(model, tokenizer, demo_trees(tokenizer, 2), [], 1, progress=None)
     assert capsys.readouterr().err == ""
 
 
@@ -445,8 +450,8 @@ def test_the_largest_paragraphs_go_first_and_parts_are_taken_one_by_one(monkeypa
     small, large, middle = (Tree([5] * n, (Branch(f"{n}", [5], []),)) for n in (3, 30, 10))
     rounds: list[str] = []
     monkeypatch.setattr(ranks, "take", lambda items, name: rounds.append(name) or iter(items))
-    (stream,) = decode._streams([small, large, middle], None, "evaluation at 3")
+    (stream,) = predict._streams([small, large, middle], None, "evaluation at 3")
     assert list(stream) == [large, middle, small]
-    parts = list(decode._streams([small, large, middle], 2, "evaluation at 4"))
+    parts = list(predict._streams([small, large, middle], 2, "evaluation at 4"))
     assert [sorted(len(tree) for tree in part) for part in parts] == [[31], [4, 11]]
     assert rounds == ["evaluation at 3", "evaluation at 4"]

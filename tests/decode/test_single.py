@@ -6,9 +6,11 @@ from types import SimpleNamespace
 from common.config import Eval, Prompt, Window
 from common.data.squad import Example
 from common.decode import single
-from common.decode.forward import Drawn, Pass
-from common.decode.predict import stop_ids
-from common.decode.single import DRAFT, Answer, Plain, Single, draft_from
+from common.decode.answers import Generation, stop_tokens
+from common.decode.drafts import draft_from
+from common.decode.forward import NextTokens, Pass
+from common.decode.plain import Plain
+from common.decode.single import DRAFT, Single
 from common.errors import UserError
 from common.model.load import load_tokenizer
 from tests.decode.test_predict import LIMIT, NOTE, demo_trees, notes, system, truth
@@ -26,7 +28,7 @@ def questions(tokenizer, paragraphs: int):
 
 def test_every_answer_equals_generate_token_for_token(tiny_base):
     model, tokenizer = system(tiny_base)
-    engine = Single(model, stop_ids(tokenizer), LIMIT, 600)
+    engine = Single(model, stop_tokens(tokenizer), LIMIT, 600)
     for _, branch, prompt in questions(tokenizer, 8):
         answer = engine.answer(prompt)
         assert answer.token_ids == truth(tiny_base, 8)[branch.id]
@@ -141,7 +143,7 @@ def test_the_longest_match_wins_and_then_the_place_that_the_question_is_about():
 
 def test_the_plain_engine_answers_alike_a_token_a_pass(answering_base):
     model, tokenizer = system(answering_base)
-    stops, window = stop_ids(tokenizer), Window(context=250, answer=16)
+    stops, window = stop_tokens(tokenizer), Window(context=250, answer=16)
     fast, plain = (single.engine(model, stops, window, Eval(engine)) for engine in ("auto", "plain"))
     assert (fast.name, plain.name) == ("drafts", "plain")
     for prompt, n in zip(prompts(tokenizer), (2, 3), strict=True):
@@ -166,7 +168,7 @@ def prompts(tokenizer, context: str = NOTE) -> list[list[int]]:
 @pytest.mark.parametrize("limit", [1, 2, 3, 4])
 def test_what_ends_by_its_stop_token_is_the_same_however_near_the_limit(answering_base, limit):
     model, tokenizer = system(answering_base)
-    stops = stop_ids(tokenizer)
+    stops = stop_tokens(tokenizer)
     north, gate = tokenizer(" north gate", add_special_tokens=False).input_ids
     for engine in (Single(model, stops, limit, 200), Plain(model, stops, limit)):
         answer = engine.answer(prompts(tokenizer)[1])
@@ -187,7 +189,7 @@ def test_the_probability_of_a_single_answer_is_that_of_its_stop_token_too(answer
 
 def test_single_queries_count_tokens_that_another_ties_with(answering_base):
     model, tokenizer = system(answering_base)
-    stops = stop_ids(tokenizer)
+    stops = stop_tokens(tokenizer)
     (gate,) = tokenizer(" gate", add_special_tokens=False).input_ids
     animal, place = prompts(tokenizer)
     assert Single(model, stops, 9, 200).answer(place).ties == 0
@@ -228,11 +230,11 @@ class Answers:
     """An engine that answers what it is told to, one prompt after the other."""
 
     def __init__(self, *answers: tuple[float, list[int]], positions: int = 1000):
-        self.answers = [Answer(ids, logprob) for logprob, ids in answers]
+        self.answers = [Generation(ids, logprob) for logprob, ids in answers]
         self.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions))
         self.asked: list[tuple] = []
 
-    def answer(self, *asked) -> Answer:
+    def answer(self, *asked) -> Generation:
         self.asked.append(asked)
         return self.answers[len(self.asked) - 1]
 
@@ -310,7 +312,7 @@ def test_passes_are_recorded_for_a_few_lengths_the_largest_first_and_the_shortes
     answering_base, monkeypatch
 ):
     model, tokenizer = system(answering_base)
-    stops, used = stop_ids(tokenizer), []
+    stops, used = stop_tokens(tokenizer), []
 
     class Recorded:
         """A pass as the graph has it: padded, with one draw or one after each token."""
@@ -327,7 +329,7 @@ def test_passes_are_recorded_for_a_few_lengths_the_largest_first_and_the_shortes
 
     recorded: list[tuple] = []
     monkeypatch.setattr(single, "_Recorded", Recorded)
-    monkeypatch.setattr(single, "attention", SimpleNamespace(has_flash=lambda device, dtype: True))
+    monkeypatch.setattr(single, "has_flash_attention", lambda device, dtype: True)
     engine = Single(model, stops, 9, 209)
     assert recorded == [
         (200, 1, None), (192, 1, "pool of 200"), (128, 1, "pool of 192"), (64, 1, "pool of 128"),
@@ -343,16 +345,16 @@ def test_passes_are_recorded_for_a_few_lengths_the_largest_first_and_the_shortes
     engine.answer([5] * 64)
     engine.answer([5] * 65)
     assert [n for n in used if not n[2]] == [(64, 64, False), (128, 65, False)]
-    monkeypatch.setattr(single, "attention", SimpleNamespace(has_flash=lambda device, dtype: False))
+    monkeypatch.setattr(single, "has_flash_attention", lambda device, dtype: False)
     assert Single(model, stops, 9, 209).prompts == []
 
 
 def test_a_graph_is_recorded_of_a_padded_pass_and_replayed_with_another(monkeypatch):
     done: list[str] = []
     passes: list[Pass] = []
-    drawn = Drawn(torch.tensor([7]), torch.tensor([-0.5]), torch.tensor([False]))
+    drawn = NextTokens(torch.tensor([7]), torch.tensor([-0.5]), torch.tensor([False]))
 
-    def read(new: Pass) -> Drawn:
+    def read(new: Pass) -> NextTokens:
         passes.append(new)
         done.append("read")
         return drawn

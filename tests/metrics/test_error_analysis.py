@@ -1,7 +1,7 @@
 """Every wrong answer has one kind, and the classes that accuracy is broken down by hold every question once."""
 
 from common.data.squad import Answer, Example, read
-from common.metrics import error_analysis as mistakes
+from common.metrics import error_analysis
 from common.metrics.error_analysis import KINDS, kind_of, off_by, question_word, table
 from common.metrics.score import score
 from tests.conftest import ROOT
@@ -66,7 +66,7 @@ def test_any_place_of_an_answer_counts():
     context = "A canal. The bridge of amber, the canal of stone. Amber."
     assert kind_of(example("bridge", context=context), "canal", False, False) == "right sentence, other words"
     assert off_by(example("canal of stone", context=context), "canal") == 2
-    assert list(mistakes._places("aXaxaXA", "axa")) == [(0, 3), (2, 5), (4, 7)]
+    assert list(error_analysis._places("aXaxaXA", "axa")) == [(0, 3), (2, 5), (4, 7)]
 
 
 def test_any_gold_answer_counts():
@@ -207,4 +207,4 @@ def test_letters_that_change_their_length_in_lower_case_move_nothing():
     context = "İzmir was dug in 1122."
     assert len(context.lower()) != len(context)
     assert kind_of(example("1122", context=context), "in 1122", False, False) == "boundary off"
-    assert list(mistakes._places(context, "İzmir")) == [(0, 5)]
+    assert list(error_analysis._places(context, "İzmir")) == [(0, 5)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.data.squad import Answer, Example
 from common.errors import UserError
-from common.metrics import score as scorer
+from common.metrics import score as module
 from common.metrics.score import exact_match, f1, normalize, read_predictions, score
 from tests.conftest import ROOT
 
@@ -96,7 +96,7 @@ def test_em_and_f1_take_their_own_best_gold():
 def test_a_missing_id_scores_zero_and_stays_in_n_and_an_unknown_one_is_ignored():
     examples = [question("a", "one"), question("b", "two three"), question("c", "four")]
     result = score(examples, {"a": "One.", "b": "two", "x": "four", "y": "one", "z": ""})
-    assert result == scorer.Score(
+    assert result == module.Score(
         em=pytest.approx(100 / 3), f1=pytest.approx(100 * (1 + 2 / 3) / 3), n=3, missing=1, unknown=3,
         correct={"a": True, "b": False, "c": False}, overlap={"a": 1.0, "b": pytest.approx(2 / 3), "c": 0.0},
     )  # fmt: skip
@@ -112,7 +112,7 @@ def test_a_missing_answer_is_wrong_even_where_nothing_is_wanted():
 
 
 def test_records_name_the_scorer_by_its_version():
-    assert scorer.VERSION == "squad-v1.1"  # it stands in every record: another name, and none is comparable any more
+    assert module.VERSION == "squad-v1.1"  # it stands in every record: another name, and none is comparable any more
 
 
 # ---- make verify-scorer --------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def data(tmp_path) -> Path:
 def verified(monkeypatch, capsys):
     def verify(*words) -> list[str]:
         monkeypatch.setattr("sys.argv", ["score.py", *map(str, words)])
-        scorer.main()
+        module.main()
         return capsys.readouterr().out.splitlines()
 
     return verify

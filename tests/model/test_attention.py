@@ -2,9 +2,11 @@
 
 from itertools import pairwise
 
-from common.data.prompt import Branch, Tree
+from common.data.trees import Branch, Tree
+from common.device import has_flash_attention
 from common.model import attention
-from common.model.pack import pack, visible
+from common.model.pack import build_pack
+from common.model.tree_mask import visible
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ def heads(tokens: int, n: int) -> torch.Tensor:
 
 @given(sizes)
 def test_output_and_gradients_are_those_of_the_mask(shapes):
-    batch = pack(trees_of(shapes))
+    batch = build_pack(trees_of(shapes))
     torch.manual_seed(0)
     n = len(batch.input_ids)
     q, k, v, d_out = heads(n, 4), heads(n, 2), heads(n, 2), torch.randn(n, 4, 8, dtype=torch.float64)
@@ -48,7 +50,7 @@ def test_output_and_gradients_are_those_of_the_mask(shapes):
 
 @given(sizes)
 def test_spans_are_where_the_tokens_are(shapes):
-    batch = pack(trees_of(shapes))
+    batch = build_pack(trees_of(shapes))
     spans, layout = batch.spans, batch.layout
     assert spans.starts == tuple(x.tolist() for x in (spans.own, spans.prefix, spans.branches))
     assert spans.shared.tolist() == (layout.branch == 0).tolist() == (~spans.shares).tolist()
@@ -157,4 +159,4 @@ def test_what_was_in_memory_under_padding_goes_nowhere(where):
 
 
 def test_flash_is_for_16_bit_numbers_on_a_gpu():
-    assert not attention.has_flash(torch.device("cpu"), torch.bfloat16)
+    assert not has_flash_attention(torch.device("cpu"), torch.bfloat16)

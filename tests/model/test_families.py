@@ -2,8 +2,9 @@
 their own, grouped heads, biases, norms, windows, tied embeddings."""
 
 from common.config import Base, Eval
-from common.decode import predict as decode
-from common.decode.predict import predict, stop_ids
+from common.decode import predict
+from common.decode.answers import stop_tokens
+from common.decode.predict import answer_trees
 from common.errors import UserError
 from common.model.load import load_base, load_tokenizer
 from tests.decode.test_predict import CPU, LIMIT, demo_trees, generated
@@ -64,10 +65,10 @@ def test_every_answer_equals_generate(family):
     name, folder = family
     _, bos, engine = FAMILIES[name]
     model, tokenizer = load_base(Base(str(folder), quant="none", dtype="fp32"), CPU), load_tokenizer(str(folder))
-    assert decode.engine_of(model, Eval()) == engine
-    trees, stops = demo_trees(tokenizer, 2), stop_ids(tokenizer)
+    assert predict.engine_of(model, Eval()) == engine
+    trees, stops = demo_trees(tokenizer, 2), stop_tokens(tokenizer)
     assert all((tree.prefix_ids[0] == 0) == bos for tree in trees)
-    answers = predict(model, tokenizer, trees, stops, LIMIT, progress=None)
+    answers = answer_trees(model, tokenizer, trees, stops, LIMIT, progress=None)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for tree in trees:
         for branch in tree.branches:
@@ -78,7 +79,7 @@ def test_every_answer_equals_generate(family):
 def test_four_bits_of_every_family_answer(family):
     name, folder = family
     model, tokenizer = load_base(Base(str(folder), dtype="fp32"), CPU), load_tokenizer(str(folder))
-    answers = predict(model, tokenizer, demo_trees(tokenizer, 1), stop_ids(tokenizer), LIMIT, progress=None)
+    answers = answer_trees(model, tokenizer, demo_trees(tokenizer, 1), stop_tokens(tokenizer), LIMIT, progress=None)
     assert len(answers) == 5
     assert all(answer.token_ids for answer in answers.values()), name
 

@@ -1,6 +1,6 @@
 """Matrices that share their input, joined: the same numbers, stored once, and the modules go on as ever."""
 
-from common.model.linears import Matrix
+from common.model.linears import MergedLinear
 
 import bitsandbytes as bnb
 import pytest
@@ -43,20 +43,20 @@ def numbers_of(linears) -> list[torch.Tensor]:
 def test_the_joined_numbers_are_those_of_each(kind, rows, columns):
     linears = linears_of(kind, rows, columns)
     before = numbers_of(linears)
-    matrix = Matrix(linears, torch.float32)
+    matrix = MergedLinear(linears, torch.float32)
     assert matrix.shape == (sum(rows), columns)
     assert torch.equal(matrix(), torch.cat(before))
     for mine, after, was in zip(matrix.apart(), numbers_of(linears), before, strict=True):
         assert torch.equal(mine, was)
         assert torch.equal(after, was)
     assert matrix().dtype == torch.float32
-    assert Matrix(linears, torch.bfloat16)().dtype == torch.bfloat16
+    assert MergedLinear(linears, torch.bfloat16)().dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_stored_twice(kind):
     linears = linears_of(kind, [256, 128, 64], 256)
-    matrix = Matrix(linears, torch.float32)
+    matrix = MergedLinear(linears, torch.float32)
     whole = matrix.whole.untyped_storage()
     assert all(m.weight.data.untyped_storage().data_ptr() == whole.data_ptr() for m in linears)
     if "double" in kind:

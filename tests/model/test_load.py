@@ -7,10 +7,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from common.config import Api, Base, Config, Lora, Window, load
-from common.decode import predict as decode
+from common.decode import predict
 from common.errors import UserError
-from common.model import load as model
+from common.model import load as module
 from common.model.load import (
+    PROBE,
+    AutoTokenizer,
+    _first_line,
     add_lora,
     compute_dtype,
     load_adapter,
@@ -46,7 +49,7 @@ def test_an_evaluation_pass_leaves_later_gradients_bit_equal(tiny_base):
     model = lora_model(tiny_base, "nf4").train()
     packed_loss(model, [trees])
     before = gradient(model)
-    decode.predict(model, tokenizer, trees, [], 3, progress=None)
+    predict.answer_trees(model, tokenizer, trees, [], 3, progress=None)
     packed_loss(model, [trees])
     assert torch.equal(before, gradient(model))
 
@@ -121,9 +124,9 @@ def test_a_new_adapter_is_as_configured_and_changes_nothing_yet(tiny_base):
 
 def test_a_system_is_its_base_its_adapter_or_a_new_one_of_its_seed(tiny_base, monkeypatch):
     done = []
-    monkeypatch.setattr(model, "load_base", lambda base, device: f"{base.path} on {device}")
-    monkeypatch.setattr(model, "load_adapter", lambda *args: done.append(args) or "trained")
-    monkeypatch.setattr(model, "add_lora", lambda *args: done.append(args) or SimpleNamespace(eval=lambda: "new"))
+    monkeypatch.setattr(module, "load_base", lambda base, device: f"{base.path} on {device}")
+    monkeypatch.setattr(module, "load_adapter", lambda *args: done.append(args) or "trained")
+    monkeypatch.setattr(module, "add_lora", lambda *args: done.append(args) or SimpleNamespace(eval=lambda: "new"))
     base, lora = Base("base"), Lora(rank=2)
     assert load_system(Config("x", base), "adapter", CPU) == "base on cpu"
     assert load_system(Config("x", base, lora=lora, seed=7), "adapter", CPU) == "trained"
@@ -187,7 +190,7 @@ def test_a_base_is_quantised_as_configured_and_frozen(tiny_base, quant, double, 
 )
 def test_text_is_cut_by_the_systems_own_tokenizer_unless_another_is_named(monkeypatch, config, loaded, own, cutter):
     asked: list[tuple] = []
-    monkeypatch.setattr(model, "load_tokenizer", lambda *args: asked.append(args) or str(len(asked) - 1))
+    monkeypatch.setattr(module, "load_tokenizer", lambda *args: asked.append(args) or str(len(asked) - 1))
     assert load_tokenizers(config) == (str(own), str(cutter))
     assert asked == loaded
 
@@ -195,9 +198,7 @@ def test_text_is_cut_by_the_systems_own_tokenizer_unless_another_is_named(monkey
 def test_a_tokenizer_without_eos_or_offsets_is_refused(monkeypatch):
     asked: list[tuple] = []
     made = SimpleNamespace(eos_token_id=0, is_fast=False)
-    monkeypatch.setattr(
-        model.AutoTokenizer, "from_pretrained", lambda *args, **more: asked.append((args, more)) or made
-    )
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **more: asked.append((args, more)) or made)
     with pytest.raises(UserError, match=r"base: its tokenizer has no tokenizer\.json"):
         load_tokenizer("base", "v2")
     assert asked == [(("base",), {"revision": "v2"})]
@@ -261,7 +262,7 @@ def test_random_weights_are_normal_as_the_config_says_norms_one_and_biases_zero(
 
 def test_a_tokenizers_fingerprint_is_the_hash_of_vocabulary_ids_text_and_eos(tiny_base):
     tokenizer = load_tokenizer(str(tiny_base))
-    ids = tokenizer(model.PROBE).input_ids
+    ids = tokenizer(PROBE).input_ids
     does = [sorted(tokenizer.get_vocab().items()), ids, tokenizer.decode(ids), 1]
     before = hashlib.sha256(json.dumps(does).encode()).hexdigest()
     assert tokenizer_sha256(tokenizer) == before
@@ -419,9 +420,9 @@ def test_what_a_base_lacks_is_named_and_counted(tiny_base, tmp_path):
 
 
 def test_of_what_a_library_says_the_first_line_is_told():
-    assert model._first_line(ValueError("\n one \ntwo")) == "one "
-    assert model._first_line(ValueError("x" * 201)) == "x" * 200
-    assert model._first_line(KeyError()) == "KeyError"
+    assert _first_line(ValueError("\n one \ntwo")) == "one "
+    assert _first_line(ValueError("x" * 201)) == "x" * 200
+    assert _first_line(KeyError()) == "KeyError"
 
 
 def test_smollm2_ends_answers_with_its_own_eos_and_pads_with_another_token(smollm2_base):

@@ -14,10 +14,10 @@ from common.model.memory import (
     LEAST_PASS_TOKENS,
     Decoding,
     Shapes,
+    available_bytes,
     choose,
     decoding,
     fit,
-    free,
 )
 from tests.conftest import ROOT
 
@@ -213,7 +213,7 @@ def test_every_term_of_decoding_is_as_counted_by_hand(pass_tokens, arena, vocabu
 def test_bytes_free_are_what_nobody_has_and_what_is_ours_less_a_tenth(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", {GPU: (100, 1000)}.get)
     monkeypatch.setattr(torch.cuda, "memory_reserved", {GPU: 51}.get)
-    assert free(GPU) == 135  # of 151
+    assert available_bytes(GPU) == 135  # of 151
 
 
 @pytest.mark.parametrize(

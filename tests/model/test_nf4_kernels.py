@@ -2,7 +2,8 @@
 
 import os
 
-from common.model.linears import FEW, Matrix
+from common.model.linears import MergedLinear
+from common.model.nf4 import FEW
 from tests.model.test_linears import linears_of, numbers_of
 
 import pytest
@@ -14,9 +15,9 @@ pytestmark = pytest.mark.triton
 @pytest.fixture(scope="module")
 def kernels():
     assert os.environ.get("TRITON_INTERPRET") == "1", "run these by `make test-kernels`"
-    from common.model import nf4_kernels as four_bit
+    from common.model import nf4_kernels
 
-    return four_bit
+    return nf4_kernels
 
 
 # one part of the columns; parts of other lengths, more ranks than a tile has; rows and columns as SmolLM2 has them
@@ -26,7 +27,7 @@ CASES = [(64, 64, 5, "nf4"), (128, 1088, 80, "nf4 double"), (192, 576, 16, "fp4 
 @pytest.mark.parametrize(("rows", "columns", "rank", "kind"), CASES)
 def test_kernels_dequantise_to_the_bit_and_multiply(kernels, rows, columns, rank, kind):
     linears = linears_of(kind, [rows], columns)
-    codes, (truth,) = Matrix(linears, torch.float32).codes, numbers_of(linears)
+    codes, (truth,) = MergedLinear(linears, torch.float32).codes, numbers_of(linears)
     assert kernels.readable(codes, (rows, columns))
     dense = kernels.dequantised(codes, (rows, columns), torch.float16)
     assert torch.equal(dense, truth.half())
@@ -51,5 +52,5 @@ def off(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("shape", "fits"), [((64, 64), True), ((32, 64), False), ((64, 96), False)])
 def test_matrices_of_other_sizes_are_left_to_bitsandbytes(kernels, shape, fits):
-    codes = Matrix(linears_of("nf4", [64], 64), torch.float32).codes
+    codes = MergedLinear(linears_of("nf4", [64], 64), torch.float32).codes
     assert kernels.readable(codes, shape) == fits

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 from common.config import Base, Lora, Window
 from common.data import plan, squad
-from common.data.prompt import Branch, Tree, build_trees
 from common.data.squad import Answer, Example
-from common.model import pack as packing
+from common.data.trees import Branch, Tree, build_trees
+from common.model import tree_mask
 from common.model.load import add_lora, load_base, load_tokenizer
-from common.model.pack import Layout, Room, by_tree, logits, pack, pack_logits, visible
+from common.model.pack import Layout, PadSizes, build_pack
+from common.model.tree_mask import by_tree, logits, pack_logits, visible
 from tests.conftest import ROOT
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 CPU = torch.device("cpu")
 
@@ -61,7 +63,7 @@ def packed_loss(model, packs: list[list[Tree]]) -> Tensor:
     """Sum over the answer tokens; its gradient is left in the model."""
     total = torch.zeros(())
     for members in packs:
-        batch = pack(members).to(model.device)
+        batch = build_pack(members).to(model.device)
         out = pack_logits(model, batch, batch.target_index)
         loss = cross_entropy(out.float(), batch.target_ids, reduction="sum")
         loss.backward()
@@ -100,7 +102,7 @@ def test_branch_gradients_equal_those_of_separate_rows(base, paragraphs, request
 def test_a_branch_does_not_change_when_another_branch_or_tree_does(tiny_base):
     trees, _ = short_trees(tiny_base, 2)
     model = lora_model(tiny_base).eval()
-    batch = pack(trees)
+    batch = build_pack(trees)
     mine = batch.layout.branch == 2  # of the first tree
     before = pack_logits(model, batch, mine.nonzero()[:, 0])
     others = (batch.layout.branch > 0) & ~mine | (batch.layout.tree > 0)
@@ -136,20 +138,20 @@ def test_split_trees_give_the_gradient_of_whole_ones(tiny_base):
 def test_attending_tree_by_tree_equals_attending_under_the_whole_mask(tiny_base, monkeypatch, n):
     trees, _ = short_trees(tiny_base, n)
     model = lora_model(tiny_base).eval()
-    batch = pack(trees)
-    attend, queries = packing.sdpa_attention_forward, []
+    batch = build_pack(trees)
+    attend, queries = sdpa_attention_forward, []
 
     def noted(module, query, *args, **kwargs):
         queries.append((query.shape[2], kwargs["scaling"]))
         return attend(module, query, *args, **kwargs)
 
-    monkeypatch.setattr(packing, "sdpa_attention_forward", noted)
+    monkeypatch.setattr(tree_mask, "sdpa_attention_forward", noted)
     by_trees = pack_logits(model, batch, batch.prompt_ends)
     sizes = [int((batch.layout.tree == t).sum()) for t in range(n)]
     assert queries == [(size, 0.25) for size in sizes] * 2, "a CPU attends tree by tree"  # heads of 16: 16 ** -0.5
     queries.clear()
     asked = []
-    monkeypatch.setattr(packing, "by_tree", lambda query, key: asked.append((query, key)))  # None: as on a GPU
+    monkeypatch.setattr(tree_mask, "by_tree", lambda query, key: asked.append((query, key)))  # None: as on a GPU
     torch.testing.assert_close(by_trees, pack_logits(model, batch, batch.prompt_ends), rtol=1e-5, atol=1e-5)
     assert (asked, queries) == ([(batch.layout, batch.layout)], [(batch.n_tokens, 0.25)] * 2)
 
@@ -164,7 +166,7 @@ def test_a_pass_is_given_its_cache_its_places_and_on_a_cpu_its_trees(monkeypatch
             passes.append(inputs)
             return SimpleNamespace(logits=torch.zeros(1, 2, 5))
 
-    batch, cache = pack(TWO), object()
+    batch, cache = build_pack(TWO), object()
     assert pack_logits(Model(), batch, batch.prompt_ends).shape == (2, 5)
     pack_logits(Model(), batch, batch.prompt_ends, cache)
     logits(Model(), batch.input_ids, batch.layout, batch.layout)
@@ -192,7 +194,7 @@ def test_rows_with_padding_in_front_are_masked_as_elsewhere(tiny_base):
 
 
 def test_an_adapter_computes_in_the_dtype_of_its_base(tiny_base):
-    batch = pack(short_trees(tiny_base, 2)[0])
+    batch = build_pack(short_trees(tiny_base, 2)[0])
     exact, half = (
         pack_logits(lora_model(tiny_base, dtype=dtype).eval(), batch, batch.target_index) for dtype in ("fp32", "bf16")
     )
@@ -203,7 +205,7 @@ def test_an_adapter_computes_in_the_dtype_of_its_base(tiny_base):
 def test_logits_of_a_pack_in_two_passes_are_those_of_one(tiny_base):
     model = lora_model(tiny_base).eval()
     trees, _ = short_trees(tiny_base, 2)
-    batch, some = pack(trees), len(trees[0].prefix_ids) + 5  # up to the middle of the second prefix
+    batch, some = build_pack(trees), len(trees[0].prefix_ids) + 5  # up to the middle of the second prefix
     first, rest = torch.arange(batch.n_tokens).split([some, batch.n_tokens - some])
     cache = DynamicCache()
     one = logits(model, batch.input_ids[first], batch.layout[first], batch.layout[first], cache=cache)
@@ -218,7 +220,7 @@ def test_logits_of_a_pack_in_two_passes_are_those_of_one(tiny_base):
 def test_visibility_is_the_prefix_and_the_own_branch_up_to_oneself():
     tree_1 = Tree([10, 11], (Branch("a", [1, 2], [3, 9]), Branch("b", [4], [5, 9])))
     tree_2 = Tree([12], (Branch("c", [6], [7, 9]),))
-    batch = pack([tree_1, tree_2])
+    batch = build_pack([tree_1, tree_2])
     #                               prefixes         a        b     c
     assert batch.input_ids.tolist() == [10, 11, 12, 1, 2, 3, 4, 5, 6, 7]
     assert batch.layout.position.tolist() == [0, 1, 0, 2, 3, 4, 2, 3, 1, 2]
@@ -255,7 +257,7 @@ def lists(values: dict) -> dict:
 
 
 def test_a_pack_is_laid_out_like_this():
-    batch = pack(TWO)
+    batch = build_pack(TWO)
     assert batch.input_ids.tolist() == TWO_IDS
     assert lists(vars(batch.layout)) == {
         "tree": [0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1],
@@ -279,7 +281,7 @@ def test_a_pack_is_laid_out_like_this():
 
 
 def test_a_pack_to_decode_has_nothing_to_learn():
-    batch = pack([tokens(1, 2, (2, 0), (1, 0))])
+    batch = build_pack([tokens(1, 2, (2, 0), (1, 0))])
     assert batch.input_ids.tolist() == [190, 190, 100, 100, 110]
     assert batch.prompt_ends.tolist() == [3, 4]
     assert [x.tolist() for x in (batch.target_index, batch.target_ids, batch.target_share)] == [[], [], []]
@@ -287,7 +289,7 @@ def test_a_pack_to_decode_has_nothing_to_learn():
 
 
 def test_a_pack_keeps_each_branch_by_its_tree_and_number():
-    batch = pack(TWO)
+    batch = build_pack(TWO)
     some = batch.layout[torch.tensor([3, 8])]
     assert lists(vars(some)) == {"tree": [1, 0], "branch": [0, 2], "position": [0, 3]}
     assert lists(vars(some.next())) == {"tree": [1, 0], "branch": [0, 2], "position": [1, 4]}
@@ -296,7 +298,7 @@ def test_a_pack_keeps_each_branch_by_its_tree_and_number():
 
 
 def test_a_pack_moves_to_a_device_whole():
-    batch = pack(TWO)
+    batch = build_pack(TWO)
     moved = batch.to(torch.device("meta"))
     assert {x.device.type for x in moved.tensors()} == {"meta"}
     assert moved.shape == batch.shape
@@ -310,11 +312,11 @@ def test_a_pack_moves_to_a_device_whole():
 
 # ---- padding -------------------------------------------------------------------------------------------------------
 
-ROOM = Room(tokens=(8, 16, 32), trees=3, spans=7, answers=9, longest=(6, 4, 9))  # TWO has 13, 2, 5, 6, (4, 3, 5)
+ROOM = PadSizes(tokens=(8, 16, 32), trees=3, spans=7, answers=9, longest=(6, 4, 9))  # TWO has 13, 2, 5, 6, (4, 3, 5)
 
 
 def test_padding_is_seen_by_no_token_and_asks_for_nothing():
-    batch = pack(TWO)
+    batch = build_pack(TWO)
     padded = ROOM.pad(batch)
     assert padded.input_ids.tolist() == [*TWO_IDS, 0, 0, 0]
     for name, before, more in (("tree", batch.layout.tree, -1), ("branch", batch.layout.branch, 0),
@@ -349,12 +351,12 @@ def test_padding_is_seen_by_no_token_and_asks_for_nothing():
 )
 def test_what_does_not_fit_is_not_padded(change):
     fits = change.pop("fits")
-    assert replace(ROOM, **change).pad(pack(TWO)) is None
-    assert replace(ROOM, **fits).pad(pack(TWO)) is not None
+    assert replace(ROOM, **change).pad(build_pack(TWO)) is None
+    assert replace(ROOM, **fits).pad(build_pack(TWO)) is not None
 
 
 def test_a_pack_is_padded_to_the_least_size_that_holds_it_or_the_one_asked_for():
-    batch = pack(TWO)
+    batch = build_pack(TWO)
     for sizes, size, length in (
         ((8, 16, 32), None, 16), ((8, 13, 16), None, 13), ((8, 16, 32), 32, 32), ((8,), 13, 13), ((8,), 21, 21),
     ):  # fmt: skip
@@ -364,7 +366,7 @@ def test_a_pack_is_padded_to_the_least_size_that_holds_it_or_the_one_asked_for()
 
 def test_trees_that_fit_no_pack_together_are_shared_out():
     trees = [tokens(i, 3, (2, 1)) for i in range(5)]  # 5 tokens each
-    room = Room(tokens=(8, 16), trees=3, spans=7, answers=9, longest=(6, 4, 9))
+    room = PadSizes(tokens=(8, 16), trees=3, spans=7, answers=9, longest=(6, 4, 9))
     packs = room.packs(trees)
     assert [p.ids for p in packs] == [["00", "20", "40"], ["10", "30"]]
     assert [len(p.input_ids) for p in packs] == [16, 16]
@@ -374,44 +376,47 @@ def test_trees_that_fit_no_pack_together_are_shared_out():
 
 
 def test_a_room_holds_its_packs_and_some_more():
-    packs = [pack([tokens(1, 300, (40, 9), (5, 80)), tokens(2, 20, (8, 3))]), pack([tokens(3, 100, (30, 40))])]
+    packs = [
+        build_pack([tokens(1, 300, (40, 9), (5, 80)), tokens(2, 20, (8, 3))]),
+        build_pack([tokens(3, 100, (30, 40))]),
+    ]
     # tokens 300 + 48 + 84 + 20 + 10 = 462 and 169; answers 92 and 40; longest 300, 300, 132 and 100, 100, 69
-    assert Room.of(packs, 600) == Room(
+    assert PadSizes.of(packs, 600) == PadSizes(
         tokens=(256, 512, 640),
         trees=8,  # 2 x 1.15, in eights
         spans=8,
         answers=128,  # 105.8, in sixty-fours
         longest=(384, 384, 192),  # 345, 345, 151.8
     )
-    assert Room.of(packs[1:], 100).tokens == (128, 256)
+    assert PadSizes.of(packs[1:], 100).tokens == (128, 256)
     for prefix, longest in ((1113, 1280), (1114, 1344)):  # 1279.95 and 1281.1
-        assert Room.of([pack([tokens(1, prefix, (1, 1))])], 64).longest == (longest, longest, 64)
+        assert PadSizes.of([build_pack([tokens(1, prefix, (1, 1))])], 64).longest == (longest, longest, 64)
     for prefix, branches, longest in (
         (100, [(300, 1), (5, 80)], (384, 128, 448)),
         (100, [(9, 1)] * 9, (128, 128, 128)),
     ):
         assert (
-            Room.of([pack([tokens(1, prefix, *branches)])], 64).longest == longest
+            PadSizes.of([build_pack([tokens(1, prefix, *branches)])], 64).longest == longest
         )  # of 345, 115, 441.6; 115, 115, 93
-    few = Room.of([pack([tokens(i, 1, (1, 2)) for i in range(6)])], 64)
+    few = PadSizes.of([build_pack([tokens(i, 1, (1, 2)) for i in range(6)])], 64)
     assert (few.trees, few.spans) == (8, 16)  # 6.9 and 13.8
-    many = pack([tokens(i, 1, *[(1, 2)] * 5) for i in range(7)])
-    assert (Room.of([many], 64).trees, Room.of([many], 64).spans) == (16, 56)  # 8.05 and 48.3
+    many = build_pack([tokens(i, 1, *[(1, 2)] * 5) for i in range(7)])
+    assert (PadSizes.of([many], 64).trees, PadSizes.of([many], 64).spans) == (16, 56)  # 8.05 and 48.3
 
 
 def test_a_room_has_at_most_twelve_sizes_of_tokens():
     def packs(sizes):
-        return [pack([tokens(1, size - 1, (1, 1))]) for size in sizes]
+        return [build_pack([tokens(1, size - 1, (1, 1))]) for size in sizes]
 
     twelve = [128 * i for i in range(1, 13)]
-    assert Room.of(packs(twelve), 1).tokens == tuple(twelve)
-    assert Room.of(packs(twelve), 1537).tokens == (256, 512, 768, 1024, 1280, 1536, 1792)
-    assert Room.of(packs([1, 128, 129, 255]), 250).tokens == (128, 256)
+    assert PadSizes.of(packs(twelve), 1).tokens == tuple(twelve)
+    assert PadSizes.of(packs(twelve), 1537).tokens == (256, 512, 768, 1024, 1280, 1536, 1792)
+    assert PadSizes.of(packs([1, 128, 129, 255]), 250).tokens == (128, 256)
 
 
 def test_loss_is_on_the_answer_and_eos_and_nothing_else(tiny_base):
     trees, tokenizer = short_trees(tiny_base, 3)
-    batch = pack(trees)
+    batch = build_pack(trees)
     answers = [branch.answer_ids for tree in trees for branch in tree.branches]
     assert batch.target_ids.tolist() == [token for answer in answers for token in answer]
     assert [share.sum().item() for share in batch.target_share.split([len(a) for a in answers])] == (
@@ -436,7 +441,7 @@ def test_scattered_keys_of_a_tree_are_all_found():
 
 def test_logits_need_a_tree_mask_for_every_query(tiny_base):
     model = lora_model(tiny_base).eval()
-    batch = pack(short_trees(tiny_base, 1)[0])
+    batch = build_pack(short_trees(tiny_base, 1)[0])
     one = batch.layout[batch.prompt_ends]
     out = logits(model, batch.input_ids[batch.prompt_ends], one, one)  # each sees only itself here
     assert out.shape == (len(batch.ids), model.config.vocab_size)

@@ -7,19 +7,10 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+from common import files
 from common.errors import UserError
-from common.runs import checkpoint
-from common.runs.checkpoint import (
-    load_state,
-    load_training,
-    recover,
-    replacing,
-    save,
-    unchanged,
-    verified,
-    verify,
-    weights_sha256,
-)
+from common.files import SUMS, beside, recover, replacing
+from common.runs.checkpoint import load_state, load_training, save, unchanged, verified, verify, weights_sha256
 
 import pytest
 import torch
@@ -96,7 +87,7 @@ def test_only_the_training_mends_its_folder(tmp_path):
 def test_damage_is_noticed(tmp_path, harm):
     folder = tmp_path / "last"
     write(folder, '{"step": 1}')
-    file, sums = folder / "state.json", folder / checkpoint.SUMS
+    file, sums = folder / "state.json", folder / SUMS
     if harm == "flip":
         file.write_text('{"step": 7}')
     elif harm == "truncate":
@@ -113,7 +104,7 @@ def test_damage_is_noticed(tmp_path, harm):
 
 def test_sums_are_in_the_format_of_sha256sum(tmp_path):
     write(tmp_path / "last", '{"step": 1}')
-    subprocess.run(["sha256sum", "--check", "--quiet", checkpoint.SUMS], cwd=tmp_path / "last", check=True)
+    subprocess.run(["sha256sum", "--check", "--quiet", SUMS], cwd=tmp_path / "last", check=True)
 
 
 def test_every_file_is_on_the_disk_before_the_folder_gets_its_name(tmp_path, monkeypatch):
@@ -131,7 +122,7 @@ def test_every_file_is_on_the_disk_before_the_folder_gets_its_name(tmp_path, mon
         return rename(self, target)
 
     write(tmp_path / "last", "before")
-    monkeypatch.setattr(checkpoint.os, "fsync", flushed)
+    monkeypatch.setattr(files.os, "fsync", flushed)
     monkeypatch.setattr(Path, "rename", renamed)
     with replacing(tmp_path / "last") as new:
         (new / "inner").mkdir()
@@ -199,7 +190,7 @@ def test_what_a_crash_between_the_renames_left_is_the_previous_one_when_the_next
 
 
 def test_a_folder_is_written_beside_itself():
-    assert checkpoint.beside(Path("runs/x/best")) == (Path("runs/x/best.partial"), Path("runs/x/best.old"))
+    assert beside(Path("runs/x/best")) == (Path("runs/x/best.partial"), Path("runs/x/best.old"))
 
 
 def test_the_damaged_file_is_named_and_what_to_do(tmp_path):

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from common import device as device_module
+from common.device import describe_device, out_of_memory, pick_device
 from common.errors import UserError
-from common.runs import gauges as meter
-from common.runs import nvml
+from common.runs import gauges, nvml
 from tests.conftest import ROOT
 
 import numpy as np
@@ -24,30 +25,30 @@ CPU = torch.device("cpu")
 
 def test_peak_resident_memory_is_in_bytes_and_no_less_than_what_is_held():
     held = np.ones(8 * 2**20)  # 64 MiB
-    now, peak = psutil.Process().memory_info().rss, meter.peaks(CPU)["rss_bytes"]
+    now, peak = psutil.Process().memory_info().rss, gauges.peaks(CPU)["rss_bytes"]
     assert held.nbytes < 0.9 * now < peak < psutil.virtual_memory().total
-    assert meter.peaks(CPU)["allocated_bytes"] is None
+    assert gauges.peaks(CPU)["allocated_bytes"] is None
 
 
 def test_an_earlier_part_of_the_run_counts_among_the_peaks():
-    before = meter.peaks(CPU) | {"rss_bytes": 2**60}
-    assert meter.peaks(CPU, before) == before
-    assert meter.peaks(CPU, {})["rss_bytes"] < 2**60
+    before = gauges.peaks(CPU) | {"rss_bytes": 2**60}
+    assert gauges.peaks(CPU, before) == before
+    assert gauges.peaks(CPU, {})["rss_bytes"] < 2**60
 
 
 def test_a_cpu_has_no_nvml_figures(tmp_path):
-    with meter.nvml_sampler(CPU, tmp_path / "gauges.json") as begin:
+    with gauges.nvml_sampler(CPU, tmp_path / "gauges.json") as begin:
         begin("phase")
     assert not list(tmp_path.iterdir())
 
 
 def test_the_clock_runs_forward():
-    assert meter.now(CPU) < meter.now(CPU)
+    assert gauges.now(CPU) < gauges.now(CPU)
 
 
 def test_a_cpu_is_named_with_its_threads():
-    assert meter.describe(CPU)["name"].startswith("CPU ")
-    assert meter.describe(CPU)["threads"] == torch.get_num_threads()
+    assert describe_device(CPU)["name"].startswith("CPU ")
+    assert describe_device(CPU)["threads"] == torch.get_num_threads()
 
 
 # ---- the clock and torch's gauges, of a GPU that is made up --------------------------------------------------------
@@ -71,8 +72,8 @@ def cuda(monkeypatch):
     gpu = SimpleNamespace(name="A GPU", total_memory=int(79.26 * 2**30), uuid=uuid)
     answers("get_device_properties", gpu)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(meter.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss={0: 90}[who]))
-    monkeypatch.setattr(meter.time, "perf_counter", lambda: (asked.append("clock"), 12.5)[1])
+    monkeypatch.setattr(gauges.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss={0: 90}[who]))
+    monkeypatch.setattr(gauges.time, "perf_counter", lambda: (asked.append("clock"), 12.5)[1])
     return asked
 
 
@@ -80,49 +81,49 @@ GPU = torch.device("cuda", 3)
 
 
 def test_the_device_is_this_processs_gpu_or_the_cpu(cuda, monkeypatch):
-    assert meter.pick_device() == GPU
+    assert pick_device() == GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert meter.pick_device() == CPU
+    assert pick_device() == CPU
 
 
 def test_the_clock_is_read_after_the_device_has_finished(cuda):
-    assert meter.now(GPU) == 12.5
+    assert gauges.now(GPU) == 12.5
     assert cuda == [("synchronize", GPU), "clock"]
     cuda.clear()
-    assert meter.now(CPU) == 12.5
+    assert gauges.now(CPU) == 12.5
     assert cuda == ["clock"]
 
 
 def test_a_gpu_is_described_with_its_memory(cuda):
-    assert meter.describe(GPU) == {"name": "A GPU", "memory_gib": 79.3, "cuda": "13.0"}
+    assert describe_device(GPU) == {"name": "A GPU", "memory_gib": 79.3, "cuda": "13.0"}
     assert ("get_device_properties", GPU) in cuda
 
 
 def test_a_gpus_peaks_are_of_torchs_allocator_and_of_the_process(cuda):
-    assert meter.peaks(GPU) == {"allocated_bytes": 500, "reserved_bytes": 700, "rss_bytes": 90 * 1024}
+    assert gauges.peaks(GPU) == {"allocated_bytes": 500, "reserved_bytes": 700, "rss_bytes": 90 * 1024}
     assert ("max_memory_allocated", GPU) in cuda
     assert ("max_memory_reserved", GPU) in cuda
     before = {"allocated_bytes": 600, "reserved_bytes": 650, "rss_bytes": None}
-    assert meter.peaks(GPU, before) == {"allocated_bytes": 600, "reserved_bytes": 700, "rss_bytes": 90 * 1024}
-    assert meter.peaks(CPU, before) == {"allocated_bytes": None, "reserved_bytes": None, "rss_bytes": 90 * 1024}
+    assert gauges.peaks(GPU, before) == {"allocated_bytes": 600, "reserved_bytes": 700, "rss_bytes": 90 * 1024}
+    assert gauges.peaks(CPU, before) == {"allocated_bytes": None, "reserved_bytes": None, "rss_bytes": 90 * 1024}
 
 
 def test_another_system_counts_resident_memory_in_bytes(cuda, monkeypatch):
-    monkeypatch.setattr(meter.sys, "platform", "darwin")
-    assert meter.peaks(CPU)["rss_bytes"] == 90
+    monkeypatch.setattr(gauges.sys, "platform", "darwin")
+    assert gauges.peaks(CPU)["rss_bytes"] == 90
 
 
 def test_peaks_are_reset_on_a_gpu_alone(cuda):
-    meter.reset_peaks(CPU)
+    gauges.reset_peaks(CPU)
     assert cuda == []
-    meter.reset_peaks(GPU)
+    gauges.reset_peaks(GPU)
     assert cuda == [("reset_peak_memory_stats", GPU)]
 
 
 def test_seconds_lie_between_two_marks(cuda, monkeypatch):
     times = iter([10.0, 12.5])
-    monkeypatch.setattr(meter.time, "perf_counter", lambda: next(times))
-    assert meter.between(meter.mark(CPU), meter.mark(CPU)) == 2.5
+    monkeypatch.setattr(gauges.time, "perf_counter", lambda: next(times))
+    assert gauges.between(gauges.mark(CPU), gauges.mark(CPU)) == 2.5
 
     class Event:
         def __init__(self, enable_timing):
@@ -137,7 +138,7 @@ def test_seconds_lie_between_two_marks(cuda, monkeypatch):
 
     marks = iter([100.0, 350.0])
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    assert meter.between(meter.mark(GPU), meter.mark(GPU)) == 0.25
+    assert gauges.between(gauges.mark(GPU), gauges.mark(GPU)) == 0.25
 
 
 @pytest.mark.parametrize(
@@ -148,13 +149,13 @@ def test_seconds_lie_between_two_marks(cuda, monkeypatch):
     ],
 )
 def test_running_out_of_memory_says_what_to_lower(error, message):
-    with pytest.raises(UserError) as found, meter.out_of_memory("lower x"):
+    with pytest.raises(UserError) as found, out_of_memory("lower x"):
         raise error
     assert str(found.value) == message
 
 
 def test_what_is_no_lack_of_memory_is_left_alone():
-    with pytest.raises(RuntimeError, match="shapes differ"), meter.out_of_memory("lower x"):
+    with pytest.raises(RuntimeError, match="shapes differ"), out_of_memory("lower x"):
         raise RuntimeError("shapes differ")
 
 
@@ -193,13 +194,13 @@ def sampler(cuda, monkeypatch):
             assert found.closed, "it would be waited for in vain"
             found.waited = True
 
-    monkeypatch.setattr(meter.subprocess, "Popen", Process)
+    monkeypatch.setattr(gauges.subprocess, "Popen", Process)
     return found
 
 
 def test_a_gpu_is_sampled_by_a_process_of_its_own(sampler, cuda, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with meter.nvml_sampler(GPU, Path("gauges.json")) as begin:
+    with gauges.nvml_sampler(GPU, Path("gauges.json")) as begin:
         begin("load")
         assert sampler.flushed
         begin("warm up")
@@ -214,13 +215,13 @@ def test_a_gpu_is_sampled_by_a_process_of_its_own(sampler, cuda, monkeypatch, tm
 
 def test_a_sampler_that_has_died_breaks_nothing(sampler, tmp_path):
     sampler.broken = True
-    with meter.nvml_sampler(GPU, tmp_path / "gauges.json") as begin:
+    with gauges.nvml_sampler(GPU, tmp_path / "gauges.json") as begin:
         begin("load")
     assert sampler.closed
 
 
 def test_a_sampler_ends_with_a_body_that_fails(sampler, tmp_path):
-    with pytest.raises(ValueError, match="no"), meter.nvml_sampler(GPU, tmp_path / "gauges.json"):
+    with pytest.raises(ValueError, match="no"), gauges.nvml_sampler(GPU, tmp_path / "gauges.json"):
         raise ValueError("no")
     assert sampler.waited
 
@@ -241,11 +242,11 @@ def test_a_cpu_has_the_name_that_the_kernel_says_or_its_kind(monkeypatch, cpuinf
         return cpuinfo
 
     monkeypatch.setattr(Path, "read_text", read)
-    monkeypatch.setattr(meter.platform, "processor", lambda: "arm")
-    monkeypatch.setattr(meter.platform, "machine", lambda: "aarch64")
-    assert meter.describe(CPU)["name"] == f"CPU {name}"
-    monkeypatch.setattr(meter.platform, "processor", lambda: "")
-    assert meter.describe(CPU)["name"] == f"CPU {'aarch64' if name == 'arm' else name}"
+    monkeypatch.setattr(device_module.platform, "processor", lambda: "arm")
+    monkeypatch.setattr(device_module.platform, "machine", lambda: "aarch64")
+    assert describe_device(CPU)["name"] == f"CPU {name}"
+    monkeypatch.setattr(device_module.platform, "processor", lambda: "")
+    assert describe_device(CPU)["name"] == f"CPU {'aarch64' if name == 'arm' else name}"
 
 
 # ---- what NVML says ------------------------------------------------------------------------------------------------

@@ -14,17 +14,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench_latency
 import eval_loop
 import train_loop
 from common.errors import UserError
-from common.runs import checkpoint, ranks
-from common.runs import launch as launch_module
+from common.runs import checkpoint, launch, ranks
 from tests.test_train_loop import metrics
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 forks = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that holds a GPU cannot be forked")
 
@@ -210,11 +212,11 @@ def test_what_a_launch_died_of_is_one_line(monkeypatch, capsys, ended, said, cod
         failures = {rank: ProcessFailure(rank, rank, exitcode, "") for rank, (exitcode, _) in ended.items()}
         for rank, failure in failures.items():
             failure.timestamp = ended[rank][1]
-        raise launch_module.ChildFailedError("train_loop.py", failures)
+        raise ChildFailedError("train_loop.py", failures)
 
-    monkeypatch.setattr(launch_module.run, "run", failed)
+    monkeypatch.setattr(torchrun, "run", failed)
     with pytest.raises(SystemExit) as stop:
-        launch_module.main(["2", "train_loop.py"])
+        launch.main(["2", "train_loop.py"])
     assert stop.value.code == code
     assert capsys.readouterr().err == f"{said}, and the others with it\n"
 
@@ -226,28 +228,28 @@ def test_what_a_launch_died_of_is_one_line(monkeypatch, capsys, ended, said, cod
 def test_a_launch_shares_the_cores_out_and_gives_ranks_time_to_save(monkeypatch, cores, processes, set_before, threads):
     monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": set_before} if set_before else {})
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(launch_module.run, "parse_args", lambda words: words)
+    monkeypatch.setattr(torchrun, "parse_args", lambda words: words)
     started: list[list[str]] = []
-    monkeypatch.setattr(launch_module.run, "run", started.append)
-    launch_module.main([processes, "train_loop.py", "--fresh", "x=1"])
+    monkeypatch.setattr(torchrun, "run", started.append)
+    launch.main([processes, "train_loop.py", "--fresh", "x=1"])
     assert started == [["--standalone", f"--nproc-per-node={processes}", "train_loop.py", "--fresh", "x=1"]]
     assert os.environ == {"OMP_NUM_THREADS": threads, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "110"}
 
 
 def test_a_launch_that_is_told_to_end_exits_as_its_ranks_do(monkeypatch):
     def told(*_):
-        raise launch_module.SignalException("told", signal.SIGTERM)
+        raise SignalException("told", signal.SIGTERM)
 
-    monkeypatch.setattr(launch_module.run, "run", told)
+    monkeypatch.setattr(torchrun, "run", told)
     with pytest.raises(SystemExit) as stop:
-        launch_module.main(["2", "train_loop.py"])
+        launch.main(["2", "train_loop.py"])
     assert stop.value.code == 143
 
 
 @pytest.mark.parametrize("words", [[], ["2"], ["0", "x.py"], ["x", "y.py"], ["²", "y.py"]])
 def test_a_launch_of_nothing_says_what_it_wants(words):
     with pytest.raises(UserError, match=r"PROCESSES=.*how many processes, 1 or more"):
-        launch_module.main(words)
+        launch.main(words)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -299,7 +301,6 @@ def test_whoever_asks_takes_the_next_item_and_each_item_is_of_one(monkeypatch, t
 
 
 def test_single_queries_are_not_timed_by_several_processes(tiny_config, monkeypatch):
-    import bench_latency
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="timed by one process"):

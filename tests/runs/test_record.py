@@ -16,6 +16,7 @@ from common.config import load
 from common.data import prompt
 from common.data.squad import Answer, Dataset, Example
 from common.errors import UserError
+from common.files import write_text
 from common.runs import record
 from tests.conftest import ROOT
 
@@ -381,10 +382,10 @@ def test_a_named_adapter_wins_and_must_exist(config, tmp_path):
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
-    record.write_text(tmp_path / "file", "old")
+    write_text(tmp_path / "file", "old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        record.write_text(tmp_path / "file", "new")
+        write_text(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "old"
 
 
@@ -395,7 +396,7 @@ def test_a_folder_that_cannot_be_made_is_a_users_error(config, tmp_path):
 
 
 def test_a_write_is_whole_and_leaves_nothing_beside_it(tmp_path):
-    record.write_text(tmp_path / "file.json", "é")
+    write_text(tmp_path / "file.json", "é")
     assert (tmp_path / "file.json").read_bytes() == "é".encode()
     assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
 
@@ -405,12 +406,12 @@ def test_files_are_utf_8_whatever_the_locale_says(config):
     locale.setlocale(locale.LC_CTYPE, "C")  # which has no é
     try:
         run = record.new_run(config(), "eval")
-        record.write_text(run / "metrics.jsonl", '{"text": "é"}\n')
+        write_text(run / "metrics.jsonl", '{"text": "é"}\n')
         row = {"id": "é", "text": "é", "em": True, "f1": 1.0, "hit_limit": False}
-        record.write_text(run / "questions.jsonl", json.dumps(row, ensure_ascii=False) + "\n")
+        write_text(run / "questions.jsonl", json.dumps(row, ensure_ascii=False) + "\n")
         written = record.write(run, config(), "eval", DATA, {"name": "é"}, {"n": 1})
         path = run / "record.json"
-        record.write_text(path, json.dumps(written, ensure_ascii=False))
+        write_text(path, json.dumps(written, ensure_ascii=False))
         assert record.read_one(path)["may_differ"]["device"] == {"name": "é"}
         assert record.read_metrics(run) == [{"text": "é"}]
         assert record.read_questions(written)["é"]["text"] == "é"
@@ -421,7 +422,7 @@ def test_files_are_utf_8_whatever_the_locale_says(config):
 def test_a_write_goes_beside_the_file_until_it_is_whole(tmp_path, monkeypatch):
     moved = []
     monkeypatch.setattr(os, "replace", lambda *names: moved.append(names))
-    record.write_text(tmp_path / "file.json", "new")
+    write_text(tmp_path / "file.json", "new")
     assert moved == [(tmp_path / "file.json.partial", tmp_path / "file.json")]
 
 

@@ -4,10 +4,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from common.config import load
+from common.config import Rules, load
 from common.errors import UserError
-from common.runs import regression as gate
-from common.runs.regression import Check, Rules
+from common.runs import regression
+from common.runs.regression import Check
 from tests.metrics.test_stats import robust
 
 import numpy as np
@@ -80,12 +80,12 @@ def compared_times(monkeypatch):
         asked.append(of)
         return 9.0, bounds[-1] if bounds else 1.0
 
-    monkeypatch.setattr(gate, "slower", slower)
+    monkeypatch.setattr(regression, "slower", slower)
     return asked, bounds
 
 
 def alarms(accepted: Path, new: Path, rules: Rules = RULES) -> dict[str, str]:
-    return {check.what: check.words for check in gate.compare(accepted, new, rules) if not check.fine}
+    return {check.what: check.words for check in regression.compare(accepted, new, rules) if not check.fine}
 
 
 # ---- EM and F1 -----------------------------------------------------------------------------------------------------
@@ -100,13 +100,13 @@ def test_accuracy_is_an_alarm_where_a_test_by_articles_is_sure_of_more_than_the_
     rules = Rules(**{f"{what}_margin": margin})
     words = f"{what.upper()} {100 * mean:+.2f} over 1 seeds; p of more than {margin:g} lower {p:.2g}"
     for factor, fine in ((0.9999, True), (1.0001, False)):  # EM and F1: two tests share the level
-        checks = gate.compare(accepted, new, replace(rules, false_alarms=2 * p * factor))
+        checks = regression.compare(accepted, new, replace(rules, false_alarms=2 * p * factor))
         assert [check for check in checks if check.what == what] == [Check("s", what, fine, words)]
 
 
 def test_what_is_exactly_as_sure_as_is_asked_is_no_alarm(both, monkeypatch):
     accepted, new = (evaluated(folder, i) for i, folder in enumerate(both))
-    monkeypatch.setattr(gate, "worse", lambda *of: 0.0005)
+    monkeypatch.setattr(regression, "worse", lambda *of: 0.0005)
     assert alarms(accepted, new) == {}
     assert alarms(accepted, new, Rules(false_alarms=0.0010001)).keys() == {"em", "f1"}
 
@@ -115,7 +115,7 @@ def test_seeds_are_judged_by_each_questions_mean_over_them(both):
     for i, folder in enumerate(both):
         evaluated(folder, i)
         evaluated(folder, i, em=SAME, seed=1)
-    (em, f1, _) = gate.compare(*both, RULES)
+    (em, f1, _) = regression.compare(*both, RULES)
     for check, table, share in ((em, EM, 0.5), (f1, F1, 1)):
         mean, error, df = robust({article: [share * (b - a) for a, b in rows] for article, rows in table.items()})
         p = special.stdtr(df, (mean + 0.005) / error)
@@ -130,7 +130,7 @@ def test_a_seed_that_was_asked_more_questions_adds_them(both):
     both_seeds = {article: [(b - a) / 2 for a, b in rows] for article, rows in (EM | more["em"]).items()}
     mean, error, df = robust(both_seeds)
     words = f"EM {100 * mean:+.2f} over 2 seeds; p of more than 0.5 lower "
-    assert gate.compare(*both, RULES)[0].words == f"{words}{special.stdtr(df, (mean + 0.005) / error):.2g}"
+    assert regression.compare(*both, RULES)[0].words == f"{words}{special.stdtr(df, (mean + 0.005) / error):.2g}"
 
 
 @pytest.mark.parametrize(
@@ -145,12 +145,12 @@ def test_two_articles_at_least_make_a_test_by_articles(both, articles, clusters)
     accepted, new = (evaluated(folder, i, em=em, f1=f1) for i, folder in enumerate(both))
     mean, error, df = robust({str(i): [b - a for a, b in rows] for i, rows in enumerate(clusters)})
     p = special.stdtr(df, (mean + 0.005) / error)
-    assert gate.compare(accepted, new, RULES)[0].words.endswith(f"p of more than 0.5 lower {p:.2g}")
+    assert regression.compare(accepted, new, RULES)[0].words.endswith(f"p of more than 0.5 lower {p:.2g}")
 
 
 def test_random_weights_have_no_accuracy_to_judge(both):
     accepted, new = (evaluated(folder, i, accuracy=None) for i, folder in enumerate(both))
-    assert [check.what for check in gate.compare(accepted, new, RULES)] == ["memory of eval"]
+    assert [check.what for check in regression.compare(accepted, new, RULES)] == ["memory of eval"]
 
 
 # ---- p95 -----------------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_the_times_of_single_queries_of_every_process_and_seed_are_compared(both
     for i, folder in enumerate(both):
         timed(folder, [1.0 + i, 2.0, 3.0], [4.0, 5.0, 6.0 + i], ids=("x", "y", "z"))
         timed(folder, [7.0, 8.0 + i, 9.0], ids=("x", "y", "z"), seed=1)
-    gate.compare(*both, Rules(false_alarms=0.002))
+    regression.compare(*both, Rules(false_alarms=0.002))
     ((old, new, q, alpha),) = compared_times[0]
     assert sorted(old) == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
     assert sorted(new) == [[2, 2, 3], [4, 5, 7], [7, 9, 9]]
@@ -172,7 +172,7 @@ def test_p95_is_an_alarm_by_its_bound_and_not_by_the_ratio(both, compared_times,
     compared_times[1].append(bound)
     accepted, new = (timed(folder) for folder in both)
     words = f"p95 9.000 times as long, at least {bound:.3f}; 1.25 is allowed"
-    assert gate.compare(accepted, new, Rules(p95_ratio=1.25))[0] == Check("s", "p95", fine, words)
+    assert regression.compare(accepted, new, Rules(p95_ratio=1.25))[0] == Check("s", "p95", fine, words)
 
 
 @pytest.mark.parametrize(("apart", "alarm"), [(0.1, False), (0.02, True)])
@@ -189,16 +189,16 @@ def test_a_timings_words_say_how_busy_the_host_was(both, tmp_path, compared_time
     accepted, new = (timed(timed(folder, load=1 + 9 * i), load=2.5 + 9 * i, seed=1) for i, folder in enumerate(both))
     older = timed(timed(tmp_path / "older", seed=1), load=None)
     words = "p95 9.000 times as long, at least 1.000; 1.1 is allowed"
-    assert gate.compare(accepted, new, RULES)[0].words == f"{words}; load of the host up to 11.5, then 2.5"
+    assert regression.compare(accepted, new, RULES)[0].words == f"{words}; load of the host up to 11.5, then 2.5"
     for before, after in ((accepted, older), (older, new)):
-        assert gate.compare(before, after, RULES)[0].words == words
+        assert regression.compare(before, after, RULES)[0].words == words
 
 
 def test_other_queries_are_no_comparison(both):
     accepted = timed(both[0], USUAL, USUAL)
     new = timed(both[1], USUAL, [*USUAL, 1, 2, 3])
     words = "other queries were timed than then (103, then 100): bench.queries=100 asks as many again; "
-    assert gate.compare(accepted, new, RULES) == [
+    assert regression.compare(accepted, new, RULES) == [
         Check("s", "comparable", False, words + "or accept what is new"),
         Check("s", "memory of bench", True, "peak of bench 1,000 MiB, +0; 256 more are allowed"),
     ]
@@ -209,19 +209,19 @@ def test_times_of_another_device_are_no_comparison_and_neither_is_their_memory(b
         timed(folder, USUAL * (1 + 9 * i), device=("a card", "z card")[i])
         timed(folder, USUAL, seed=1, device=("a card", "b card")[i], mib=9000)
     words = "timed on b card, z card, accepted on a card"
-    assert gate.compare(*both, RULES) == [Check("s", "comparable", False, words)]
+    assert regression.compare(*both, RULES) == [Check("s", "comparable", False, words)]
 
 
 def test_accuracy_of_another_device_is_compared(both):
     accepted, new = (evaluated(folder, 0, device=f"card {i}") for i, folder in enumerate(both))
-    assert [check.what for check in gate.compare(accepted, new, RULES)] == ["em", "f1", "memory of eval"]
+    assert [check.what for check in regression.compare(accepted, new, RULES)] == ["em", "f1", "memory of eval"]
 
 
 def test_samples_that_are_gone_are_an_error(both):
     accepted, new = (timed(folder) for folder in both)
     (new / "s-s0-bench-1" / "process-0.json").unlink()
     with pytest.raises(UserError, match=r"new/s-s0-bench-1: its samples are gone"):
-        gate.compare(accepted, new, RULES)
+        regression.compare(accepted, new, RULES)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def test_memory_is_an_alarm_above_the_margin_by_the_highest_peak_of_all_seeds(
                 evaluated(folder, 0, mib=much, seed=seed)
             else:
                 timed(folder, mib=much, seed=seed)
-    checks = gate.compare(*both, Rules(memory_mib=100.5))
+    checks = regression.compare(*both, Rules(memory_mib=100.5))
     assert checks[-1] == Check("s", f"memory of {kind}", fine, f"peak of {kind} {words}")
 
 
@@ -255,7 +255,7 @@ def test_a_resident_set_is_not_judged(both, compared_times, gone):
     for i, folder in enumerate(both):
         evaluated(folder, 0, mib=None if i == gone else 9000 * i + 1)
         timed(folder, mib=None if i == gone else 9000 * i + 1)
-    assert {check.what for check in gate.compare(*both, RULES)} == {"em", "f1", "p95"}
+    assert {check.what for check in regression.compare(*both, RULES)} == {"em", "f1", "p95"}
 
 
 # ---- what is compared with what ------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def four(both):
 
 
 def test_what_is_as_good_passes(four):
-    checks = gate.compare(*four, RULES)
+    checks = regression.compare(*four, RULES)
     assert sorted((check.system, check.what) for check in checks) == [
         (system, what) for system in "st" for what in ("em", "f1", "memory of bench", "memory of eval", "p95")
     ]
@@ -284,14 +284,14 @@ def test_what_is_as_good_passes(four):
     ("kinds", "found"), [(("bench",), {"p95", "memory of bench"}), (("eval",), {"em", "f1", "memory of eval"})]
 )
 def test_kinds_can_be_compared_alone(four, compared_times, kinds, found):
-    checks = gate.compare(*four, RULES, kinds)
+    checks = regression.compare(*four, RULES, kinds)
     assert {check.what for check in checks} == found
     assert {check.system for check in checks} == {"s", "t"}
 
 
-@pytest.mark.parametrize("kinds", [gate.KINDS, ("bench",)])
+@pytest.mark.parametrize("kinds", [regression.KINDS, ("bench",)])
 def test_all_tests_of_a_run_share_the_level_also_where_one_kind_alone_is_compared(four, compared_times, kinds):
-    gate.compare(*four, Rules(false_alarms=0.006), kinds)
+    regression.compare(*four, Rules(false_alarms=0.006), kinds)
     assert [alpha for *_, alpha in compared_times[0]] == [0.001, 0.001]  # EM and F1 of two, p95 of two
 
 
@@ -300,7 +300,7 @@ def test_what_must_match_and_does_not_is_an_alarm_by_itself_beside_memory(both):
         evaluated(folder, i, must={"scorer": "x"})
         evaluated(folder, i, seed=1, must={"data": "de"[i], "prompt": "pq"[i], "scorer": "x"}, mib=4000 * i + 1)
     words = "data is e, accepted was d; prompt is q, accepted was p"
-    assert gate.compare(*both, RULES) == [
+    assert regression.compare(*both, RULES) == [
         Check("s", "comparable", False, words),
         Check("s", "memory of eval", False, "peak of eval 4,001 MiB, +3,001; 256 more are allowed"),
     ]
@@ -319,12 +319,12 @@ def test_what_was_not_measured_anew_is_an_error(both, tmp_path):
     evaluated(new, 0)
     evaluated(new, 0, seed=5)
     with pytest.raises(UserError, match=r"new: eval of s is missing for seed 2, 11$"):
-        gate.compare(accepted, new, RULES)
+        regression.compare(accepted, new, RULES)
     timed(accepted)
     with pytest.raises(UserError, match=r"new: bench of s is missing for seed 0$"):
-        gate.compare(accepted, new, RULES, ("bench",))
+        regression.compare(accepted, new, RULES, ("bench",))
     with pytest.raises(UserError, match=r"absent: what was accepted is gone; accept another one"):
-        gate.compare(tmp_path / "absent", new, RULES)
+        regression.compare(tmp_path / "absent", new, RULES)
 
 
 def test_what_was_measured_in_vain_or_besides_is_ignored(both):
@@ -335,18 +335,18 @@ def test_what_was_measured_in_vain_or_besides_is_ignored(both):
 
 def test_the_newest_of_each_seed_counts_and_of_what_is_accepted_that_which_was_measured_again(both):
     accepted, new = both
-    assert gate.once_more(accepted) == accepted.with_name("accepted-again")
+    assert regression.once_more(accepted) == accepted.with_name("accepted-again")
     for folder in both:
         timed(folder, mib=1000, number=2)
         timed(folder, mib=3000, number=1)
-        timed(gate.once_more(folder), mib=500, number=1)
+        timed(regression.once_more(folder), mib=500, number=1)
         evaluated(folder, 0, mib=700)
-    found = {check.what: check.words.partition(";")[0] for check in gate.compare(accepted, new, RULES)}
+    found = {check.what: check.words.partition(";")[0] for check in regression.compare(accepted, new, RULES)}
     assert found["memory of bench"] == "peak of bench 1,000 MiB, +500"
     assert found["memory of eval"] == "peak of eval 700 MiB, +0"
-    peaks = [gate.measured(accepted, again)["s", "bench"][0]["result"]["peak"] for again in (False, True)]
+    peaks = [regression.measured(accepted, again)["s", "bench"][0]["result"]["peak"] for again in (False, True)]
     assert [p["allocated_bytes"] for p in peaks] == [1000 * MIB, 500 * MIB]
-    assert gate.measured(accepted) != gate.measured(accepted, again=True)
+    assert regression.measured(accepted) != regression.measured(accepted, again=True)
 
 
 def test_an_alarm_of_p95_stands_only_if_it_is_raised_twice():
@@ -365,7 +365,7 @@ def test_an_alarm_of_p95_stands_only_if_it_is_raised_twice():
         Check("u", "p95", False, "slow now"),
         Check("v", "memory of bench", True, "small"),
     ]
-    assert gate.confirmed(first, again) == [
+    assert regression.confirmed(first, again) == [
         Check("s", "p95", True, "slow; measured again: quick"),
         Check("t", "p95", False, "slower; measured again: still"),
         *first[2:],

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from common.runs import signals as stopping
+from common.runs import signals
 from tests.conftest import ROOT
 
 import pytest
@@ -21,7 +21,7 @@ SAID = "\n{}: saving, then ending; once more ends at once\n"
 def not_ignored(monkeypatch):
     """No signal is ignored, here and in what is started, whoever started the tests: a terminal, nohup or cron."""
     before = {number: signal.signal(number, lambda *_: None) for number, _ in SIGNALS}
-    monkeypatch.setattr(stopping, "_leave_terminal", lambda: None)
+    monkeypatch.setattr(signals, "_leave_terminal", lambda: None)
     monkeypatch.delenv("RANK", raising=False)
     yield
     for number, handler in before.items():
@@ -29,20 +29,20 @@ def not_ignored(monkeypatch):
 
 
 def test_the_codes_are_a_shells():
-    assert [code - 128 for code in stopping.CODES] == [signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
+    assert [code - 128 for code in signals.CODES] == [signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_first_signal_is_only_noted(number, code, capfd):
     before = signal.getsignal(number)
-    with stopping.listen() as request:
+    with signals.listen() as request:
         request.check()
         assert request.code == 0
         os.kill(os.getpid(), number)
         assert request.code == code
         os.kill(os.getpid(), number)  # the same one, passed on by a launcher
         assert request.code == code
-        with pytest.raises(stopping.Stopped):
+        with pytest.raises(signals.Stopped):
             request.check()
     assert signal.getsignal(number) is before
     assert capfd.readouterr().err == SAID.format(number.name)
@@ -50,14 +50,14 @@ def test_a_first_signal_is_only_noted(number, code, capfd):
 
 def test_afterwards_signals_do_what_they_did_though_the_body_fails():
     before = [signal.getsignal(number) for number, _ in SIGNALS]
-    with pytest.raises(KeyError), stopping.listen():
+    with pytest.raises(KeyError), signals.listen():
         raise KeyError
     assert [signal.getsignal(number) for number, _ in SIGNALS] == before
 
 
 def test_an_ignored_hangup_stays_ignored_and_the_others_are_noted_even_so():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with stopping.listen() as request:
+    with signals.listen() as request:
         os.kill(os.getpid(), signal.SIGHUP)
         assert (request.code, signal.getsignal(signal.SIGHUP)) == (0, signal.SIG_IGN)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -68,9 +68,9 @@ def test_an_ignored_hangup_stays_ignored_and_the_others_are_noted_even_so():
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_second_signal_ends_the_process_at_once_unless_it_is_an_echo(monkeypatch, number, code):
     now, ended = [0.0], []
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(stopping.os, "_exit", ended.append)
-    request = stopping.Request()
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signals.os, "_exit", ended.append)
+    request = signals.Request()
     request.receive(signal.SIGTERM, None)
     for later in (0.0, 0.25, 0.3):
         now[0] = later
@@ -85,7 +85,7 @@ def test_a_second_signal_ends_the_process_at_once_unless_it_is_an_echo(monkeypat
 def test_the_first_of_several_processes_speaks_for_all(monkeypatch, capfd, rank, said):
     if rank:
         monkeypatch.setenv("RANK", rank)
-    request = stopping.Request()
+    request = signals.Request()
     request.receive(signal.SIGINT, None)
     assert request.code == 130
     assert capfd.readouterr().err == (SAID.format("SIGINT") if said else "")
@@ -99,7 +99,7 @@ def test_a_signal_is_noted_though_nobody_listens_to_what_is_said(monkeypatch, tm
     if stderr == "closed":
         out.close()
     monkeypatch.setattr(sys, "stderr", None if stderr is None else out)
-    request = stopping.Request()
+    request = signals.Request()
     request.receive(signal.SIGTERM, None)
     monkeypatch.undo()
     with contextlib.suppress(OSError):
@@ -109,10 +109,10 @@ def test_a_signal_is_noted_though_nobody_listens_to_what_is_said(monkeypatch, tm
 
 def test_only_a_hangup_leaves_the_terminal_and_before_anything_is_said(monkeypatch):
     did = []
-    monkeypatch.setattr(stopping, "_leave_terminal", lambda: did.append("left"))
-    monkeypatch.setattr(stopping.os, "write", lambda *_: did.append("said"))
+    monkeypatch.setattr(signals, "_leave_terminal", lambda: did.append("left"))
+    monkeypatch.setattr(signals.os, "write", lambda *_: did.append("said"))
     for number, _ in SIGNALS:
-        stopping.Request().receive(number, None)
+        signals.Request().receive(number, None)
     assert did == ["left", "said", "said", "said"]
 
 
@@ -120,14 +120,14 @@ def test_only_a_hangup_leaves_the_terminal_and_before_anything_is_said(monkeypat
 
 
 def test_a_commands_exit_code_is_its_own():
-    assert [stopping.run(["sh", "-c", f"exit {code}"]) for code in (0, 3)] == [0, 3]
+    assert [signals.run(["sh", "-c", f"exit {code}"]) for code in (0, 3)] == [0, 3]
 
 
 @pytest.mark.parametrize(("name", "code"), [("TERM", 143), ("INT", 130), ("HUP", 129)])
 def test_a_signal_is_passed_on_to_the_command_that_runs(tmp_path, name, code):
     ended = tmp_path / "ended"
     waits = f"trap 'touch {ended}; exit 7' TERM; kill -{name} $PPID; for i in $(seq 500); do sleep 0.01; done"
-    assert stopping.run(["sh", "-c", waits]) == code
+    assert signals.run(["sh", "-c", waits]) == code
     assert ended.exists()
 
 
@@ -149,8 +149,8 @@ def test_a_signal_is_passed_on_once_and_the_command_is_waited_for(monkeypatch):
         def terminate(self):
             did.append("terminated")
 
-    monkeypatch.setattr(stopping.subprocess, "Popen", Child)
-    assert stopping.run(["a", "b"]) == 143
+    monkeypatch.setattr(signals.subprocess, "Popen", Child)
+    assert signals.run(["a", "b"]) == 143
     assert did == [(["a", "b"], True), 0.1, 0.1, "terminated", 0.1, 0.1, 0.1, 0.1]
 
 
@@ -165,7 +165,7 @@ def test_what_is_written_to_a_terminal_that_has_gone_goes_nowhere(monkeypatch, t
         for out, err in ((terminal, log), (None, terminal), (log, None), (terminal, terminal)):
             monkeypatch.setattr(sys, "__stdout__", out)
             monkeypatch.setattr(sys, "__stderr__", err)
-            stopping._leave_terminal()
+            signals._leave_terminal()
         monkeypatch.undo()
         os.close(ours)
         terminal.write("to whom?")

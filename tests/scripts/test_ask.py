@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 from common.config import Config, load
 from common.decode import single
+from common.decode.answers import Generation
 from common.decode.hosted import Reply
-from common.decode.single import Answer
 from common.errors import UserError
 from common.model.load import load_tokenizer
 from scripts import ask
@@ -93,16 +93,17 @@ def test_an_answer_that_the_limit_cut_has_not_ended_by_itself(answering_config, 
 def clock(monkeypatch) -> list[str]:
     """What `ask_here` does in order, by a clock on which each query takes 0.25 s."""
     done: list[str] = []
-    monkeypatch.setattr(ask.meter, "now", lambda device: done.append("clock") or 0.25 * done.count("query"))
+    monkeypatch.setattr(ask.gauges, "now", lambda device: done.append("clock") or 0.25 * done.count("query"))
     return done
 
 
 @pytest.mark.parametrize(
     ("found", "overflow", "expected"),
     [
-        ([Answer([5] * 31 + [1], -0.5, passes=3)], "truncate", {"windows": 1, "passes": 3, "ended_by_itself": True}),
-        ([Answer([5] * 32, -0.5, passes=3)], "truncate", {"ended_by_itself": False, "tokens": 32}),
-        ([Answer([5], -0.5, passes=3), Answer([1], -9.0, passes=4)], "chunk",
+        ([Generation([5] * 31 + [1], -0.5, passes=3)], "truncate",
+         {"windows": 1, "passes": 3, "ended_by_itself": True}),
+        ([Generation([5] * 32, -0.5, passes=3)], "truncate", {"ended_by_itself": False, "tokens": 32}),
+        ([Generation([5], -0.5, passes=3), Generation([1], -9.0, passes=4)], "chunk",
          {"windows": 2, "passes": 7, "ended_by_itself": False, "tokens": 1, "confidence": pytest.approx(0.60653066)}),
     ],
 )  # fmt: skip
@@ -189,7 +190,7 @@ def hosted(tmp_path, answering_base, monkeypatch):
         def close(self) -> None:
             prompts.append("closed")
 
-    monkeypatch.setattr(ask.api, "Client", Client)
+    monkeypatch.setattr(ask.hosted, "Client", Client)
     return file, prompts
 
 
@@ -260,13 +261,13 @@ def test_a_terminal_is_told_how_to_end(monkeypatch, capsys):
             return True
 
     monkeypatch.setattr(ask.sys, "stdin", Typed("a context\nq?"))
-    assert ask.texts("", "") == ("a context", "q?")
+    assert ask.given_texts("", "") == ("a context", "q?")
     assert capsys.readouterr().err == "context, then the question on the last line; end with Ctrl-D:\n"
-    assert ask.texts("c", "q") == ("c", "q")
+    assert ask.given_texts("c", "q") == ("c", "q")
     assert capsys.readouterr().err == ""
 
 
 def test_stdin_that_is_no_text_is_refused(monkeypatch):
     monkeypatch.setattr(ask.sys, "stdin", SimpleNamespace(isatty=lambda: False, read=lambda: b"\xff".decode()))
     with pytest.raises(UserError, match="stdin must be UTF-8 text"):
-        ask.texts("", "")
+        ask.given_texts("", "")

@@ -117,7 +117,7 @@ def test_an_evaluation_is_certified_as_it_is_and_no_change_to_it_is(run, tmp_pat
 
     changed = {"context": "Context: {}\n\nQ: {}\n\nAnswer:"}
     monkeypatch.setattr(prompt, "_ORDERS", changed)
-    monkeypatch.setattr(prompt, "_QUESTION", "\n\nQ: {}\n\nAnswer:")
+    monkeypatch.setattr(prompt, "QUESTION", "\n\nQ: {}\n\nAnswer:")
     sure, misfits, _ = certified(capsys, run)
     assert not sure
     assert {"prompt", "answers"} <= misfits.keys()
@@ -210,15 +210,15 @@ def test_a_hosted_models_answers_are_replayed_from_the_transcript_that_was_score
         assert (config, transcript, replay) == ("config", folder / "transcript.jsonl", True)
         return SimpleNamespace(transcript=transcript, close=lambda: closed.append(1))
 
-    monkeypatch.setattr(certify.api, "Client", client)
-    monkeypatch.setattr(certify.prompt, "texts", lambda *args: ([("q", f"prompt by {args[1]}")], {}))
+    monkeypatch.setattr(certify.hosted, "Client", client)
+    monkeypatch.setattr(certify, "prompt_texts", lambda *args: ([("q", f"prompt by {args[1]}")], {}))
 
     def ask_all(client, prompts: dict[str, str], progress: None):
         return {id_: SimpleNamespace(text=text.upper()) for id_, text in prompts.items()}
 
-    monkeypatch.setattr(certify.api, "ask_all", ask_all)
+    monkeypatch.setattr(certify.hosted, "ask_all", ask_all)
     config = SimpleNamespace(window=None, prompt=None)
-    monkeypatch.setattr(certify.api, "Client", lambda c, *args, **kw: client("config", *args, **kw))
+    monkeypatch.setattr(certify.hosted, "Client", lambda c, *args, **kw: client("config", *args, **kw))
     for stated, misfit in ((sha256, None), ("other", f"sha256 {sha256}, was other")):
         result, found = {"replayed": str(other) if elsewhere else None, "transcript_sha256": stated}, {}
         assert certify.replayed(config, "cutter", run, result, ["example"], found) == {"q": "PROMPT BY CUTTER"}

@@ -12,6 +12,7 @@ from pathlib import Path
 from common.config import load
 from common.data import squad
 from common.errors import UserError
+from common.files import write_text
 from common.metrics import plots
 from common.metrics.score import score
 from common.metrics.stats import reliability
@@ -797,7 +798,7 @@ def evaluated(dev: Path, runs: Path, system: str, seed: int, right: float, *over
     if config.lora:
         training = record.new_run(config, "train")
         rows = [{"step": step, "loss": 3 / step, "em": 10.0 * step if step % 3 == 0 else None} for step in range(1, 8)]
-        record.write_text(training / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(training / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         record.write(training, config, "train", data, DEVICE, {})
         adapter = f"{training}/best"
     folder = record.new_run(config, "eval")
@@ -806,7 +807,7 @@ def evaluated(dev: Path, runs: Path, system: str, seed: int, right: float, *over
          "logprob": -0.1 if found.correct[e.id] else -1.0, "article": e.title}
         for e in data.examples
     ]  # fmt: skip
-    record.write_text(folder / "questions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(folder / "questions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     result = {"em": found.em, "f1": found.f1, "n": found.n, "adapter": adapter, "adapter_sha256": adapter and "ab" * 32}
     return record.write(folder, config, "eval", data, DEVICE, result)
 
@@ -815,7 +816,7 @@ def timed(dev: Path, runs: Path, system: str, p95: float, *overrides: str) -> di
     config = load(system, [f"data.dev={dev}", f"runs={runs}", *overrides])
     folder = record.new_run(config, "bench")
     queries = [{"total": p95 / 1000 * i / 95} for i in range(1, 101)]
-    record.write_text(folder / "process-0.json", json.dumps({"modes": {"natural": queries}}))
+    write_text(folder / "process-0.json", json.dumps({"modes": {"natural": queries}}))
     peak = {"allocated_bytes": 2**30, "reserved_bytes": 2**31, "rss_bytes": 2**32}
     result = {
         "n": 100, "latency": {"p95_ms": p95, "p95_interval_ms": [p95 - 5, p95 + 5]}, "peak": peak, "nvml_peak": None,

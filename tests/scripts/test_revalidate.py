@@ -64,7 +64,7 @@ def again(tmp_path, monkeypatch, capsys):
                 return int(ended.code)
         return 0
 
-    monkeypatch.setattr(revalidate.stopping, "run", swept)
+    monkeypatch.setattr(revalidate.signals, "run", swept)
 
     def run(accuracy: float, *words: str):
         (tmp_path / "accuracy").write_text(str(accuracy))
@@ -151,13 +151,13 @@ def test_what_was_cut_off_is_gone_on_with(again, tmp_path):
 @pytest.mark.parametrize(("code", "ends"), [(1, 2), (2, 2), (129, 129), (130, 130), (143, 143)])
 def test_measuring_that_fails_is_set_up_and_one_that_is_stopped_says_of_what(tmp_path, monkeypatch, capsys, code, ends):
     commands = []
-    monkeypatch.setattr(revalidate.stopping, "run", lambda command: commands.append(command) or code)
+    monkeypatch.setattr(revalidate.signals, "run", lambda command: commands.append(command) or code)
     with pytest.raises(SystemExit) as ended:
         revalidate.main([f"runs={tmp_path}", "seeds", "data.dev_questions=5", "smollm2-qlora:lora.rank=2"])
     assert ended.value.code == ends
     folder = tmp_path / "revalidate" / "0001"
     assert commands == [
-        [*revalidate.SWEEP, str(revalidate.jobs.find("seeds")), "data.dev_questions=5",
+        [*revalidate.SWEEP, str(revalidate.sweeps.find("seeds")), "data.dev_questions=5",
          "smollm2-qlora:lora.rank=2", f"runs={folder}"],
     ]  # fmt: skip
     assert capsys.readouterr().err == f"error: measuring ended with {code}; the same command goes on in {folder}\n"
@@ -190,7 +190,7 @@ def test_without_a_name_it_measures_revalidate_in_runs(tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit) as ended:
         revalidate.main([])
     assert ended.value.code == 0
-    assert asked == [(revalidate.jobs.find("revalidate"), [], Path("runs/revalidate/0001"))]
+    assert asked == [(revalidate.sweeps.find("revalidate"), [], Path("runs/revalidate/0001"))]
     assert capsys.readouterr().out.startswith(
         "runs/revalidate/0001\nnothing is accepted yet: look at runs/revalidate/0001"
     )
@@ -227,7 +227,7 @@ def test_mistakes_are_named(again, tmp_path):
 
 
 def test_rules_are_the_sweeps_own_and_checked(tmp_path):
-    assert revalidate.jobs.plan(revalidate.jobs.find("revalidate"))[1].gate.p95_ratio == 1.1
+    assert revalidate.sweeps.plan(revalidate.sweeps.find("revalidate"))[1].gate.p95_ratio == 1.1
     file = tmp_path / "sweep.yaml"
     wrong = {"p95_ratio: 0.9": "sweep.yaml:2: gate.p95_ratio: must be between 1 and 1,000", "p95: 2": 'key "gate.p95"'}
     for rule, message in wrong.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from common.errors import UserError
-from common.runs import sweeps as jobs
+from common.runs import sweeps
 from scripts import sweep
 from tests.conftest import ROOT
 
@@ -119,7 +119,7 @@ def test_each_gpu_gets_one_run_at_a_time(file, tmp_path, capsys, monkeypatch):
 
 def test_one_run_of_a_sweep_is_done_alone_where_a_cluster_asks_for_it(file, capsys):
     path = file("tuned", "other")
-    (_, other), _ = jobs.plan(path)
+    (_, other), _ = sweeps.plan(path)
     sweep.main([str(path), "--only", other.config.hash(), "--dry-run"])
     assert capsys.readouterr().out.splitlines() == [
         f"{other.name}: train, eval",
@@ -140,7 +140,7 @@ def test_one_run_of_a_sweep_is_done_alone_where_a_cluster_asks_for_it(file, caps
 )
 def test_the_rest_takes_as_long_as_the_like_did_shared_by_all_workers(file, capsys, monkeypatch, gpus, words, shown):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
-    monkeypatch.setattr(sweep.jobs, "expected_seconds", lambda waiting, kinds: (len(waiting) * 240.0, 1))
+    monkeypatch.setattr(sweep.sweeps, "expected_seconds", lambda waiting, kinds: (len(waiting) * 240.0, 1))
     sweep.main([str(file("tuned")), "--dry-run", *words])
     assert f"1 runs, 0 done; left: {shown}" in capsys.readouterr().out
     with pytest.raises(UserError, match="--workers must be 1 or more"):
@@ -175,7 +175,7 @@ def test_a_cluster_gets_a_task_for_each_run_that_is_left(file, tmp_path, capsys,
     words = ["data.dev_questions=5", "--slurm", "slurm_time=24:00:00", "--slurm", "timeout_min=60", "--slurm=x=true"]
     sweep.main([str(path), "--plan=slurm", *words])
     command = [sys.executable, "-m", "scripts.sweep", str(path), "data.dev_questions=5", "--workers=1", "--only"]
-    planned, _ = jobs.plan(path, ["data.dev_questions=5"])
+    planned, _ = sweeps.plan(path, ["data.dev_questions=5"])
     assert given == {
         "folder": tmp_path / "runs" / "slurm", "cluster": "slurm", "function": (command, Path.cwd()),
         "hashes": [job.config.hash() for job in planned],

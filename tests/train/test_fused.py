@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 from common.config import Base, Lora
-from common.data.prompt import Tree
-from common.model import pack as packing
+from common.data.trees import Tree
+from common.model import tree_mask
 from common.model.load import add_lora, load_base
-from common.model.pack import IGNORED, Pack, Room, pack
-from common.train.fused import Fused, flatten, unfit
+from common.model.pack import IGNORED, Pack, PadSizes, build_pack
+from common.train.fused import Fused, flatten, untrainable_reason
 from tests.model.test_pack import CPU, gradient, lora_model, trees_of
 
 import bitsandbytes as bnb
@@ -25,7 +25,7 @@ def loss_of(logits_of, batch: Pack) -> torch.Tensor:
 
 
 def plain_loss(model, batch: Pack) -> torch.Tensor:
-    return loss_of(lambda pack, keep: packing.pack_logits(model, pack, keep), batch)
+    return loss_of(lambda pack, keep: tree_mask.pack_logits(model, pack, keep), batch)
 
 
 def adapter_weights(model) -> list[torch.nn.Parameter]:
@@ -48,7 +48,7 @@ def off(found: torch.Tensor, truth: torch.Tensor) -> float:
 @pytest.mark.parametrize("quant", ["nf4", "none"])
 def test_loss_and_gradients_are_those_of_the_modules(tiny_base, quant, keep_layers, hold_layers):
     trees, _ = trees_of(tiny_base, 3)
-    model, batch = lora_model(tiny_base, quant), pack(trees)
+    model, batch = lora_model(tiny_base, quant), build_pack(trees)
     loss, truth = plain_loss(model, batch), gradient(model)
     fused = Fused(model, keep_layers, hold_layers)
     assert loss_of(fused.logits, batch).item() == pytest.approx(loss.item(), rel=1e-6)
@@ -63,7 +63,7 @@ def test_layers_without_an_adapter_are_left_as_they_are(tiny_base, targets):
     model = add_lora(load_base(Base(str(tiny_base), dtype="fp32"), CPU), Lora(3, alpha=8, targets=targets), seed=0)
     for p in adapter_weights(model):
         torch.nn.init.normal_(p, std=0.1)
-    batch = pack(trees)
+    batch = build_pack(trees)
     loss, truth = plain_loss(model, batch), gradient(model)
     fused = Fused(model)
     assert loss_of(fused.logits, batch).item() == pytest.approx(loss.item(), rel=1e-6)
@@ -85,7 +85,7 @@ def first_layers(base: Path, folder: Path, n: int) -> Path:
 def test_real_weights_too(smollm2_base, tmp_path):
     (tree,), _ = trees_of(smollm2_base, 1)
     model = lora_model(first_layers(smollm2_base, tmp_path, 3), "nf4")
-    batch = pack([Tree(tree.prefix_ids, tree.branches[:2])])
+    batch = build_pack([Tree(tree.prefix_ids, tree.branches[:2])])
     loss, truth = plain_loss(model, batch), gradient(model)
     fused = Fused(model, keep_layers=1, hold_layers=2)
     assert loss_of(fused.logits, batch).item() == pytest.approx(loss.item(), rel=1e-5)
@@ -94,8 +94,8 @@ def test_real_weights_too(smollm2_base, tmp_path):
 
 def test_padding_changes_nothing(tiny_base):
     trees, _ = trees_of(tiny_base, 3)
-    model, batch = lora_model(tiny_base), pack(trees)
-    padded = Room.of([batch], most_tokens=2000).pad(batch)
+    model, batch = lora_model(tiny_base), build_pack(trees)
+    padded = PadSizes.of([batch], most_tokens=2000).pad(batch)
     assert len(padded.input_ids) > len(batch.input_ids)
     assert len(padded.target_ids) > len(batch.target_ids)
     fused = Fused(model)
@@ -108,8 +108,8 @@ def test_padding_changes_nothing(tiny_base):
 def test_what_fits_no_graph_in_one_is_split_and_adds_up(tiny_base):
     trees, _ = trees_of(tiny_base, 4)
     model = lora_model(tiny_base)
-    room, fused = Room.of([pack(trees[:1])], most_tokens=len(pack(trees[:1]).input_ids)), Fused(model)
-    whole, packs = pack(trees), room.packs(trees)
+    room, fused = PadSizes.of([build_pack(trees[:1])], most_tokens=len(build_pack(trees[:1]).input_ids)), Fused(model)
+    whole, packs = build_pack(trees), room.packs(trees)
     assert len(packs) >= 3
     assert sum(p.n_tokens for p in packs) == whole.n_tokens == len(whole.input_ids)
     padded = [p for p in packs if len(p.input_ids) > p.n_tokens]
@@ -137,7 +137,7 @@ def test_one_optimizer_tensor_trains_as_many_do(tiny_base):
     trees, _ = trees_of(tiny_base, 3)
     losses = []
     for flat in (False, True):
-        model, batch = lora_model(tiny_base), pack(trees)
+        model, batch = lora_model(tiny_base), build_pack(trees)
         fused = Fused(model) if flat else None
         weights = [fused.flat] if fused else [p for p in model.parameters() if p.requires_grad]
         optimizer = bnb.optim.PagedAdamW8bit(weights, lr=1e-2)
@@ -156,11 +156,11 @@ def test_micro_batches_add_up(tiny_base):
     trees, _ = trees_of(tiny_base, 4)
     model = lora_model(tiny_base)
     fused = Fused(model, keep_layers=1)
-    loss_of(fused.logits, pack(trees))
+    loss_of(fused.logits, build_pack(trees))
     whole = fused.flat.grad.clone()
     fused.flat.grad.zero_()
     for part in (trees[:2], trees[2:]):
-        loss_of(fused.logits, pack(part))
+        loss_of(fused.logits, build_pack(part))
     assert off(fused.flat.grad, whole) < 1e-5
 
 
@@ -177,6 +177,6 @@ def test_micro_batches_add_up(tiny_base):
 )
 def test_what_it_cannot_compute_goes_the_plain_way(tiny_base, change, reason):
     model = lora_model(tiny_base)
-    assert unfit(model) is None
+    assert untrainable_reason(model) is None
     change(model)
-    assert reason in unfit(model)
+    assert reason in untrainable_reason(model)

@@ -1,0 +1,97 @@
+"""Greedy decoding by transformers' and PEFT's own modules: the reference, and the engine of all that is no Llama."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from common.config import Eval
+from common.data import plan
+from common.data.tokens import Ids
+from common.data.trees import Branch, Tree
+from common.decode.answers import Generation, Prediction, to_text
+from common.device import out_of_memory
+from common.model.pack import Pack, build_pack
+from common.model.tree_mask import logits, pack_logits
+from common.runs import ranks
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+CPU_PACK_TOKENS, GPU_PACK_TOKENS = 8192, 4096  # of `greedy`
+
+
+@torch.inference_mode()
+def greedy(model: Any, pack: Pack, stops: Tensor, max_new_tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Decode all branches of a pack; yield per step (branch numbers [L], token ids [L], log-probabilities [L]).
+
+    A branch's last token is its stop token, unless the limit came first. The keys and values of a step are appended to
+    the pack's own, and the same rule of who sees whom goes on: nothing is copied per question.
+    """
+    cache = DynamicCache(config=model.config)
+    layout = pack.layout
+    live = torch.arange(len(pack.ids), device=pack.input_ids.device)
+    at = layout[pack.prompt_ends]
+    out = pack_logits(model, pack, pack.prompt_ends, cache)  # [B, V]
+    for step in range(max_new_tokens):
+        best, token = torch.log_softmax(out.float(), -1).max(-1)
+        yield live, token, best
+        going = ~torch.isin(token, stops)
+        if step + 1 == max_new_tokens or not going.any():
+            return
+        live, token, at = live[going], token[going], at[going].next()
+        layout = layout.then(at)
+        out = logits(model, token, at, layout, cache=cache)  # [L, V]
+
+
+def answer_packs(
+    model: Any, tokenizer: Any, trees: Sequence[Tree], stops: Sequence[int], limit: int, options: Eval,
+    check: Callable[[], None], scripts: Mapping[str, Ids], round_: str,
+) -> Iterator[Prediction]:  # fmt: skip
+    if scripts:
+        raise ValueError("the plain engine follows no scripts")
+    device = next(model.parameters()).device
+    pack_tokens = options.pass_tokens or (CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS)
+    ends = torch.tensor(stops, device=device)
+    with out_of_memory(f"lower eval.pass_tokens (now {pack_tokens})"):
+        for members in ranks.take(plan.fill(trees, pack_tokens), round_):
+            check()
+            yield from _answers(model, tokenizer, build_pack(members).to(device), ends, limit)
+
+
+def _answers(model: Any, tokenizer: Any, pack: Pack, stops: Tensor, max_new_tokens: int) -> list[Prediction]:
+    tokens: list[list[int]] = [[] for _ in pack.ids]
+    logprob = [0.0] * len(pack.ids)
+    for live, step_tokens, step_logprob in greedy(model, pack, stops, max_new_tokens):
+        for branch, token, p in zip(live.tolist(), step_tokens.tolist(), step_logprob.tolist(), strict=True):
+            tokens[branch].append(token)
+            logprob[branch] += p
+    ended = set(stops.tolist())
+    return [
+        Prediction(id_, to_text(tokenizer, ids), ids, p, ids[-1] not in ended)
+        for id_, ids, p in zip(pack.ids, tokens, logprob, strict=True)
+    ]
+
+
+class Plain:
+    """The same by transformers' and PEFT's own modules, a token a pass: the reference, and for all that is no Llama."""
+
+    name = "plain"
+
+    def __init__(self, model: Any, stops: Sequence[int], limit: int):
+        self.model, self.limit = model, limit
+        self.stops = torch.tensor(stops, device=next(model.parameters()).device)
+
+    def answer(
+        self, prompt_ids: Ids, script: Ids | None = None, to_the_limit: bool = False,
+        tick: Callable[[int], None] = lambda n: None,
+    ) -> Generation:  # fmt: skip
+        if script:
+            raise ValueError("the plain engine follows no scripts")
+        answer, stops = Generation(), self.stops[:0] if to_the_limit else self.stops
+        batch = build_pack([Tree(prompt_ids[:-1], (Branch("", prompt_ids[-1:], []),))]).to(stops.device)
+        for _, token, logprob in greedy(self.model, batch, stops, self.limit):
+            answer.token_ids += token.tolist()
+            answer.logprob += logprob.item()
+            answer.passes += 1
+            tick(1)
+        return answer
