@@ -11,6 +11,8 @@ SMOLLM2 := .cache/smollm2-135m-instruct/SHA256SUMS
 NEEDS  := $(READY) $(if $(shell grep -ls smollm2 "$(MODEL)" "configs/$(MODEL).yaml")$(findstring .cache/smollm2,$(MODEL)),$(SMOLLM2))
 SET     = runs=$(RUNS) $(if $(SEED),seed=$(SEED)) $(if $(ADAPTER),adapter=$(ADAPTER)) $(ARGS)
 # PROCESSES=n shares training and evaluation out: a process a GPU, or on CPUs. `exec`, so that a signal to make arrives.
+# a mistake in what was typed is answered before torch is loaded
+TYPED   = @$(PY) -m common.runs.preflight
 START   = $(PY) $(if $(filter-out 1,$(PROCESSES)),-m common.runs.launch $(PROCESSES))
 # of bench-train and bench-decode, which choose a model themselves where none is named
 OWN_MODEL = $(if $(filter-out file,$(origin MODEL)),$(MODEL))
@@ -55,18 +57,23 @@ demo: $(READY) $(SMOLLM2) ## everything on this machine: score, train, score, ti
 	$(PY) -m scripts.report runs/demo
 
 train: $(NEEDS) ## train MODEL's adapter (qlora7b); goes on where it stopped, FRESH=1 starts anew
+	$(TYPED) train_loop "$(MODEL)" $(SET) $(if $(FRESH),--fresh)
 	exec $(START) train_loop.py "$(MODEL)" $(SET) $(if $(FRESH),--fresh)
 
 eval: $(NEEDS) ## official EM and F1 of MODEL; of a hosted one, REPLAY=run takes the answers from a run's transcript
+	$(TYPED) eval_loop "$(MODEL)" $(SET) $(if $(FRESH),--fresh) $(if $(REPLAY),--replay "$(REPLAY)")
 	exec $(START) eval_loop.py "$(MODEL)" $(SET) $(if $(FRESH),--fresh) $(if $(REPLAY),--replay "$(REPLAY)")
 
 bench: $(NEEDS) ## single-query latency and memory of MODEL
+	$(TYPED) bench_latency "$(MODEL)" $(SET)
 	exec $(PY) bench_latency.py "$(MODEL)" $(SET)
 
 ask: $(NEEDS) ## one answer by MODEL: CONTEXT='…' QUESTION='…', or both on stdin, the question as the last line
+	$(TYPED) ask "$(MODEL)" $(SET)
 	@exec $(PY) -m scripts.ask "$(MODEL)" $(SET)
 
 export: $(NEEDS) ## MODEL's adapter merged into its base: a folder OUT=… for any tool, checked, with a model card
+	$(TYPED) export "$(MODEL)" "$(OUT)" $(SET)
 	exec $(PY) -m scripts.export "$(MODEL)" "$(OUT)" $(SET)
 
 bench-train: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## training speed beside other stacks, at a size that suits this machine

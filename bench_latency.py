@@ -1,4 +1,4 @@
-"""Latency and memory of single queries: one question at a time, from text to text. The method: docs/latency.md.
+"""Latency and memory of single queries, one at a time, end to end. The method: docs/latency.md.
 
     python bench_latency.py qlora7b [key=value ...]
 
@@ -6,7 +6,6 @@ Every figure is of a fresh process, and there are several, one after the other: 
 how far the others are from it is shown. A system with an `api` section is asked over the network, one query at a time.
 """
 
-import argparse
 import functools
 import json
 import os
@@ -14,10 +13,12 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from common.config import Config, load
+from common.arguments import parse
+from common.config import Config
 from common.data import prompt, squad
 from common.data.trees import prompt_texts
 from common.decode import hosted, single
@@ -39,19 +40,13 @@ APART = {"connect": "connecting", "server": "by the host's own clock", "waited":
 
 def main(argv: list[str]) -> None:
     # ---- settings --------------------------------------------------------------------------------------------------
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", help="a name in configs/, or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # this is one of the processes: write there
-    args = parser.parse_intermixed_args(argv)
-    config = load(args.model, args.overrides)
+    config, args = parse("bench_latency", argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("single queries are timed by one process; start it without a launcher")
-    preflight.check(config)
+    config = preflight.check(config)
     adapter = checkpoint.verified(record.trained_adapter(config))
     if config.prompt.earlier:
         raise UserError("prompt.earlier: a single question has no earlier ones; it is of make eval")
-    config = prompt.filled(config)
     dev = squad.load(config.data, "dev")
     timing = functools.partial(measure_api, config) if config.api else functools.partial(measure, config, adapter)
     if args.measure:
@@ -91,14 +86,9 @@ def main(argv: list[str]) -> None:
         }
     result |= {key: result["natural"][key] for key in ("latency", "ttft", "tpot", "mean_tokens")}
     result["phases"] = phases(found)
-    result["peak"] = {
-        key: max(phase[key] or 0 for phase in result["phases"].values()) or None
-        for key in ("allocated_bytes", "reserved_bytes", "rss_bytes")
-    }
+    result["peak"] = highest(result["phases"].values(), "allocated_bytes", "reserved_bytes", "rss_bytes")
     sampled = [phase for phase in result["phases"].values() if phase.get("device_bytes")]
-    result["nvml_peak"] = {
-        key: max(phase[key] or 0 for phase in sampled) or None for key in ("process_bytes", "device_bytes")
-    } if sampled else None  # fmt: skip
+    result["nvml_peak"] = highest(sampled, "process_bytes", "device_bytes") if sampled else None
     result["host"] = {"cores": os.cpu_count(), "load": busy}
     result["engine"] = found[0]["made_by"]["engine"]
     result["adapter"] = str(adapter) if adapter else None
@@ -119,8 +109,8 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
     """One process: load, warm up, time every query in every mode, write all samples and gauges."""
     device = pick_device()
     queries = drawn(config, dev)
-    tokenizer, cutter = load_tokenizers(config)
-    peaks: dict[str, Any] = {}
+    tokenizers = load_tokenizers(config)
+    peaks: dict[str, dict[str, int | None]] = {}
 
     def end_phase(name: str) -> None:
         peaks[name] = gauges.peaks(device)
@@ -130,26 +120,31 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
         begin("load")
         gauges.reset_peaks(device)
         model = load_system(config, adapter, device)
-        stops = stop_tokens(tokenizer)
         with out_of_memory("a single query does not fit beside the base: lower window.context, or base.quant=nf4"):
-            engine = single.engine(model, stops, config.window, config.eval, prompt.beside(tokenizer, config.prompt))
+            stops, around = stop_tokens(tokenizers.own), prompt.overhead(tokenizers.own, config.prompt)
+            engine = single.engine(model, stops, config.window, config.eval, around)
             end_phase("load")
 
             def ask(example: squad.Example, mode: str) -> dict[str, Any]:
-                """One query from text to text; seconds."""
-                script = None
+                """One query end to end; seconds."""
+                forced = None
                 if mode == "natural" and config.base.random_weights and engine.name != "plain":  # it would never end
-                    script = gold_ids(tokenizer, example.answers[0].text, config.window.answer)
+                    forced = gold_ids(tokenizers.own, example.answers[0].text, config.window.answer)
                 ticks: list[float] = []
                 began = gauges.now(device)
                 _, found, _ = single.ask(
-                    engine, tokenizer, example, config.window, cutter, script, mode == "fixed",
-                    lambda n: ticks.append(gauges.now(device)), config.prompt,
-                )  # fmt: skip
+                    engine,
+                    tokenizers,
+                    example,
+                    config,
+                    forced,
+                    mode == "fixed",
+                    lambda _: ticks.append(gauges.now(device)),
+                )
                 total = gauges.now(device) - began
                 sums = {key: sum(getattr(a, key) for a in found) for key in ("passes", "drafted", "accepted")}
                 tokens = sum(len(a.token_ids) for a in found)
-                last = ticks[-1] - began if len(found) == 1 else None  # more windows have prompts of their own
+                last = ticks[-1] - began if len(found) == 1 else None  # each window has a prompt of its own
                 return {"total": total, "first": ticks[0] - began, "last": last, "tokens": tokens, **sums}
 
             begin("warm up")
@@ -164,28 +159,24 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
                 samples[mode] = [ask(example, mode) for example in tqdm(asked, desc=mode, unit="query")]
                 end_phase(mode)
     nvml = file.with_suffix(".nvml.json")
-    write_text(file, json.dumps({
-        "ids": [e.id for e in queries], "modes": samples, "gauges": peaks,
-        "made_by": {"engine": engine.name, **sources(model, tokenizer, cutter)},
-        "nvml": json.loads(nvml.read_text()) if nvml.exists() else {},
-    }) + "\n")  # fmt: skip
+    made_by = {"engine": engine.name, **sources(model, tokenizers)}
+    write_samples(file, queries, samples, peaks, made_by, json.loads(nvml.read_text()) if nvml.exists() else {})
 
 
 def measure_api(config: Config, dev: squad.Dataset, file: Path) -> None:
-    """One process: cut the text, ask, one query after the other; what a connection and the host take is kept apart.
+    """One process: cut the text, ask, one query after the other; connecting and the host's own time are kept apart.
 
     A try that failed, and the pause after it, are in `waited`, not in the query's time.
     """
     assert config.api
     queries = drawn(config, dev)
-    _, cutter = load_tokenizers(config)
-    client = hosted.Client(
-        config, file.parent / "transcript.jsonl", anew=True
-    )  # of all processes: limits are the run's
+    tokenizers = load_tokenizers(config)
+    # one transcript for all processes: the limits of requests and cost are the run's
+    client = hosted.Client(config, file.parent / "transcript.jsonl", fresh=True)
 
     def ask(example: squad.Example) -> dict[str, Any]:
         began = time.perf_counter()
-        ((_, text),), _ = prompt_texts([example], cutter, config.window, config.prompt)
+        ((_, text),), _ = prompt_texts([example], tokenizers.window, config.window, config.prompt)
         cut = time.perf_counter() - began
         reply = client.ask(text)
         times = {"first": cut + reply.first, "last": cut + reply.total, "total": cut + reply.total}
@@ -198,15 +189,26 @@ def measure_api(config: Config, dev: squad.Dataset, file: Path) -> None:
         samples = [ask(example) for example in tqdm(queries, desc="natural", unit="query")]
     finally:
         client.close()
-    write_text(file, json.dumps({
-        "ids": [e.id for e in queries], "modes": {"natural": samples},
-        "gauges": {"natural": dict.fromkeys(("allocated_bytes", "reserved_bytes", "rss_bytes"))},
-        "made_by": {"engine": "api", **sources(None, cutter, cutter)}, "nvml": {},
-    }) + "\n")  # fmt: skip
+    peaks = {"natural": dict.fromkeys(("allocated_bytes", "reserved_bytes", "rss_bytes"))}
+    made_by = {"engine": "api", **sources(None, tokenizers)}
+    write_samples(file, queries, {"natural": samples}, peaks, made_by, {})
+
+
+def write_samples(
+    file: Path,
+    queries: list[squad.Example],
+    samples: dict[str, list[dict[str, Any]]],
+    peaks: dict[str, dict[str, int | None]],
+    made_by: dict[str, Any],
+    nvml: dict[str, Any],
+) -> None:
+    """One process's `process-N.json`."""
+    found = {"ids": [e.id for e in queries], "modes": samples, "gauges": peaks, "made_by": made_by, "nvml": nvml}
+    write_text(file, json.dumps(found) + "\n")
 
 
 def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of one process and mode: times in milliseconds, each interval null where n is too small for one."""
+    """Figures of one process and mode; times in milliseconds, an interval null where n is too small for one."""
 
     def spread(values: list[float]) -> dict[str, Any]:
         ms = [1000 * value for value in values]
@@ -219,27 +221,30 @@ def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
     later = [(s["last"] - s["first"]) / (s["tokens"] - 1) for s in samples if s["tokens"] > 1 and s["last"]]
     drafted = sum(s["drafted"] for s in samples)
-    return {
-        "n": len(samples),
-        "latency": spread([s["total"] for s in samples]), "ttft": spread([s["first"] for s in samples]),
-        "tpot": spread(later) if later else None,
-        "mean_tokens": round(statistics.mean(s["tokens"] for s in samples), 2),
-        "mean_passes": round(statistics.mean(s["passes"] for s in samples), 2),
-        "drafts_accepted": round(sum(s["accepted"] for s in samples) / drafted, 4) if drafted else None,
-        "queries_per_s": round(len(samples) / sum(s["total"] for s in samples), 3),
-        **{key: spread(known) for key in APART if (known := [s[key] for s in samples if s.get(key) is not None])},
-    }  # fmt: skip
+    out: dict[str, Any] = {"n": len(samples), "latency": spread([s["total"] for s in samples])}
+    out |= {"ttft": spread([s["first"] for s in samples]), "tpot": spread(later) if later else None}
+    out["mean_tokens"] = round(statistics.mean(s["tokens"] for s in samples), 2)
+    out["mean_passes"] = round(statistics.mean(s["passes"] for s in samples), 2)
+    out["drafts_accepted"] = round(sum(s["accepted"] for s in samples) / drafted, 4) if drafted else None
+    out["queries_per_s"] = round(len(samples) / sum(s["total"] for s in samples), 3)
+    known = {key: [s[key] for s in samples if s.get(key) is not None] for key in APART}
+    return out | {key: spread(values) for key, values in known.items() if values}
+
+
+def highest(found: Iterable[dict[str, Any]], *keys: str) -> dict[str, Any]:
+    """Of each key the highest value; None where all are 0 or unknown."""
+    rows = list(found)
+    return {key: max(row[key] or 0 for row in rows) or None for key in keys}
 
 
 def phases(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The highest of every gauge over the processes; of energy and clocks the middle process's."""
     out: dict[str, dict[str, Any]] = {}
     for name in found[0]["gauges"]:
-        out[name] = {key: max(p["gauges"][name][key] or 0 for p in found) or None for key in found[0]["gauges"][name]}
+        out[name] = highest((p["gauges"][name] for p in found), *found[0]["gauges"][name])
         seen = [p["nvml"][name] for p in found if name in p["nvml"]]
         if seen:
-            out[name] |= {key: max(s[key] or 0 for s in seen) or None
-                          for key in ("process_bytes", "device_bytes", "processes")}  # fmt: skip
+            out[name] |= highest(seen, "process_bytes", "device_bytes", "processes")
             joules = [s["energy_j"] for s in seen if s["energy_j"] is not None]
             n = len(found[0]["modes"].get(name, ())) or None
             out[name]["energy_j_per_query"] = round(statistics.median(joules) / n, 3) if joules and n else None
@@ -251,8 +256,8 @@ def phases(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def show(config: Config, name: str, device: Any, result: dict[str, Any]) -> None:
     n = result["n"]
-    print(f"{config.title} on {name}: {n} single queries in each of "
-          f"{config.bench.processes} processes, engine {result['engine']}")  # fmt: skip
+    processes = f"{config.bench.processes} processes, engine {result['engine']}"
+    print(f"{config.title} on {name}: {n} single queries in each of {processes}")
     print(f"{'ms':26}{'p50':>10}{'p90':>10}{'p95':>10}{'p99':>10}   95 % interval of p95")
     for mode, what in MODES.items():
         if mode not in result:
@@ -291,8 +296,8 @@ def show(config: Config, name: str, device: Any, result: dict[str, Any]) -> None
         print(f"{name:12}{cells}   {f'{joules:.1f}' if joules else '–'}, {clock or '–'}")
     throttled = sorted({reason for phase in result["phases"].values() for reason in phase.get("throttled", ())})
     shared = max(phase.get("processes") or 0 for phase in result["phases"].values())
-    print(f"throttled: {', '.join(throttled) or 'no'}; processes on the GPU: {shared or 'not said'}"
-          f"{', so others shared it' if shared > 1 else ''}")  # fmt: skip
+    others = ", so others shared it" if shared > 1 else ""
+    print(f"throttled: {', '.join(throttled) or 'no'}; processes on the GPU: {shared or 'not said'}{others}")
 
 
 if __name__ == "__main__":

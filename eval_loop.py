@@ -6,7 +6,6 @@
 section is asked over the network: started again, it goes on; `--replay RUN` takes all answers from a run's transcript.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -16,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import Config, load
-from common.data import cache, prompt, squad
+from common.arguments import parse
+from common.config import Config
+from common.data import cache, squad
 from common.data.trees import prompt_texts
-from common.decode import chunks, hosted, predict
+from common.decode import hosted, predict
 from common.decode.answers import Prediction, stop_tokens
 from common.device import describe_device, pick_device
 from common.errors import UserError, one_line_errors
@@ -29,51 +29,42 @@ from common.metrics.stats import clustered, wilson
 from common.model.load import load_system, load_tokenizers, sources
 from common.runs import checkpoint, gauges, preflight, ranks, record, signals
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 
 
 @dataclass(frozen=True)
 class Answered:
     """What a system answered, and how."""
 
-    answers: dict[str, Any]  # by id: text, hit_limit and what else is known of an answer
+    answers: dict[str, Prediction]  # by id
     truncated: int  # questions whose context was cut, or read in windows
-    seconds: float | None
+    seconds: float | None  # None: not known
     device: dict[str, Any]
     made_by: dict[str, Any]
-    result: dict[str, Any]  # what its record says beside what every record does
+    result: dict[str, Any]  # fields of the record that depend on where the model runs
     run: Path | None = None  # its folder, where there is one already
 
 
 def main(argv: list[str]) -> None:
     # ---- settings --------------------------------------------------------------------------------------------------
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", help="a name in configs/, or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--replay", metavar="RUN", type=Path, help="answers are those of this run's transcript")
-    parser.add_argument("--fresh", action="store_true", help="ask anew, though there is a run to go on with")
-    args = parser.parse_intermixed_args(argv)
-    config = load(args.model, args.overrides)
+    config, args = parse("eval_loop", argv)
     if not config.api and (args.replay or args.fresh):
         raise UserError(f"--replay and --fresh are of systems behind an API; {config.system} runs here")
-    preflight.check(config)
+    config = preflight.check(config)
+    dev = squad.load(config.data, "dev")
 
     # ---- answers ---------------------------------------------------------------------------------------------------
-    config = prompt.filled(config)
-    dev = squad.load(config.data, "dev")
+    found: Answered | None
     if config.api:
-        newest = None if args.replay or args.fresh else record.newest_run(config, "eval")
-        if newest and (newest / "record.json").exists():
-            finished = record.read_one(newest / "record.json")
-            if finished["must_match"]["data"] == dev.sha256:
-                print(f"{newest} is finished; FRESH=1 asks anew")
-                print(json.dumps(finished["result"]))
-                return
-            newest = None  # that was of other data
-        found: Answered | None = answer_hosted(config, dev, newest, args.replay)
+        anew = bool(args.replay) or args.fresh
+        run, finished = record.open_run(config, "eval", lambda r: r["must_match"]["data"] == dev.sha256, anew)
+        if finished:
+            print(f"{run} is finished; FRESH=1 asks anew\n{json.dumps(finished)}")
+            return
+        found = answer_hosted(config, dev, run, args.replay)
     else:
         found = answer_here(config, dev)
-    if found is None:  # another rank goes on
+    if found is None:  # the first rank scores
         return
     answers = found.answers
 
@@ -102,61 +93,52 @@ def main(argv: list[str]) -> None:
     run, n = found.run or record.new_run(config, "eval"), len(dev.examples)
     write_text(run / "predictions.json", json.dumps(texts, ensure_ascii=False, indent=0) + "\n")
     write_text(run / "questions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    result = {
-        "run": str(run), **accuracy, "n": n, "random_weights": config.base.random_weights,
-        "truncated_share": found.truncated / n,
-        "hit_limit_share": sum(answer.hit_limit for answer in answers.values()) / n,
-        "seconds": round(found.seconds, 2) if found.seconds else None,
-        "questions_per_s": round(n / found.seconds, 2) if found.seconds else None, **found.result,
-    }  # fmt: skip
+    result = {"run": str(run), **accuracy, "n": n, "random_weights": config.base.random_weights}
+    result["truncated_share"] = found.truncated / n
+    result["hit_limit_share"] = sum(answer.hit_limit for answer in answers.values()) / n
+    result["seconds"] = round(found.seconds, 2) if found.seconds else None
+    result["questions_per_s"] = round(n / found.seconds, 2) if found.seconds else None
+    result |= found.result
     record.write(run, config, "eval", dev, found.device, result, found.made_by)
-    adapter = found.result.get("adapter")
+    adapter = f" with {result['adapter']}" if result.get("adapter") else ""
     print(
-        f"{config.title}{f' with {adapter}' if adapter else ''} on {dev.source}\n"
+        f"{config.title}{adapter} on {dev.source}\n"
         f"{shown}  n {n}\n"
         f"context cut {result['truncated_share']:.2%}, answer ran into the limit {result['hit_limit_share']:.2%}, "
-        f"{result['questions_per_s'] or 'unknown'} questions/s; {run}/predictions.json"
+        f"{result['questions_per_s'] or 'unknown'} questions/s; {run}/predictions.json\n"
+        f"{json.dumps(result)}"
     )
-    print(json.dumps(result))
 
 
 def answer_here(config: Config, dev: squad.Dataset) -> Answered | None:
-    """By a model on this machine; None on all ranks but the first."""
+    """Answers of a model on this machine; None on all ranks but the first."""
     adapter = checkpoint.verified(record.trained_adapter(config))
     process = ranks.join()
-    # one rank says which, should a training have ended meanwhile
+    # of one rank: a training may end meanwhile
     adapter, weights = broadcast_object_list([adapter, checkpoint.weights_sha256(adapter)])
     device = pick_device()
-    tokenizer, cutter = load_tokenizers(config)
+    tokenizers = load_tokenizers(config)
     if process.is_main_process:
         record.note_prompt(adapter, config)
     model = load_system(config, adapter, device)
     checkpoint.unchanged(adapter, weights)
-    with ranks.local_first():  # the others find the trees in the cache
-        built = cache.build_trees(
-            dev.examples, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
-        )
-    stops = stop_tokens(tokenizer)
+    with ranks.local_first():  # the others read the trees from the cache
+        built = cache.build_trees(dev.examples, tokenizers, config.window, config.prompt, train=False)
     gauges.reset_peaks(device)
+    stop_tokens(tokenizers.own)  # kept: its time is not the decoding's
     began = gauges.now(device)
-    own = predict.answer_trees(
-        model, tokenizer, built.trees, stops, config.window.answer, config.eval,
-        "decode" if process.is_main_process else None,
-    )  # fmt: skip
-    answers = chunks.merge(gather_object(list(own.values())))
+    answers = predict.by_all_ranks(model, tokenizers, built.trees, config)
     seconds = gauges.now(device) - began
-    if not process.is_main_process:
+    if not process.is_main_process or answers is None:
         return None
-    result = {
-        "adapter": str(adapter) if adapter else None, "adapter_sha256": weights,
-        "processes": process.num_processes, "peak": gauges.peaks(device),
-    }  # fmt: skip
-    made_by = {"engine": predict.engine_of(model, config.eval), **sources(model, tokenizer, cutter)}
+    result = {"adapter": str(adapter) if adapter else None, "adapter_sha256": weights}
+    result |= {"processes": process.num_processes, "peak": gauges.peaks(device)}
+    made_by = {"engine": predict.engine_of(model, config.eval), **sources(model, tokenizers)}
     return Answered(answers, built.counts["truncated"], seconds, describe_device(device), made_by, result)
 
 
 def answer_hosted(config: Config, dev: squad.Dataset, run: Path | None, replay: Path | None) -> Answered:
-    """By a model behind an API, going on with `run`; or by what it once answered, in the run `replay`."""
+    """Answers of a model behind an API: `run` is resumed, or the answers are those of the run `replay`."""
     assert config.api
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a hosted model is asked by one process: leave PROCESSES out, api.concurrency is what it takes")
@@ -164,8 +146,8 @@ def answer_hosted(config: Config, dev: squad.Dataset, run: Path | None, replay: 
         raise UserError(
             f"{replay}/transcript.jsonl: no such file; --replay names the run of a hosted model's evaluation"
         )
-    _, cutter = load_tokenizers(config)
-    prompts, counts = prompt_texts(dev.examples, cutter, config.window, config.prompt)
+    tokenizers = load_tokenizers(config)
+    prompts, counts = prompt_texts(dev.examples, tokenizers.window, config.window, config.prompt)
     folder = replay or run or record.new_run(config, "eval")
     client = hosted.Client(config, folder / "transcript.jsonl", replay=bool(replay))
     before, began = client.requests, time.perf_counter()
@@ -177,26 +159,22 @@ def answer_hosted(config: Config, dev: squad.Dataset, run: Path | None, replay: 
             sys.exit(request.code)
         finally:
             client.close()
-    # of one that was gone on with, it is not known how long it took
-    seconds = None if replay or before else time.perf_counter() - began
-    result = {
-        "transcript_sha256": sha256(client.transcript), "replayed": str(replay) if replay else None,
-        "requests": client.requests, "requests_before": before, "cost_usd": round(client.usd, 6) or None,
-        "tokens_read": total(r.read for r in replies.values()),
-        "tokens_written": total(r.written for r in replies.values()),
-        "waited_s": round(sum(r.waited for r in replies.values()), 2),
-        "adapter": None, "adapter_sha256": None,
-        "peak": dict.fromkeys(("allocated_bytes", "reserved_bytes", "rss_bytes")),
-    }  # fmt: skip
-    made_by = {"engine": "api", **sources(None, cutter, cutter)}
+    seconds = None if replay or before else time.perf_counter() - began  # of a resumed run it is not known
+    result: dict[str, Any] = {"adapter": None, "adapter_sha256": None}
+    result["peak"] = dict.fromkeys(("allocated_bytes", "reserved_bytes", "rss_bytes"))
+    result |= {"transcript_sha256": sha256(client.transcript), "replayed": str(replay) if replay else None}
+    result |= {"requests": client.requests, "requests_before": before, "cost_usd": round(client.usd, 6) or None}
+    result["tokens_read"] = total(r.read for r in replies.values())
+    result["tokens_written"] = total(r.written for r in replies.values())
+    result["waited_s"] = round(sum(r.waited for r in replies.values()), 2)
+    made_by = {"engine": "api", **sources(None, tokenizers)}
     answers = {id_: Prediction(id_, r.text, [], None, r.hit_limit) for id_, r in replies.items()}
-    return Answered(
-        answers, counts["truncated"], seconds, {"name": config.api.url}, made_by, result, None if replay else folder
-    )
+    device, folder_or_none = {"name": config.api.url}, None if replay else folder
+    return Answered(answers, counts["truncated"], seconds, device, made_by, result, folder_or_none)
 
 
 def total(counts: Iterable[int | None]) -> int | None:
-    """Their sum; None where a host did not say one."""
+    """The sum; None if a host left one out."""
     found = list(counts)
     return None if None in found else sum(count for count in found if count is not None)
 

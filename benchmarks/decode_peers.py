@@ -101,7 +101,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     def dev(kind: str, some: list[Tree]) -> Any:
         scripts = {q["id"]: s for q in questions if (s := script_of(q, kind, eos))}
         return predict.answer_trees(
-            model, tokenizer, some, job["stops"], limit_of(kind, job), options, None, scripts=scripts
+            model, tokenizer, some, job["stops"], limit_of(kind, job), options, None, forced=scripts
         )
 
     start = {"load_s": time.perf_counter() - began}

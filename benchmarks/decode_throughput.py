@@ -110,11 +110,10 @@ def parser(gpu: bool) -> argparse.ArgumentParser:
 
 def job_of(config: Config, args: argparse.Namespace, kinds: list[str], folder: Path) -> tuple[dict[str, Any], Any]:
     """What every stack is told, and the questions' examples."""
-    tokenizer, cutter = load_tokenizers(config)
+    tokenizers = load_tokenizers(config)
+    tokenizer = tokenizers.own
     examples = squad.load(config.data, "dev").examples[: args.questions or None]
-    trees = cache.build_trees(
-        examples, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
-    ).trees
+    trees = cache.build_trees(examples, tokenizers, config.window, config.prompt, train=False).trees
     gold = {e.id: gold_ids(tokenizer, e.answers[0].text, config.window.answer) for e in examples}
     questions: list[dict[str, Any]] = [
         {"id": b.id, "prefix": t.prefix_ids, "prompt": b.prompt_ids, "gold": gold[b.id]}
@@ -144,7 +143,7 @@ def equal(examples: Any, found: dict[str, Any], config: Config) -> dict[str, Any
     both = [e for e in examples if e.id in ours and e.id in theirs]
     if not both:
         return None
-    tokenizer, _ = load_tokenizers(config)
+    tokenizer = load_tokenizers(config).own
     texts = [{e.id: to_text(tokenizer, side[e.id]) for e in both} for side in (ours, theirs)]
     scores = [score(both, side) for side in texts]
     alone = found["ours"]["answers_alone"]

@@ -19,7 +19,7 @@ from unittest import mock
 from common.device import describe_device, pick_device
 from common.errors import UserError, one_line_errors
 from common.model.linears import MergedLinear
-from common.model.nf4 import FEW, NESTED
+from common.model.nf4 import ABSMAX_BLOCK, MATMUL_TOKENS
 
 import bitsandbytes as bnb
 import torch
@@ -55,10 +55,10 @@ def main(argv: list[str]) -> None:
         for tokens in args.tokens:
             x = torch.randn(tokens, columns, device=device, dtype=DTYPE)
             ways = {
-                names[0]: lambda w, x=x: w.kernels(x) if len(x) <= FEW else x @ w.ours().T,
-                names[1]: lambda w, x=x: w.theirs.products(x),
+                names[0]: lambda w, x=x: w.kernels(x) if len(x) <= MATMUL_TOKENS else x @ w.ours.dense().T,
+                names[1]: lambda w, x=x: w.theirs.matmul(x),
                 names[2]: lambda w, x=x: w.fused(x),
-                names[3]: lambda w, x=x: x @ w.theirs().T,
+                names[3]: lambda w, x=x: x @ w.theirs.dense().T,
                 names[4]: lambda w, x=x: x @ w.compiled().T,
                 names[5]: lambda w, x=x: x @ w.plain.T,
             }
@@ -84,19 +84,20 @@ class Weights:
         if not self.ours.kernels:
             raise UserError("this GPU cannot run common.model.nf4_kernels: compute capability 8.0 is needed")
         self.theirs.kernels = None
-        self.plain = self.ours()
-        codes: Any = self.ours.codes
-        absmax = codes.levels2[codes.absmax.int()].view(-1, NESTED) * codes.absmax2[:, None] + codes.offset[:, None]
-        self.parts = codes.numbers, absmax.view(-1), codes.levels, codes.blocksize
+        self.plain = self.ours.dense()
+        w: Any = self.ours.nf4
+        absmax = w.code2[w.absmax.int()].view(-1, ABSMAX_BLOCK) * w.absmax2[:, None] + w.offset[:, None]
+        self.parts = w.packed, absmax.view(-1), w.code, w.blocksize
 
     def kernels(self, x: Tensor) -> Tensor:
-        return self.ours.kernels.products(x, self.ours.codes, self.ours.shape[0])
+        assert self.ours.kernels
+        return self.ours.kernels.matmul(x, self.ours.nf4, self.ours.shape[0])
 
     def fused(self, x: Tensor) -> Tensor:
         from bitsandbytes.backends.cuda import ops  # cannot be imported without a GPU
 
         with mock.patch.object(ops, "_gemm_4bit_use_custom_fn", return_value=True):
-            return self.theirs.products(x)
+            return self.theirs.matmul(x)
 
     def compiled(self) -> Tensor:
         """The matrix [rows, columns] by torch.compile; its absmaxes were dequantised before."""

@@ -160,11 +160,8 @@ def parser() -> argparse.ArgumentParser:
 def job_of(config: Config, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """What every peer is told: the questions of our first steps as rows, the base, the LoRA shape."""
     assert config.lora
-    tokenizer, cutter = load_tokenizers(config)
     examples = squad.load(config.data, "train").examples
-    built = cache.build_trees(
-        examples, tokenizer, config.window, train=True, options=config.prompt, window_tokenizer=cutter
-    )
+    built = cache.build_trees(examples, load_tokenizers(config), config.window, config.prompt, train=True)
     per_step = config.train.questions_per_step
     trees = plan.bounded(built.trees, per_step)
     steps = plan.epoch(trees, config.seed, 0, per_step)[: args.warmup + args.steps]

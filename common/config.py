@@ -35,6 +35,14 @@ def between(section: Any, **bounds: tuple[float, float]) -> None:
         need(value is None or low <= value <= high, key, f"must be between {low:,} and {high:,}")
 
 
+def later(default: Any) -> Any:
+    """The default of a key that is newer than published records: it must keep the behaviour of before.
+
+    Hashes count such a key only where it differs from its default, so new keys orphan no run.
+    """
+    return field(default=default, metadata={"later": True})
+
+
 def plain_words(section: Any, *keys: str) -> None:
     """Names, and paths of files: neither empty, nor longer than Linux takes, nor with control characters."""
     for key in keys:
@@ -258,12 +266,18 @@ class Config:
         """The system's name, marked where its weights are random."""
         return f"{self.system} (random weights)" if self.base.random_weights else self.system
 
+    @property
+    def eval_in_training(self) -> Eval:
+        """How a training decodes: in no more memory than it trains in."""
+        budget = self.train.memory_budget_gib or self.eval.memory_budget_gib
+        return dataclasses.replace(self.eval, memory_budget_gib=budget)
+
     def hash(self, kind: str | None = None) -> str:
         """8 hex digits of what decides a result: not `runs`, not `tracker`, and of `api` only whom it asks.
 
         A `kind` of run does not depend on what comes after it, and a training goes on with more or less memory.
         """
-        decides = self.to_dict()
+        decides = without_unset(self)
         del decides["runs"], decides["tracker"]
         decides["api"] = self.api and self.api.url  # a run that met a limit goes on with a higher one
         if kind in ("train", "eval"):
@@ -273,6 +287,16 @@ class Config:
             for key in ("memory_budget_gib", "pass_tokens", "parts"):
                 del decides["eval"][key]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def without_unset(section: Any) -> dict[str, Any]:
+    """A dataclass as a JSON object, without the `later` keys that are at their defaults."""
+    out = {}
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if not f.metadata.get("later") or value != f.default:
+            out[f.name] = without_unset(value) if dataclasses.is_dataclass(value) else value
+    return out
 
 
 def _is_url(text: str) -> bool:

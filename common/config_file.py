@@ -1,9 +1,7 @@
-"""YAML files and `key=value` overrides as dataclasses, strictly.
+"""YAML files and `key=value` overrides as dataclasses, strictly. Imports no torch.
 
-An unknown, repeated or wrongly typed key fails with file, line and the nearest known key. Types come from the
-dataclasses, not from YAML's guesses, so `2e-4` is a float; where YAML would read a bare word as something else (`off`,
-`016`), it is refused rather than guessed. Aliases and tags are refused too: every value stands where it is used.
-Imports no torch.
+An unknown, repeated or wrongly typed key is an error with file, line and the nearest known key. Types come from the
+dataclasses, so `2e-4` is a float; words that YAML takes for something else (`off`, `016`), aliases and tags are errors.
 """
 
 import dataclasses
@@ -15,22 +13,22 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from common.errors import UserError
 
 import yaml
 
-DEEPEST = 20  # sections and lists inside each other
-LONGEST = 80  # characters of what a message quotes
-DIGITS = 18  # of a whole number
+DEEPEST = 20  # sections and lists inside each other; the deepest key of a configuration is at 2
+LONGEST = 80  # characters that a message quotes, so that it stays on a line
+DIGITS = 18  # of a whole number: fits 64 bits
+T = TypeVar("T")
 
 
-def read(cls: type, path: Path | None, overrides: typing.Iterable[str] = ()) -> Any:
-    """A YAML file as a `cls`, `key=value` overrides over it; without a file, what the overrides make.
+def read(cls: type[T], path: Path | None, overrides: typing.Iterable[str] = ()) -> T:
+    """A YAML file as a `cls`, with `key=value` overrides; without a file, what the overrides make.
 
-    A `ValueError` of a dataclass's own check begins with the key's name, and gets file and line here. Raises
-    `UserError` with file and line (or the override) of the first thing that is wrong.
+    Raises `UserError` with file and line (or the override) of what is wrong first, or a `__post_init__` refuses.
     """
     tree = _read(path) if path else {}
     for override in overrides:
@@ -47,8 +45,11 @@ class _Leaf:
     where: str  # "file:line", or the override
 
 
+Tree = dict[str, "_Leaf | Tree"]
+
+
 class _Loader(yaml.SafeLoader):
-    """Nodes of plain YAML; an alias, a tag or deep nesting is an error with its line."""
+    """Plain YAML; an alias, a tag or deep nesting is an error with its line."""
 
     depth = 0
 
@@ -69,7 +70,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Tree:
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -82,23 +83,20 @@ def _read(path: Path) -> dict[str, Any]:
     return _mapping(root, "", str(path))
 
 
-def _mapping(node: yaml.MappingNode, prefix: str, source: str) -> dict[str, Any]:
-    out: dict[str, Any] = {}
+def _mapping(node: yaml.MappingNode, prefix: str, source: str) -> Tree:
+    out: Tree = {}
     for key, value in node.value:
         where = f"{source}:{key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode):
             raise UserError(f"{where}: a key is one word; quote a value that begins with a brace or bracket")
         if key.value in out:
             raise UserError(f'{where}: key "{shown(prefix + key.value)}" stands here twice')
-        out[key.value] = (
-            _mapping(value, f"{prefix}{key.value}.", source)
-            if isinstance(value, yaml.MappingNode)
-            else _Leaf(value, where)
-        )
+        mapping = isinstance(value, yaml.MappingNode)
+        out[key.value] = _mapping(value, f"{prefix}{key.value}.", source) if mapping else _Leaf(value, where)
     return out
 
 
-def _override(tree: dict[str, Any], text: str) -> None:
+def _override(tree: Tree, text: str) -> None:
     where = f"override {shown(text)}"
     key, equals, value = text.partition("=")
     if not equals or not key:
@@ -121,14 +119,13 @@ def _override(tree: dict[str, Any], text: str) -> None:
 # ---- dicts of leaves into dataclasses ------------------------------------------------------------------------------
 
 
-def _build(cls: Any, tree: dict[str, Any], prefix: str, source: str, known: list[str]) -> Any:
+def _build(cls: Any, tree: Tree, prefix: str, source: str, known: list[str]) -> Any:
     hints = _hints(cls)
     sections = [name for name in hints if not prefix]
     for key, value in tree.items():
         if key not in hints:
-            where = value.where if isinstance(value, _Leaf) else _first_where(value, source)
             near = nearest(prefix + key, [*known, *sections])
-            raise UserError(f'{where}: unknown key "{shown(prefix + key)}"{near}')
+            raise UserError(f'{_where(value, source)}: unknown key "{shown(prefix + key)}"{near}')
     values, fields = {}, {field.name: field for field in dataclasses.fields(cls)}
     for name, hint in hints.items():
         if name in tree:
@@ -138,26 +135,23 @@ def _build(cls: Any, tree: dict[str, Any], prefix: str, source: str, known: list
     try:
         return cls(**values)
     except ValueError as error:
-        key = str(error).partition(":")[0]
-        where = tree[key].where if isinstance(tree.get(key), _Leaf) else source
+        leaf = tree.get(str(error).partition(":")[0])
+        where = leaf.where if isinstance(leaf, _Leaf) else source
         raise UserError(f"{where}: {prefix}{error}") from error
 
 
-def _value(value: Any, hint: Any, key: str, source: str, known: list[str]) -> Any:
+def _value(value: _Leaf | Tree, hint: Any, key: str, source: str, known: list[str]) -> Any:
     choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    optional = type(None) in choices
     (hint,) = [choice for choice in choices if choice is not type(None)]
     if isinstance(value, dict):
         if not dataclasses.is_dataclass(hint):
-            raise UserError(f'{_first_where(value, source)}: "{key}" takes a value, not a section')
+            raise UserError(f'{_where(value, source)}: "{key}" takes a value, not a section')
         return _build(hint, value, key + ".", source, known)
-    if optional and _tag(value.node) == "null":
+    if type(None) in choices and _tag(value.node) == "null":
         return None
     if dataclasses.is_dataclass(hint):
-        raise UserError(
-            f'{value.where}: "{key}" is a section; set one of its keys, such as {key}.'
-            f"{dataclasses.fields(hint)[0].name}"
-        )
+        first = dataclasses.fields(hint)[0].name
+        raise UserError(f'{value.where}: "{key}" is a section; set one of its keys, such as {key}.{first}')
     if typing.get_origin(hint) is tuple:
         if not isinstance(value.node, yaml.SequenceNode):
             raise UserError(f'{value.where}: "{key}" takes a list, such as [a, b]')
@@ -196,7 +190,7 @@ def _scalar(leaf: _Leaf, hint: Any, key: str) -> Any:
 
 
 def _whole(text: str, where: str) -> str:
-    """A text whose surrogates are in pairs, as JSON writes a character above U+FFFF, with that character."""
+    """`text` with a character above U+FFFF for each pair of surrogates, which is how JSON writes one."""
     try:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
     except UnicodeDecodeError as error:
@@ -204,7 +198,7 @@ def _whole(text: str, where: str) -> str:
 
 
 def shown(text: str) -> str:
-    """A text in a message of one line: what cannot be printed is escaped, and a long one is cut."""
+    """`text` for a message of one line: escaped if it cannot be printed, cut if it is long."""
     text = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
@@ -213,10 +207,10 @@ def _tag(node: yaml.Node) -> str:
     return node.tag.rpartition(":")[2]
 
 
-def _first_where(tree: dict[str, Any], source: str) -> str:
-    for value in tree.values():
-        return value.where if isinstance(value, _Leaf) else _first_where(value, source)
-    return source
+def _where(value: _Leaf | Tree | None, source: str) -> str:
+    if isinstance(value, dict):
+        return _where(next(iter(value.values()), None), source)
+    return value.where if value else source
 
 
 @functools.cache
@@ -233,11 +227,11 @@ def known_keys(cls: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def _reason(error: Any) -> str:
-    return error.reason if isinstance(error, yaml.reader.ReaderError) else error.problem
+def _reason(error: yaml.YAMLError) -> str:
+    return str(getattr(error, "reason", None) or getattr(error, "problem", error))
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """What was meant, as the end of a message; nothing where no known word is near."""
+    """The end of a message that names the nearest known word; empty if none is near."""
     close = difflib.get_close_matches(word, list(known), 1, cutoff=0.5)
     return f' — did you mean "{close[0]}"?' if close else ""

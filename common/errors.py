@@ -13,6 +13,11 @@ class UserError(ValueError):
     """What is wrong, where (file, line or id), and what to do about it, in one line."""
 
 
+def first_line(error: BaseException, most: int = 200) -> str:
+    """The first line of an exception's text, at most so many characters; the exception's name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Wrap a script's `main()`: `UserError` becomes one line on stderr and exit code 2."""

@@ -1,23 +1,49 @@
-"""Where the repository is."""
+"""Files that are written whole or not at all, locks, checksums, and the place of the repository."""
 
+import contextlib
+import fcntl
+import gzip
 import hashlib
+import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+SUMS = "SHA256SUMS"
+
+
+@contextmanager
+def atomic(path: Path, suffix: str = ".partial") -> Iterator[Path]:
+    """Yield a file beside `path` to write; on success it takes the place of `path`, on an error it is removed."""
+    partial = path.with_name(path.name + suffix)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
-SUMS = "SHA256SUMS"
+def lock(file: IO) -> bool:
+    """True if `file` is locked for this process, until it is closed; False if another process has the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 @contextmanager
@@ -66,3 +92,14 @@ def beside(folder: Path) -> tuple[Path, Path]:
 def _flush(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def read_json(path: Path) -> object:
+    """The content of a JSON file, plain or gzipped. Raises `UserError` with file and, for bad JSON, line."""
+    try:
+        raw = path.read_bytes()
+        return json.loads(gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw)  # RFC 1952's first bytes
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); is the file complete?") from error
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); is the file complete?") from error

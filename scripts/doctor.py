@@ -1,6 +1,6 @@
-"""`python -m scripts.doctor`: what this machine can run, what stands in the way, and the next command to type.
+"""`python -m scripts.doctor` prints what this machine can run, what stands in the way, and the next command to type.
 
-It must work where nothing else does, so only the standard library is imported before it is known what is there.
+It must work where nothing else does, so it imports the standard library alone until it has found the packages.
 """
 
 import importlib
@@ -10,12 +10,17 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from common.files import ROOT
 
+if TYPE_CHECKING:
+    from common.config import Api
+
 BUNDLE = ROOT / "bundle.tar"
+LEAST_GIB = 3  # of disk: the environment and a small model
+MARKS = {"ok": "ok", "note": "--", "no": "no", "wrong": "!!"}
 
 
 class Finding(NamedTuple):
@@ -27,19 +32,21 @@ class Finding(NamedTuple):
 
 def machine() -> Iterator[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < (3, 11):  # noqa: UP036 - whoever has an older one is to read this line
+    if sys.version_info < (3, 11):  # noqa: UP036 - an older one gets as far as this line
         yield Finding("python", "wrong", f"{version}, and 3.11 is the least", "make setup PYTHON=python3.12")
-    yield Finding("machine", "ok", f"Python {version}, {os.cpu_count()} CPU threads, {_memory_gib():.0f} GiB of memory")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    yield Finding("machine", "ok", f"Python {version}, {os.cpu_count()} CPU threads, {memory:.0f} GiB of memory")
     free = shutil.disk_usage(ROOT).free / 2**30
     what = f"{free:.0f} GiB free here"
-    if free < 3:
-        yield Finding("disk", "no", f"{what}: the environment and a small model take 3 GiB")
+    if free < LEAST_GIB:
+        yield Finding("disk", "no", f"{what}: the environment and a small model take {LEAST_GIB} GiB")
     else:
-        yield Finding("disk", "ok", f"{what}; Llama-2-7B takes 13 GiB where its weights are kept ({_hub_cache()})")
+        cache = os.environ.get("HF_HUB_CACHE", f"{os.environ.get('HF_HOME', '~/.cache/huggingface')}/hub")
+        yield Finding("disk", "ok", f"{what}; Llama-2-7B takes 13 GiB where its weights are kept ({cache})")
 
 
 def gpus() -> Iterator[Finding]:
-    """By the driver's own tool, before torch is asked."""
+    """The GPUs by the driver's own tool, before torch is asked."""
     found = _nvidia_smi()
     for name, total, free, driver in found:
         yield Finding("GPU", "ok", f"{name}, {total / 1024:.0f} GiB, {free / 1024:.0f} GiB of it free, driver {driver}")
@@ -48,12 +55,12 @@ def gpus() -> Iterator[Finding]:
 
 
 def packages() -> Iterator[Finding]:
-    """Installed versions against pyproject.toml's ranges."""
+    """The installed versions against the ranges of pyproject.toml."""
     if not (ROOT / ".venv" / ".ready").exists():
         setup = f"make {'unbundle' if BUNDLE.exists() else 'setup'}"
         yield Finding("packages", "note", "not set up yet; once they are, this says what can run here", setup)
         return
-    import tomllib  # not in an older Python, which has been named by now
+    import tomllib  # absent from an older Python, which `machine` has named by now
 
     from packaging.requirements import Requirement
 
@@ -74,25 +81,23 @@ def packages() -> Iterator[Finding]:
 
 
 def torch_and_cuda() -> Iterator[Finding]:
-    """Do torch, bitsandbytes, the driver and the GPU fit together? Each is tried, not looked up."""
+    """Whether torch, bitsandbytes, the driver and the GPU fit together: each computes something."""
     import torch
 
-    gpu, built, supports = _nvidia_smi(), torch.version.cuda, _driver_cuda()
+    version, built = torch.__version__, torch.version.cuda
+    gpu, newest = _nvidia_smi(), re.search(r"CUDA Version: ([\d.]+)", _run("nvidia-smi"))
+    supports = newest[1] if newest else None  # the newest CUDA that the driver runs
     if gpu and not built:
         cuda = "cu130" if int((supports or "12").partition(".")[0]) >= 13 else "cu126"
-        yield Finding(
-            "torch", "wrong", f"{torch.__version__} is a CPU build, and there is a GPU",
-            f".venv/bin/pip install --force-reinstall torch=={torch.__version__.partition('+')[0]} "
-            f"--index-url https://download.pytorch.org/whl/{cuda}",
-        )  # fmt: skip
+        index = f"--index-url https://download.pytorch.org/whl/{cuda}"
+        fix = f".venv/bin/pip install --force-reinstall torch=={version.partition('+')[0]} {index}"
+        yield Finding("torch", "wrong", f"{version} is a CPU build, and there is a GPU", fix)
         return
     if gpu and not torch.cuda.is_available():
         old = supports and built and int(built.partition(".")[0]) > int(supports.partition(".")[0])
         why = f"the driver supports CUDA {supports} and torch was built for {built}" if old else "torch finds no GPU"
-        yield Finding(
-            "torch", "wrong", f"{torch.__version__}: {why}; update the driver, or take a torch built for its CUDA",
-            "nvidia-smi",
-        )  # fmt: skip
+        advice = "update the driver, or take a torch built for its CUDA"
+        yield Finding("torch", "wrong", f"{version}: {why}; {advice}", "nvidia-smi")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
@@ -100,24 +105,22 @@ def torch_and_cuda() -> Iterator[Finding]:
         a = torch.randn(64, 64, device=device)
         (a @ a).sum().item()
     except RuntimeError as error:
-        yield Finding("torch", "wrong", f"{torch.__version__} cannot multiply on {where}: {_line(error)}", "nvidia-smi")
+        yield Finding("torch", "wrong", f"{version} cannot multiply on {where}: {_line(error)}", "nvidia-smi")
         return
-    yield Finding("torch", "ok", f"{torch.__version__} computes on {where}")
+    yield Finding("torch", "ok", f"{version} computes on {where}")
     import bitsandbytes as bnb
 
     try:
         packed, state = bnb.functional.quantize_4bit(a, quant_type="nf4", compress_statistics=True)
         error_4bit = (bnb.functional.dequantize_4bit(packed, state) - a).abs().mean().item()
-        assert 0 < error_4bit < 0.2, f"NF4 is off by {error_4bit}"
+        assert 0 < error_4bit < 0.2, f"NF4 is off by {error_4bit}"  # about 0.07 for normal weights
         weight = torch.nn.Parameter(torch.ones(8192, device=device))
         optimizer = bnb.optim.PagedAdamW8bit([weight], lr=1e-3)
         weight.sum().backward()
         optimizer.step()
     except Exception as error:  # a missing library, a missing kernel, a wrong result: each its own kind
-        yield Finding(
-            "bitsandbytes", "wrong", f"{bnb.__version__} does not work with CUDA {built}: {_line(error)}",
-            ".venv/bin/python -m bitsandbytes",
-        )  # fmt: skip
+        text = f"{bnb.__version__} does not work with CUDA {built}: {_line(error)}"
+        yield Finding("bitsandbytes", "wrong", text, ".venv/bin/python -m bitsandbytes")
         return
     yield Finding("bitsandbytes", "ok", f"{bnb.__version__}: NF4 and the 8-bit optimizer work there")
     if device.type == "cuda":
@@ -128,15 +131,9 @@ def torch_and_cuda() -> Iterator[Finding]:
 def data() -> Iterator[Finding]:
     from common.config import Data
     from common.data import squad
-    from common.errors import UserError
 
-    folder = os.environ.get("SQUAD_DIR")
-    if folder:
-        try:
-            files = [str(squad.locate(getattr(Data(), split), split)) for split in squad.SPLITS]
-            yield Finding("SQuAD", "ok", ", ".join(files))
-        except UserError as error:
-            yield Finding("SQuAD", "no", str(error))
+    if os.environ.get("SQUAD_DIR"):
+        yield Finding("SQuAD", *_tried(lambda: ", ".join(str(squad.locate(Data().dev, s)) for s in squad.SPLITS)))
         return
     import huggingface_hub
 
@@ -159,35 +156,37 @@ def systems() -> Iterator[Finding]:
             configs[path.stem] = load(path.stem)
         except UserError as error:
             yield Finding("systems", "no", str(error))
-    reachable = {}
-    hosted = {name: config for name, config in configs.items() if config.api}
-    configs = {name: config for name, config in configs.items() if not config.api}
-    for base in {config.base.path: config.base for config in configs.values()}.values():
-        try:
-            yield Finding("weights", "ok", f"{base.path}: {preflight.weights(base)}")
-            reachable[base.path] = True
-        except UserError as error:
-            yield Finding("weights", "no", str(error).removesuffix(preflight.TRY).strip())
+    here = {name: config for name, config in configs.items() if not config.api}
+    reachable = set()
+    for base in {config.base.path: config.base for config in here.values()}.values():
+        state, text = _tried(preflight.weights, base)
+        reachable |= {base.path} if state == "ok" else set()
+        yield Finding("weights", state, f"{base.path}: {text}" if state == "ok" else text)
+    for name, config in here.items():
+        state, text = _tried(preflight.gpu, config.base, config.system)
+        if state == "ok" and config.base.path not in reachable:
+            state, text = "no", f"needs the weights of {config.base.path}"
+        elif state == "ok":
+            state, text = _tried(preflight.check, config)
+        yield Finding(name, state, "can run" if state == "ok" else text)
     for name, config in configs.items():
-        try:
-            preflight.gpu(config.base, config.system)
-        except UserError as error:
-            yield Finding(name, "no", str(error).removesuffix(preflight.TRY).strip())
-            continue
-        if config.base.path not in reachable:
-            yield Finding(name, "no", f"needs the weights of {config.base.path}")
-            continue
-        try:
-            preflight.check(config)
-            yield Finding(name, "ok", "can run")
-        except UserError as error:
-            yield Finding(name, "no", str(error).removesuffix(preflight.TRY).strip())
-    for name, config in hosted.items():
-        yield _endpoint(name, config.api)
+        if config.api:
+            yield _endpoint(name, config.api)
 
 
-def _endpoint(name: str, api: Any) -> Finding:
-    """Whether somebody listens at an API's address."""
+def _tried(check: Callable[..., object], *arguments: object) -> tuple[str, str]:
+    """("ok", what `check` returns), or ("no", what it refuses)."""
+    from common.errors import UserError
+    from common.runs import preflight
+
+    try:
+        return "ok", str(check(*arguments))
+    except UserError as error:
+        return "no", str(error).removesuffix(preflight.TRY).strip()
+
+
+def _endpoint(name: str, api: "Api") -> Finding:
+    """Whether a server answers at an API's address."""
     import httpx2
 
     key = f"the key in {api.key} is {'set' if os.environ.get(api.key) else 'not set'}"
@@ -199,40 +198,29 @@ def _endpoint(name: str, api: Any) -> Finding:
 
 
 def next_command(findings: list[Finding]) -> str:
-    to_do = next((f.fix for f in findings if f.fix), None)
-    if to_do:
-        return to_do
+    """The first fix, or else the most that can run here."""
     ready = {f.about for f in findings if f.state == "ok"}
-    return "make train" if {"qlora7b", "SQuAD"} <= ready else "make demo"
+    return next((f.fix for f in findings if f.fix), "make train" if {"qlora7b", "SQuAD"} <= ready else "make demo")
 
 
 def main() -> int:
     findings: list[Finding] = []
-    marks = {"ok": "ok", "note": "--", "no": "no", "wrong": "!!"}
     for check in (machine, gpus, packages, torch_and_cuda, data, systems):
         for finding in check():
             findings.append(finding)
-            print(f"{marks[finding.state]}  {finding.about:14}  {finding.text}", flush=True)
+            print(f"{MARKS[finding.state]}  {finding.about:14}  {finding.text}", flush=True)
         if any(f.fix for f in findings) and check is packages:
-            break  # the rest could not be imported
-    command = next_command(findings)
-    print(f"\nnext: {command}")
+            break  # the other checks import packages
+    print(f"\nnext: {next_command(findings)}")
     return 2 if any(f.state == "wrong" for f in findings) else 0
 
 
 def _nvidia_smi() -> list[tuple[str, int, int, str]]:
-    """(name, total MiB, free MiB, driver) of each GPU; none where there is no driver."""
-    out = _run(
-        "nvidia-smi", "--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits"
-    )
+    """(name, total MiB, free MiB, driver) of each GPU; empty without a driver."""
+    query = "--query-gpu=name,memory.total,memory.free,driver_version"
+    out = _run("nvidia-smi", query, "--format=csv,noheader,nounits")
     rows = [line.split(", ") for line in out.splitlines() if line.count(", ") == 3]
     return [(name, int(total), int(free), driver) for name, total, free, driver in rows if total.isdigit()]
-
-
-def _driver_cuda() -> str | None:
-    """The newest CUDA that the driver supports."""
-    found = re.search(r"CUDA Version: ([\d.]+)", _run("nvidia-smi"))
-    return found[1] if found else None
 
 
 def _run(*command: str) -> str:
@@ -242,16 +230,7 @@ def _run(*command: str) -> str:
         return ""
 
 
-def _memory_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-
-
-def _hub_cache() -> str:
-    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    return os.environ.get("HF_HUB_CACHE", f"{home}/hub")
-
-
-def _line(error: Any) -> str:
+def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 

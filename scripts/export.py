@@ -1,4 +1,4 @@
-"""Merge an adapter into its base as a folder that any tool loads, and check that it still answers as well.
+"""Merge an adapter into its base as a folder that any tool loads, and check that it answers as well.
 
     python -m scripts.export qlora7b FOLDER [key=value ...] [--dtype bf16] [--questions 500]
 
@@ -9,20 +9,19 @@ one says how many of the answers are the same, and whether EM is; where it got w
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.config import Config, load
+from common.arguments import parse
+from common.config import Config
 from common.data import prompt, squad
-from common.data.trees import build_trees
+from common.data.tokens import Tokenizers
 from common.decode import predict
-from common.decode.answers import stop_tokens
 from common.device import pick_device
-from common.errors import UserError, one_line_errors
-from common.files import beside, replacing, write_text
+from common.errors import UserError, first_line, one_line_errors
+from common.files import replacing, write_text
 from common.metrics import score
 from common.metrics.stats import mcnemar
 from common.model import memory
@@ -64,27 +63,13 @@ Prompt, to the byte; answered greedily up to a line break or {limit} tokens, con
 
 def main(argv: list[str]) -> None:
     # ---- settings --------------------------------------------------------------------------------------------------
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", help="a name in configs/, or a YAML file")
-    parser.add_argument("folder", type=Path, help="where the merged model goes; must not exist")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="what the sum is stored in")
-    parser.add_argument("--questions", type=int, default=500, help="of dev, answered before and after")
-    args = parser.parse_intermixed_args(argv)
-    config = load(args.model, args.overrides)
+    config, args = parse("export", argv)
     if config.lora is None:
         raise UserError(f"{config.system} has no adapter to merge; try MODEL=qlora7b")
-    if not args.folder.name:
-        raise UserError("no folder to write is named: make export OUT=folder")
-    for folder in (args.folder, *beside(args.folder)):  # it is written beside itself, then renamed
-        if folder.exists():
-            raise UserError(f"{folder} is there already; move it away, or name another folder than {args.folder}")
-    above = next(path for path in args.folder.absolute().parents if path.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise UserError(f"{above} is no folder to write to, so there can be no {args.folder}")
+    preflight.new_folder(args.folder)
     if args.questions < 1:
         raise UserError("--questions must be 1 or more")
-    preflight.check(config)
+    config = preflight.check(config)
     adapter = checkpoint.verified(record.trained_adapter(config))
     if adapter is None:
         raise UserError(f"{config.system} has random weights and no trained adapter, so there is nothing to export")
@@ -93,10 +78,10 @@ def main(argv: list[str]) -> None:
     some = squad.stratified(dev.examples, min(args.questions, len(dev.examples)))
 
     # ---- merge -----------------------------------------------------------------------------------------------------
-    tokenizer, cutter = load_tokenizers(config)
+    tokenizers = load_tokenizers(config)
     model = load_system(config, adapter, device)
     weights = merged(model, DTYPES[args.dtype])
-    before = answers(model, tokenizer, cutter, config, some)
+    before = texts(model, tokenizers, config, some)
     settings = model.get_base_model().config
     settings.__dict__.pop("quantization_config", None)
     settings.dtype = DTYPES[args.dtype]
@@ -110,9 +95,9 @@ def main(argv: list[str]) -> None:
     with replacing(args.folder) as folder:
         try:
             plain.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            tokenizers.own.save_pretrained(folder)
         except (SafetensorError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"{args.folder}: could not be written ({reason}); make room, and try again") from error
         del model, plain, weights
 
@@ -123,19 +108,18 @@ def main(argv: list[str]) -> None:
             )
             device = torch.device("cpu")
         base = replace(config.base, path=str(folder), quant="none", tokenizer=None, random_weights=False)
-        after = answers(load_base(base, device), tokenizer, cutter, config, some)
+        after = texts(load_base(base, device), tokenizers, config, some)
         a, b = score.score(some, before), score.score(some, after)
         write_card(folder, args, config, adapter, dev, a.em, b.em, len(some))
     lost, gained, p = mcnemar(a.correct, b.correct)
     same = sum(before[e.id] == after[e.id] for e in some)
     worse = lost > gained and p < SURE
-    result = {
-        "folder": str(args.folder), "em_before": a.em, "em_after": b.em, "n": len(some), "same_answers": same,
-        "lost": lost, "gained": gained, "p": p, "worse": worse,
-    }  # fmt: skip
-    print(f"{args.folder}: {same} of {len(some)} answers are the same; EM {a.em:.2f} by the adapter, {b.em:.2f} merged "
-          f"(exact McNemar p = {p:.2g}){': WORSE' if worse else ''}")  # fmt: skip
-    print(json.dumps(result))
+    result = {"folder": str(args.folder), "em_before": a.em, "em_after": b.em, "n": len(some), "same_answers": same}
+    result |= {"lost": lost, "gained": gained, "p": p, "worse": worse}
+    print(
+        f"{args.folder}: {same} of {len(some)} answers are the same; EM {a.em:.2f} by the adapter, {b.em:.2f} merged "
+        f"(exact McNemar p = {p:.2g}){': WORSE' if worse else ''}\n{json.dumps(result)}"
+    )
     sys.exit(bool(worse))
 
 
@@ -161,27 +145,30 @@ def merged(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return out
 
 
-def answers(model: Any, tokenizer: Any, cutter: Any, config: Config, some: list[squad.Example]) -> dict[str, str]:
-    trees = build_trees(
-        some, tokenizer, config.window, train=False, options=config.prompt, window_tokenizer=cutter
-    ).trees
-    found = predict.answer_trees(model, tokenizer, trees, stop_tokens(tokenizer), config.window.answer, config.eval)
-    return {id_: answer.text for id_, answer in found.items()}
+def texts(model: Any, tokenizers: Tokenizers, config: Config, some: list[squad.Example]) -> dict[str, str]:
+    return {id_: answer.text for id_, answer in predict.answers(model, tokenizers, some, config).items()}
 
 
 def write_card(
-    folder: Path, args: argparse.Namespace, config: Config, adapter: Path, dev: squad.Dataset, before: float,
-    after: float, n: int,
-) -> None:  # fmt: skip
+    folder: Path,
+    args: argparse.Namespace,
+    config: Config,
+    adapter: Path,
+    dev: squad.Dataset,
+    before: float,
+    after: float,
+    n: int,
+) -> None:
     """README.md, with the newest evaluation of this adapter on all of this data, where there is one."""
     sha256 = checkpoint.weights_sha256(adapter)
-    whole = [
-        r for r in record.read_all(Path(config.runs))
-        if r["kind"] == "eval" and r["result"].get("adapter_sha256") == sha256 and r["must_match"]["data"] == dev.sha256
-        and r["must_match"]["prompt"] == prompt.fingerprint(config.prompt)
-        and r["config"]["window"] == config.to_dict()["window"]
-        and record.weights_of(r["config"]["base"]) == record.weights_of(config.to_dict()["base"])
-    ]  # fmt: skip
+
+    def decides(must: dict[str, Any], config: dict[str, Any]) -> list[Any]:
+        return [must["data"], must["prompt"], config["window"], record.weights_of(config["base"])]
+
+    mine = decides({"data": dev.sha256, "prompt": prompt.fingerprint(config.prompt)}, config.to_dict())
+    evaluations = (r for r in record.read_all(Path(config.runs)) if r["kind"] == "eval")
+    of_it = (r for r in evaluations if r["result"].get("adapter_sha256") == sha256)
+    whole = [r for r in of_it if decides(r["must_match"], r["config"]) == mine]
     lines = ["| | EM | F1 | n |", "|---|---|---|---|"]
     if whole:
         r = whole[-1]["result"]

@@ -1,12 +1,13 @@
-"""From records to one page: tables, verdicts in words, plots, provenance; as HTML that needs no network, and Markdown.
+"""One page of all records: tables, verdicts, plots, provenance, as HTML that fetches nothing and as Markdown.
 
     python -m scripts.report [runs folder] [--usd-per-hour 1.20] [--systems NAME ...]
 
-Of each system and seed it takes the newest evaluation and the newest timing on the same data; seeds of one
-configuration make one line. Systems with random weights have lines of their own, without accuracy. Imports no torch.
+A system and seed counts with its newest evaluation and its newest timing on the same data. Seeds of one configuration
+make one line. Systems with random weights have lines of their own, without accuracy. Imports no torch.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -21,18 +22,20 @@ from common.config import Data
 from common.data import squad
 from common.errors import UserError, one_line_errors
 from common.files import ROOT, write_text
-from common.metrics import error_analysis, plots
-from common.metrics.compare import Rows, compare
-from common.metrics.stats import Bin, clustered, reliability, t_interval, wilson
+from common.metrics import calibration, error_analysis, plots
+from common.metrics.compare import Rows, Verdict, brackets, compare
+from common.metrics.error_analysis import Mistakes
+from common.metrics.stats import Interval, clustered, t_interval, wilson
 from common.runs import record
 
 import yaml
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 COLUMNS = ("system", "seeds", "EM [95 %]", "F1 [95 %]", "n", "p95 ms [95 %]", "peak memory", "J a query", "device")
-SNAPSHOT = "EM in the snapshot"
-PROVENANCE = ("run", "made", "code", "with", "again")
+USD, SNAPSHOT = "USD a 1,000 queries", "EM in the snapshot"  # further columns, of some reports
 Record = dict[str, Any]
+Key = tuple[str, int, bool, str]  # system, seed, whether its weights are random, its base
+Cells = Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -44,183 +47,175 @@ class Line:
     rows: dict[str, Rows]  # by the evaluation's folder
 
     @property
-    def some(self) -> Record:
-        return (self.evaluations or self.benches)[-1]
+    def records(self) -> list[Record]:
+        return self.evaluations or self.benches
+
+    @property
+    def seeds(self) -> str:
+        return ", ".join(str(r["seed"]) for r in self.records)
 
     @property
     def name(self) -> str:
-        quant, hosted = self.some["config"]["base"]["quant"], self.some["config"]["api"]
-        about = ["random weights"] if is_random(self.some) else []
+        some = self.records[-1]
+        quant, hosted = some["config"]["base"]["quant"], some["config"]["api"]
+        about = ["random weights"] if is_random(some) else []
         about += [] if quant == "nf4" or hosted else ["not quantised" if quant == "none" else quant]
-        return self.some["system"] + (f" ({', '.join(about)})" if about else "")
+        return some["system"] + (f" ({', '.join(about)})" if about else "")
 
     @property
     def bench(self) -> Record | None:
-        return max(self.benches, key=lambda r: r["created"]) if self.benches else None
+        return max(self.benches, key=lambda r: r["created"], default=None)
 
     @property
     def scored(self) -> bool:
-        return bool(self.evaluations) and not is_random(self.some)
+        return bool(self.evaluations) and not is_random(self.evaluations[-1])
 
-    def mean(self, name: str) -> tuple[float, tuple[float, float] | None]:
-        """EM or F1 and its interval: whole articles drawn, of the questions' means over the seeds; Wilson's for one."""
+    def percent(self, name: str) -> tuple[float, Interval | None]:
+        """The mean EM or F1 over seeds, and its interval when whole articles are resampled, both in percent.
+
+        EM of a single seed has Wilson's interval instead if there is but one article, or if all answers are alike.
+        """
         rows = [self.rows[e["folder"]] for e in self.evaluations]
-        values = {id_: fmean(float(r[id_][name]) for r in rows) for id_ in rows[0]}
-        interval = clustered(values, {id_: row["article"] for id_, row in rows[0].items()})
-        degenerate = not interval or interval[0] == interval[1]  # one article; all right, or none
+        shares = {id_: fmean(float(r[id_][name]) for r in rows) for id_ in rows[0]}
+        interval = clustered(shares, {id_: row["article"] for id_, row in rows[0].items()})
+        degenerate = not interval or interval[0] == interval[1]
         if degenerate and name == "em" and len(rows) == 1:
             interval = wilson(sum(r["em"] for r in rows[0].values()), len(rows[0]))
         return fmean(e["result"][name] for e in self.evaluations), interval and (100 * interval[0], 100 * interval[1])
+
+
+@dataclass(frozen=True)
+class Part:
+    """All that the page shows of records that may be compared."""
+
+    title: str
+    same: str  # what these records have alike
+    must_match: Record
+    table: list[Cells]  # the first row is the head
+    sentences: list[str]
+    tests: list[Verdict]
+    wrong: list[Mistakes]  # a line each
+    mistakes: list[Cells]  # `wrong` as a table
+    plots: dict[str, str]  # title → SVG
+    provenance: list[Cells]
 
 
 def is_random(r: Record) -> bool:
     return r.get("random_weights", False)
 
 
-def lines_of(runs: Mapping[Any, dict[str, Record]]) -> list[Line]:
-    """Of {(system, seed, …): {"eval": record, "bench": record}}, by rising EM; seeds in their order."""
+def lines_of(runs: Mapping[Key, dict[str, Record]]) -> list[Line]:
+    """The lines of {key: {"eval": record, "bench": record}} by rising EM; the seeds of a line in their order."""
     alike: dict[str, Line] = {}
     for _, found in sorted(runs.items()):
         e, b = found.get("eval"), found.get("bench")
-        config = (e or b or {})["config"]
-        same = {**config, "seed": None, "adapter": None, "runs": None, "kind": "eval" if e else "bench"}
+        some = e or found["bench"]
+        same = {**some["config"], "seed": None, "adapter": None, "runs": None, "kind": some["kind"]}
         line = alike.setdefault(json.dumps(same, sort_keys=True), Line([], [], {}))
-        if e:
-            line.evaluations.append(e)
-            if not is_random(e):
-                line.rows[e["folder"]] = record.read_questions(e)
-        if b:
-            line.benches.append(b)
-    return sorted(alike.values(), key=lambda line: (not line.scored, line.mean("em")[0] if line.scored else 0))
+        line.evaluations.extend([e] if e else [])
+        line.benches.extend([b] if b else [])
+        if e and not is_random(e):
+            line.rows[e["folder"]] = record.read_questions(e)
+    return sorted(alike.values(), key=lambda line: (not line.scored, line.percent("em")[0] if line.scored else 0))
 
 
 def memory(bench: Record) -> str:
-    """The gauge that says most: NVML of the process, else torch's reserve, else the resident set."""
+    """Peak memory by the first gauge there is: NVML of the process, torch's reserve, the resident set."""
     peak, nvml = bench["result"]["peak"], bench["result"]["nvml_peak"] or {}
-    for value, gauge in (
-        (nvml.get("process_bytes"), "NVML"),
-        (peak["reserved_bytes"], "reserved"),
-        (peak["rss_bytes"], "RSS"),
-    ):
-        if value:
-            return f"{value / 2**30:.2f} GiB {gauge}"
-    return "–"
+    gauges = {"NVML": nvml.get("process_bytes"), "reserved": peak["reserved_bytes"], "RSS": peak["rss_bytes"]}
+    return next((f"{size / 2**30:.2f} GiB {gauge}" for gauge, size in gauges.items() if size), "–")
 
 
-def brackets(interval: Sequence[float] | None, digits: int = 2) -> str:
-    return f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else ""
-
-
-def cells(line: Line, columns: Sequence[str], usd_per_hour: float | None, before: Mapping[str, Any]) -> tuple[str, ...]:
-    em, f1 = (line.mean(name) if line.scored else None for name in ("em", "f1"))
-    p95, joules, usd, device = "–", None, "–", line.some["may_differ"]["device"]["name"]
-    em_then = None if is_random(line.some) else before["em"].get(line.some["system"])
-    if line.bench:
-        r = line.bench["result"]
-        interval = r["latency"]["p95_interval_ms"]
-        p95 = f"{r['latency']['p95_ms']:.0f}{brackets(interval, 0)} (n {r['n']})"
-        timed_on = line.bench["may_differ"]["device"]["name"]
+def cells(line: Line, usd_per_hour: float | None, before: Record) -> dict[str, str]:
+    """The cell of a line in every column; `before`: the snapshot."""
+    some, bench = line.records[-1], line.bench
+    device = some["may_differ"]["device"]["name"]
+    em, f1, n, p95, peak, joules, usd, then = ("–",) * 8
+    if line.scored:
+        em, f1 = (f"{mean:.2f}{brackets(interval)}" for mean, interval in map(line.percent, ("em", "f1")))
+        n = str(some["result"]["n"])
+    if bench:
+        result, timed_on = bench["result"], bench["may_differ"]["device"]["name"]
+        latency, energy = result["latency"], result.get("phases", {}).get("natural", {}).get("energy_j_per_query")
+        p95 = f"{latency['p95_ms']:.0f}{brackets(latency['p95_interval_ms'], 0)} (n {result['n']})"
+        peak, joules = memory(bench), f"{energy:.1f}" if energy else "–"
         device += "" if timed_on == device else f"; timed on {timed_on}"
-        joules = r.get("phases", {}).get("natural", {}).get("energy_j_per_query")
-        if usd_per_hour and "natural" in r:
-            usd = f"{1000 * usd_per_hour / 3600 / r['natural']['queries_per_s']:.4f}"
-    return (
-        line.name,
-        ", ".join(str(r["seed"]) for r in line.evaluations or line.benches),
-        f"{em[0]:.2f}{brackets(em[1])}" if em else "–",
-        f"{f1[0]:.2f}{brackets(f1[1])}" if f1 else "–",
-        str(line.some["result"]["n"]) if em else "–",
-        p95,
-        memory(line.bench) if line.bench else "–",
-        f"{joules:.1f}" if joules else "–",
-        device,
-        *([usd] if usd_per_hour else []),
-        *([f"{em_then:.2f} (n {before['questions']})" if em_then else "–"] if columns[-1] == SNAPSHOT else []),
-    )
+        if usd_per_hour and "natural" in result:
+            usd = f"{1000 * usd_per_hour / 3600 / result['natural']['queries_per_s']:.4f}"
+    if some["system"] in before["em"] and not is_random(some):
+        then = f"{before['em'][some['system']]:.2f} (n {before['questions']})"
+    found = (line.name, line.seeds, em, f1, n, p95, peak, joules, device, usd, then)
+    return dict(zip((*COLUMNS, USD, SNAPSHOT), found, strict=True))
 
 
 def seeds(line: Line) -> list[str]:
-    """Of a system that was evaluated with several seeds: what they come to on average, as a sentence."""
+    """A sentence with the means over seeds in percent, if there are several."""
     means = []
     for name in ("em", "f1"):
         values = [e["result"][name] for e in line.evaluations]
         if interval := t_interval(values):
-            means.append(
-                f"{name.upper()} {fmean(values):.2f}{brackets(interval)} ({min(values):.2f} to {max(values):.2f})"
-            )
+            mean = f"{name.upper()} {fmean(values):.2f}{brackets(interval)}"
+            means.append(f"{mean} ({min(values):.2f} to {max(values):.2f})")
     return [f"{line.name}, mean of {len(line.evaluations)} seeds: {', '.join(means)}"] if means else []
 
 
 def pairs(lines: Sequence[Line]) -> list[tuple[str, str, Rows, Rows]]:
-    """Every adapter with its own base: of the same seed, or the first, where the base was scored with another."""
+    """Every adapter with its own base: of the same seed, or the first if the base was not scored with that seed."""
     out = []
-    for a in (line for line in lines if line.scored and line.some["config"]["lora"]):
-        for b in (line for line in lines if line.scored and not line.some["config"]["lora"]):
-            if record.weights_of(a.some["config"]["base"]) == record.weights_of(b.some["config"]["base"]):
-                by_seed = {e["seed"]: e for e in reversed(b.evaluations)}
-                for e in a.evaluations:
-                    base = by_seed.get(e["seed"], b.evaluations[0])
-                    name = f"{a.name} (seed {e['seed']})"
-                    out.append((name, b.name, a.rows[e["folder"]], b.rows[base["folder"]]))
+    scored = [(line, line.evaluations[-1]["config"]) for line in lines if line.scored]
+    for (a, tuned), (b, plain) in ((x, y) for x in scored for y in scored if x[1]["lora"] and not y[1]["lora"]):
+        if record.weights_of(tuned["base"]) == record.weights_of(plain["base"]):
+            by_seed = {e["seed"]: e for e in reversed(b.evaluations)}
+            for e in a.evaluations:
+                base = by_seed.get(e["seed"], b.evaluations[0])
+                out.append((f"{a.name} (seed {e['seed']})", b.name, a.rows[e["folder"]], b.rows[base["folder"]]))
     return out
 
 
-def mistaken(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """`mistakes.table` of each line's first seed; none where the data is not to be found without a network."""
-    firsts = [line.evaluations[0] for line in lines if line.scored]
-    if not firsts:
+def mistaken(lines: Sequence[Line]) -> list[Mistakes]:
+    """`error_analysis.table` of each line's first seed; empty if the data cannot be found without a network."""
+    scored = [line for line in lines if line.scored]
+    if not scored:
         return []
-    some, where = firsts[0], firsts[0]["config"]["data"]
-    if Path(some["may_differ"]["data_source"]).is_file():
-        where = {**where, "dev": some["may_differ"]["data_source"]}
+    some = scored[0].evaluations[0]
+    where, source = some["config"]["data"], some["may_differ"]["data_source"]
+    if Path(source).is_file():
+        where = {**where, "dev": source}
     elif not os.environ.get("SQUAD_DIR"):
         return []
-    try:
+    with contextlib.suppress(UserError):  # it is not there, or another file has its name now
         data = squad.load(Data(**where), "dev")
-    except UserError:  # it is not there, or another file has its name now
-        return []
-    if data.sha256 != some["must_match"]["data"]:
-        return []
-    return [
-        error_analysis.table(data.examples, line.rows[line.evaluations[0]["folder"]]) for line in lines if line.scored
-    ]
+        if data.sha256 == some["must_match"]["data"]:
+            return [error_analysis.table(data.examples, line.rows[line.evaluations[0]["folder"]]) for line in scored]
+    return []
 
 
-def mistake_rows(lines: Sequence[Line], tables: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A column a system: shares of all questions, then EM class by class."""
+def mistake_rows(lines: Sequence[Line], tables: Sequence[Mistakes]) -> list[Cells]:
+    """A table with a column per system: shares of all questions, then EM in percent of each class."""
 
-    def shares(name: str, counts: list[int]) -> tuple[str, ...]:
+    def shares(name: str, counts: list[int]) -> Cells:
         return name, *(f"{count} ({count / n:.1%})" for count in counts)
 
-    n = sum(tables[0]["kinds"].values())
-    firsts = [(line.name, line.evaluations[0]["seed"]) for line in lines if line.scored]
-    rows: list[tuple[str, ...]] = [("answers", *(f"{name}, seed {seed}" for name, seed in firsts))]
-    for kind in tables[0]["kinds"]:
+    first, n = tables[0], sum(tables[0]["kinds"].values())
+    titles = {"question": 'EM, "{}"', "answer": "EM, answers of {}", "context": "EM, contexts of {}"}
+    systems = (f"{line.name}, seed {line.evaluations[0]['seed']}" for line in lines if line.scored)
+    rows: list[Cells] = [("answers", *systems)]
+    for kind in first["kinds"]:
         rows.append(shares(kind, [t["kinds"][kind] for t in tables]))
         if kind == "boundary off":
-            rows += [shares(f"… by {name}", [t["off"][name] for t in tables]) for name in tables[0]["off"]]
-    for what, classes in tables[0]["by"].items():
-        for name, (_, size) in classes.items():
-            found = [t["by"][what][name][0] for t in tables]
+            rows += [shares(f"… by {name}", [t["off"][name] for t in tables]) for name in first["off"]]
+    for what, title in titles.items():
+        for name, (_, size) in first["by"][what].items():
             if size:
-                title = {
-                    "question": f'EM, "{name}"',
-                    "answer": f"EM, answers of {name}",
-                    "context": f"EM, contexts of {name}",
-                }[what]
-                rows.append((f"{title} (n {size})", *(f"{100 * right / size:.1f}" for right in found)))
+                percents = (f"{100 * t['by'][what][name][0] / size:.1f}" for t in tables)
+                rows.append((f"{title.format(name)} (n {size})", *percents))
     return rows
 
 
 def draw(lines: Sequence[Line], trainings: Sequence[Record]) -> dict[str, str]:
-    """Title → SVG of what these records have something to show of."""
+    """Title → SVG of the plots that these records have figures for."""
     names = [line.name for line in lines]
-    named = {
-        name
-        if names.count(name) == 1
-        else f"{name}, seed {', '.join(str(r['seed']) for r in line.evaluations or line.benches)}": line
-        for name, line in zip(names, lines, strict=True)
-    }
+    named = {line.name if names.count(line.name) == 1 else f"{line.name}, seed {line.seeds}": line for line in lines}
     out, styles = {}, plots.styles_of([*named, *(t["system"] for t in trainings)])
     curves = [(t["system"], record.read_metrics(Path(t["folder"]))) for t in trainings if not is_random(t)]
     if curves := [(name, rows) for name, rows in curves if rows]:
@@ -229,16 +224,13 @@ def draw(lines: Sequence[Line], trainings: Sequence[Record]) -> dict[str, str]:
     for name, line in named.items():
         if line.scored and line.bench:
             p95 = line.bench["result"]["latency"]
-            points.append((name, *line.mean("em"), p95["p95_ms"], p95["p95_interval_ms"]))
+            points.append((name, *line.percent("em"), p95["p95_ms"], p95["p95_interval_ms"]))
     if points:
         out["Right answers against waiting: exact match and p95, with 95 % intervals."] = plots.tradeoff(points, styles)
-    waits = {name: ms for name, line in named.items() if line.bench and (ms := natural(line.bench))}
-    if waits:
-        title = "How long single queries take; the line is at 95 %."
-        out[title] = plots.latencies(waits, styles)
-    trusts = {name: bins for name, line in named.items() if line.scored and (bins := trust(line))}
-    if trusts:
-        off = ", ".join(f"{name} {100 * gap(bins):.1f}" for name, bins in trusts.items())
+    if waits := {name: ms for name, line in named.items() if line.bench and (ms := natural_ms(line.bench))}:
+        out["How long single queries take; the line is at 95 %."] = plots.latencies(waits, styles)
+    if trusts := {name: bins for name, line in named.items() if line.scored and (bins := reliability(line))}:
+        off = ", ".join(f"{name} {100 * calibration.expected_error(bins):.1f}" for name, bins in trusts.items())
         title = f"Whether a model knows when it is right: mean distance from the line, in points: {off} (first seeds)."
         out[title] = plots.reliability(trusts, styles)
     ems = {name: [e["result"]["em"] for e in line.evaluations] for name, line in named.items() if line.scored}
@@ -248,53 +240,45 @@ def draw(lines: Sequence[Line], trainings: Sequence[Record]) -> dict[str, str]:
     return out
 
 
-def natural(bench: Record) -> list[float]:
-    """ms of all queries of all its processes."""
+def natural_ms(bench: Record) -> list[float]:
+    """Milliseconds of all queries of all processes."""
     files = [f for f in sorted(Path(bench["folder"]).glob("process-*.json")) if not f.name.endswith(".nvml.json")]
     return [1000 * q["total"] for file in files for q in json.loads(file.read_text())["modes"]["natural"]]
 
 
-def trust(line: Line) -> list[Bin]:
-    """`stats.reliability` of its first seed; none where probabilities were not kept."""
+def reliability(line: Line) -> list[calibration.Bin]:
+    """`calibration.reliability` of the first seed; empty if its record has no probabilities."""
     rows = line.rows[line.evaluations[0]["folder"]]
     if any(row["logprob"] is None for row in rows.values()):
         return []
-    return reliability(
-        {id_: math.exp(row["logprob"]) for id_, row in rows.items()}, {id_: row["em"] for id_, row in rows.items()}
-    )
+    probability = {id_: math.exp(row["logprob"]) for id_, row in rows.items()}
+    return calibration.reliability(probability, {id_: row["em"] for id_, row in rows.items()})
 
 
-def gap(bins: Sequence[Bin]) -> float:
-    """Expected calibration error (https://arxiv.org/abs/1706.04599), of bins of equal size."""
-    return sum(n * abs(p - right) for p, right, _, n in bins) / sum(n for *_, n in bins)
-
-
-def provenance(r: Record) -> tuple[str, ...]:
-    """What made it, and the commands that make it again."""
-    about, folder = r["may_differ"], r["folder"]
-    code = f"{about['commit'][:10]}{', changed since' if about['dirty'] else ''}" if about["commit"] else "not known"
-    versions = about["versions"]
-    adapter = r["result"].get("adapter")
-    again = f"git checkout {code[:10]} && " if about["commit"] else ""
+def provenance(r: Record) -> Cells:
+    """What made a record, and the command that makes it again."""
+    about, folder, result = r["may_differ"], r["folder"], r["result"]
+    commit, versions = about["commit"] and about["commit"][:10], about["versions"]
+    code = f"{commit}{', changed since' if about['dirty'] else ''}" if commit else "not known"
+    again = f"git checkout {commit} && " if commit else ""
     again += f"make {r['kind']} MODEL={folder}/config.yaml RUNS={Path(folder).parent}"
-    again += f" ADAPTER={adapter}" if adapter else ""
+    again += f" ADAPTER={result['adapter']}" if result.get("adapter") else ""
     again += " FRESH=1" if r["kind"] == "train" or (r["kind"] == "eval" and r["config"]["api"]) else ""
-    said = [f"{name} {versions[name]}" for name in ("torch", "transformers", "bitsandbytes") if name in versions]
-    said += [f"{key.replace('_', ' ')} {about[key][:12]}" for key in ("tokenizer", "base_commit") if about.get(key)]
-    if digest := r["result"].get("adapter_sha256"):
-        said.append(f"adapter {digest[:12]}")
-    return folder, r["created"], code, f"{about['device']['name']}; {', '.join(said)}", again
+    made = [f"{name} {versions[name]}" for name in ("torch", "transformers", "bitsandbytes") if name in versions]
+    made += [f"{key.replace('_', ' ')} {about[key][:12]}" for key in ("tokenizer", "base_commit") if about.get(key)]
+    made += [f"adapter {result['adapter_sha256'][:12]}"] if result.get("adapter_sha256") else []
+    return folder, r["created"], code, f"{about['device']['name']}; {', '.join(made)}", again
 
 
 def why_not(root: Path, system: str) -> str:
-    """The last line of what a system's last script said, where that left no record."""
+    """Why a system has no record: the last line of its newest log, or "not run"."""
     logs = sorted((root / "logs").glob(f"{system}-s[0-9]*.log"), key=lambda path: path.stat().st_mtime)
-    said = logs[-1].read_text(encoding="utf-8", errors="replace").strip().splitlines() if logs else []
-    return said[-1].removeprefix("error: ") if said and not said[-1].startswith("{") else "not run"
+    lines = logs[-1].read_text(encoding="utf-8", errors="replace").strip().splitlines() if logs else []
+    return lines[-1].removeprefix("error: ") if lines and not lines[-1].startswith("{") else "not run"
 
 
-def snapshot() -> dict[str, Any]:
-    """The figures of docs/snapshot.yaml: EM by system, and as a table with the interval that so few questions have."""
+def snapshot() -> Record:
+    """docs/snapshot.yaml, and its `rows` as a table: EM in percent with the interval that so few questions give."""
     found = yaml.safe_load((ROOT / "docs" / "snapshot.yaml").read_text(encoding="utf-8"))
     n = found["questions"]
     rows = [("system", "EM [95 %, Wilson]", "n")]
@@ -304,10 +288,10 @@ def snapshot() -> dict[str, Any]:
     return {**found, "rows": rows}
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines; the first row is the head."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return [lines[0], "| " + " | ".join("---" for _ in rows[0]) + " |", *lines[1:]]
+def markdown_table(rows: Sequence[Cells]) -> str:
+    """A table of Markdown; the first row is the head."""
+    head, *lines = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return "\n".join([head, "| " + " | ".join("---" for _ in rows[0]) + " |", *lines])
 
 
 def main(argv: list[str]) -> None:
@@ -317,98 +301,80 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--usd-per-hour", type=float, help="price of the device: adds what 1,000 single queries cost")
     parser.add_argument("--systems", nargs="+", default=[], help="these alone; of one that was not run, the reason")
     args = parser.parse_args(argv)
-    root, first = Path(args.runs), snapshot()
+    root, before = Path(args.runs), snapshot()
     records = [r for r in record.read_all(root) if not args.systems or r["system"] in args.systems]
-    scored_or_timed = {r["system"] for r in records if r["kind"] in ("eval", "bench")}
-    absent = {name: why_not(root, name) for name in args.systems if name not in scored_or_timed}
-    if not any(r["kind"] in ("eval", "bench") for r in records):
-        for name, why in absent.items():
-            print(f"{name}: {why}")
-        raise UserError(
-            f"{root}/: no finished evaluation there yet; make eval MODEL=… makes one, make demo a whole set"
-        )
+    found = [r for r in records if r["kind"] in ("eval", "bench")]
+    absent = {name: why_not(root, name) for name in args.systems if name not in {r["system"] for r in found}}
+    if not found:
+        print("".join(f"{name}: {why}\n" for name, why in absent.items()), end="")
+        advice = "make eval MODEL=… makes one, make demo a whole set"
+        raise UserError(f"{root}/: no finished evaluation there yet; {advice}")
+    columns = COLUMNS + ((USD,) if args.usd_per_hour else ())
+    columns += (SNAPSHOT,) if any(r["system"] in before["em"] for r in records) else ()
 
-    columns = COLUMNS + (("USD a 1,000 queries",) if args.usd_per_hour else ())
-    columns += (SNAPSHOT,) if any(r["system"] in first["em"] for r in records) else ()
-
-    # ---- gather: newest last, so later records win -----------------------------------------------------------------
-    groups: dict[str, dict[tuple[Any, ...], dict[str, Record]]] = {}
-    for r in records:
-        if r["kind"] in ("eval", "bench"):
-            group = groups.setdefault(json.dumps(r["must_match"], sort_keys=True), {})
-            weights = json.dumps(record.weights_of(r["config"]["base"]))
-            group.setdefault((r["system"], r["seed"], is_random(r), weights), {})[r["kind"]] = r
-    others = []
-    for found in (found for group in groups.values() for found in group.values() if len(found) == 2):
-        scored, timed = (found[kind]["result"].get("adapter_sha256") for kind in ("eval", "bench"))
+    # ---- groups of what may be compared: the oldest record comes first, so that newer ones replace it --------------
+    groups: dict[str, dict[Key, dict[str, Record]]] = {}
+    for r in found:
+        group = groups.setdefault(json.dumps(r["must_match"], sort_keys=True), {})
+        base = json.dumps(record.weights_of(r["config"]["base"]))
+        group.setdefault((r["system"], r["seed"], is_random(r), base), {})[r["kind"]] = r
+    missing = [f"{name} is in no table: {why}" for name, why in absent.items()]
+    for kinds in (kinds for group in groups.values() for kinds in group.values() if len(kinds) == 2):
+        scored, timed = (kinds[kind]["result"].get("adapter_sha256") for kind in ("eval", "bench"))
         if scored and timed and scored != timed:
-            others.append(
-                f"{found.pop('bench')['folder']} is in no table: another adapter was evaluated since, or before"
-            )
+            folder = kinds.pop("bench")["folder"]
+            missing.append(f"{folder} is in no table: another adapter was evaluated since, or before")
     trained_in = {f"{r['folder']}/best": r for r in records if r["kind"] == "train"}
 
-    # ---- one part for each group of what may be compared, the freshest last ----------------------------------------
-    parts: list[dict[str, Any]] = []
-    before: Record | None = None
-    newest = {key: max(r["created"] for runs in group.values() for r in runs.values()) for key, group in groups.items()}
-    for comparable in sorted(groups, key=lambda key: newest[key]):
-        lines = lines_of(groups[comparable])
-        verdicts = compare(pairs(lines))
+    # ---- one part for each group, the freshest last ----------------------------------------------------------------
+    parts: list[Part] = []
+    above: Record | None = None
+    newest = {key: max(r["created"] for kinds in g.values() for r in kinds.values()) for key, g in groups.items()}
+    for key in sorted(groups, key=lambda key: newest[key]):
+        lines = lines_of(groups[key])
         shown = [r for line in lines for r in (*line.evaluations, *line.benches)]
         adapters = dict.fromkeys(r["result"].get("adapter") for r in shown)
         trainings = [trained_in[adapter] for adapter in adapters if adapter in trained_in]
         must, window = shown[0]["must_match"], shown[0]["must_match"]["window"]
         same = f"data {must['data'][:12]}, prompt {must['prompt']}, scorer {must['scorer']}, window "
         same += f"{window['context']}+{window['question']}+{window['answer']} tokens"
-        if before:
-            same += f"; not comparable with the table above: {', '.join(record.mismatch(before, shown[0]))}"
-        before = shown[0]
-        wrong = mistaken(lines)
-        parts.append({
-            "title": f"{shown[0]['may_differ']['data_source']}, {must['questions']} questions",
-            "same": same,
-            "must_match": must,
-            "rows": [columns, *(cells(line, columns, args.usd_per_hour, first) for line in lines)],
-            "sentences": [*(text for line in lines if line.scored for text in seeds(line)), *map(str, verdicts)],
-            "tests": [asdict(v) for v in verdicts],
-            "wrong": wrong,
-            "mistakes": mistake_rows(lines, wrong) if wrong else [],
-            "plots": draw(lines, trainings),
-            "provenance": [PROVENANCE, *(provenance(r) for r in (*trainings, *shown))],
-        })  # fmt: skip
+        if above:
+            same += f"; not comparable with the table above: {', '.join(record.mismatch(above, shown[0]))}"
+        above = shown[0]
+        rows = [cells(line, args.usd_per_hour, before) for line in lines]
+        tests, wrong = compare(pairs(lines)), mistaken(lines)
+        part = Part(
+            title=f"{above['may_differ']['data_source']}, {must['questions']} questions",
+            same=same,
+            must_match=must,
+            table=[columns, *([row[column] for column in columns] for row in rows)],
+            sentences=[*(text for line in lines if line.scored for text in seeds(line)), *map(str, tests)],
+            tests=tests,
+            wrong=wrong,
+            mistakes=mistake_rows(lines, wrong) if wrong else [],
+            plots=draw(lines, trainings),
+            provenance=[("run", "made", "code", "with", "again"), *map(provenance, (*trainings, *shown))],
+        )
+        parts.append(part)
 
     # ---- write -----------------------------------------------------------------------------------------------------
-    page = Environment(loader=FileSystemLoader(ROOT / "common" / "metrics"), autoescape=True).get_template("page.html")
-    names = ", ".join(sorted({r["system"] for r in records}))
-    missing = [*(f"{name} is in no table: {why}" for name, why in absent.items()), *others]
-    html = page.render(systems=names, missing=missing, parts=parts, snapshot=first)
-    write_text(root / "report.html", html)
-    markdown = ["# SQuAD v1.1: exact match, F1, latency, memory", "", *(f"- {line}" for line in missing), ""]
+    layouts = FileSystemLoader(ROOT / "common" / "metrics")
+    pages = Environment(loader=layouts, autoescape=select_autoescape(), trim_blocks=True, keep_trailing_newline=True)
+    shows = {"systems": sorted({r["system"] for r in records}), "missing": missing, "parts": parts, "snapshot": before}
+    write_text(root / "report.html", pages.get_template("page.html").render(shows))
+    write_text(root / "report.md", pages.get_template("page.md").render(shows, table=markdown_table))
+    out = []
     for part in parts:
-        markdown += [f"## {part['title']}", "", part["same"], "", *markdown_table(part["rows"]), ""]
-        markdown += [*(f"- {sentence}" for sentence in part["sentences"]), ""]
-        if part["mistakes"]:
-            markdown += ["### Right and wrong answers", "", *markdown_table(part["mistakes"]), ""]
-        markdown += ["### How each was made", "", *markdown_table(part["provenance"]), ""]
-    markdown += ["## The snapshot this project began with", "", f"{first['what']}. Not measured by this code.", ""]
-    write_text(root / "report.md", "\n".join([*markdown, *markdown_table(first["rows"])]) + "\n")
-    for part in parts:
-        print(f"{part['title']}\n{part['same']}")
-        widths = [max(map(len, column)) for column in zip(*part["rows"], strict=True)]
-        for row in part["rows"]:
+        print(f"{part.title}\n{part.same}")
+        widths = [max(map(len, column)) for column in zip(*part.table, strict=True)]
+        for row in part.table:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        print("\n".join([*part["sentences"], ""]))
+        print("\n".join([*part.sentences, ""]))
+        by_column = [dict(zip(columns, row, strict=True)) for row in part.table[1:]]
+        verdicts = [asdict(verdict) for verdict in part.tests]
+        out.append({"must_match": part.must_match, "rows": by_column, "tests": verdicts, "mistakes": part.wrong})
     print("\n".join([*missing, f"{root}/report.md, {root}/report.html"]))
-    groups_out = [
-        {
-            "must_match": part["must_match"],
-            "rows": [dict(zip(columns, row, strict=True)) for row in part["rows"][1:]],
-            "tests": part["tests"],
-            "mistakes": part["wrong"],
-        }
-        for part in parts
-    ]
-    print(json.dumps({"report": str(root / "report.html"), "groups": groups_out}, ensure_ascii=False))
+    print(json.dumps({"report": str(root / "report.html"), "groups": out}, ensure_ascii=False))
 
 
 if __name__ == "__main__":

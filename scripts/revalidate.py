@@ -12,7 +12,6 @@ with; accepted.json keeps the history.
 """
 
 import argparse
-import fcntl
 import json
 import re
 import subprocess
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, one_line_errors
-from common.files import write_text
+from common.files import lock, write_text
 from common.runs import record, regression, signals, sweeps
 
 SWEEP = [sys.executable, "-m", "scripts.sweep"]
@@ -93,10 +92,8 @@ def main(argv: list[str]) -> None:
             alarms = [check for check in checks if not check.fine]
             for check in checks:
                 print(f"{'ok   ' if check.fine else 'ALARM'} {check.system}, {check.what}: {check.words}")
-            verdict = {
-                "folder": str(folder), "passed": not alarms, "accepted": history[-1],
-                "checks": [vars(check) for check in checks],
-            }  # fmt: skip
+            verdict = {"folder": str(folder), "passed": not alarms, "accepted": history[-1]}
+            verdict["checks"] = [vars(check) for check in checks]
             told = "; ".join(f"{check.system} {check.what}: {check.words}" for check in alarms)
             line = f"REGRESSION: {told}" if alarms else f"PASS: {len(checks)} checks against {history[-1]['folder']}"
         write_text(folder / "verdict.json", json.dumps(verdict, indent=1) + "\n")
@@ -110,10 +107,8 @@ def main(argv: list[str]) -> None:
 @contextmanager
 def alone(root: Path) -> Iterator[None]:
     """While the body runs no other one does; exit code 75 where one is running."""
-    with (root / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with (root / "lock").open("w") as file:
+        if not lock(file):
             print(f"another revalidation is running in {root}; this one does nothing", file=sys.stderr)
             sys.exit(BUSY)
         yield

@@ -100,10 +100,9 @@ def main(argv: list[str]) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as file:  # a second try leaves what the first said
             # a group of its own: Ctrl-C is for us, and we pass it on
-            child = subprocess.Popen(
-                [sys.executable, str(ROOT / SCRIPTS[kind]), job.system, *words], stdout=file, stderr=subprocess.STDOUT,
-                env=os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}), start_new_session=True,
-            )  # fmt: skip
+            command = [sys.executable, str(ROOT / SCRIPTS[kind]), job.system, *words]
+            env = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+            child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
             running.add(child)
             code = child.wait()
             running.discard(child)

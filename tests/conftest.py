@@ -6,6 +6,8 @@ import random
 import sys
 from pathlib import Path
 
+from common.data.tokens import Tokenizers
+
 import pytest
 from hypothesis import settings
 
@@ -18,6 +20,11 @@ settings.load_profile("repo")
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / ".cache" / "smollm2-135m-instruct"
+
+
+def same(tokenizer) -> Tokenizers:
+    """A system whose own tokenizer cuts the text, too."""
+    return Tokenizers(tokenizer, tokenizer)
 
 
 @pytest.fixture(autouse=True)

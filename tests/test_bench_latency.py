@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import bench_latency
 from common.config import load
 from common.data import prompt, squad
+from common.data.tokens import Tokenizers
 from common.decode import hosted, single
 from common.decode.answers import Generation
 from common.errors import UserError
@@ -411,8 +412,8 @@ def test_help_says_what_each_word_is(capsys):
         bench_latency.main(["--help"])
     assert not ended.value.code
     said = " ".join(capsys.readouterr().out.split())
-    assert "Latency and memory of single queries: one question at a time, from text to text. The method: docs/" in said
-    assert "model a name in configs/, or a YAML file" in said
+    assert "Latency and memory of single queries, one at a time, end to end. The method: docs/latency.md." in said
+    assert "model a name in configs/, a YAML file, a folder or a hub id" in said
     assert "[key=value ...]" in said
     assert "--measure" not in said
 
@@ -537,16 +538,15 @@ def process(config_file, monkeypatch, tmp_path):
     def happens(name, result=None):
         return lambda *args, **kwargs: (events.append(name), result)[1]
 
-    def ask(engine, tokenizer, example, window, cutter, script, to_the_limit, tick, options):
-        assert (engine, tokenizer, cutter) == (made["engine"], "tokenizer", "cutter")
-        assert (window, options) == (made["config"].window, made["config"].prompt)
+    def ask(engine, tokenizers, example, config, forced, to_the_limit, tick):
+        assert (engine, tokenizers, config) == (made["engine"], Tokenizers("tokenizer", "cutter"), made["config"])
         clock["asked"] += 1
         clock["now"] += clock["asked"]  # each takes longer by a second
         tick(1)
         clock["now"] += 0.03
         tick(2)
         clock["now"] += 0.01
-        events.append((example.id, "to the limit" if to_the_limit else "natural", script))
+        events.append((example.id, "to the limit" if to_the_limit else "natural", forced))
         answer = Generation([5, 6, 7], passes=2, drafted=15, accepted=1)
         windows = [answer, Generation([8], passes=1, drafted=4, accepted=2)] if example.id in made["long"] else [answer]
         return "text", windows, False
@@ -577,10 +577,10 @@ def process(config_file, monkeypatch, tmp_path):
     monkeypatch.setattr(single, "engine", engine)
     monkeypatch.setattr(bench_latency, "stop_tokens", lambda tokenizer: [1, 2])
     monkeypatch.setattr(bench_latency, "gold_ids", lambda tokenizer, text, limit: [tokenizer, text, limit])
-    monkeypatch.setattr(prompt, "beside", lambda tokenizer, options: 17)
-    monkeypatch.setattr(bench_latency, "load_tokenizers", lambda config: ("tokenizer", "cutter"))
+    monkeypatch.setattr(prompt, "overhead", lambda tokenizer, options: 17)
+    monkeypatch.setattr(bench_latency, "load_tokenizers", lambda config: Tokenizers("tokenizer", "cutter"))
     monkeypatch.setattr(bench_latency, "load_system", happens("load", "model"))
-    monkeypatch.setattr(bench_latency, "sources", lambda model, own, cutter: {"of": [model, own, cutter]})
+    monkeypatch.setattr(bench_latency, "sources", lambda model, both: {"of": [model, both.own, both.window]})
     monkeypatch.setattr(bench_latency, "FIXED", 3)
 
     def run(*words: str, engine: str = "drafts", long: tuple = ()):
@@ -713,8 +713,8 @@ def at_host(config_file, monkeypatch, tmp_path):
     monkeypatch.setattr(bench_latency.time, "perf_counter", lambda: clock["now"])
     monkeypatch.setattr(bench_latency, "prompt_texts", texts)
     monkeypatch.setattr(hosted, "Client", lambda *args, **how: Client(clock, log, *args, **how))
-    monkeypatch.setattr(bench_latency, "load_tokenizers", lambda config: ("own", "cutter"))
-    monkeypatch.setattr(bench_latency, "sources", lambda model, own, cutter: {"of": [model, own, cutter]})
+    monkeypatch.setattr(bench_latency, "load_tokenizers", lambda config: Tokenizers("cutter", "cutter"))
+    monkeypatch.setattr(bench_latency, "sources", lambda model, both: {"of": [model, both.own, both.window]})
     return config, squad.load(config.data, "dev"), log, tmp_path / "process-0.json"
 
 
@@ -728,7 +728,7 @@ def test_a_hosted_models_queries_are_asked_anew_after_a_warm_up_and_their_times_
     found = json.loads(file.read_text())
     ids = [e.id for e in bench_latency.drawn(config, dev)]
     assert log == [
-        (config, file.parent / "transcript.jsonl", {"anew": True}),
+        (config, file.parent / "transcript.jsonl", {"fresh": True}),
         *(f"asks {id_}" for id_ in [*ids[:2], *ids]), "closed",
     ]  # fmt: skip
     assert found == {

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import eval_loop
 from common.config import load
 from common.data import cache, squad
+from common.data.tokens import Tokenizers
 from common.decode import hosted, predict
 from common.decode.answers import Prediction
 from common.device import describe_device, pick_device
@@ -193,9 +194,9 @@ def test_help_says_what_each_word_is(capsys):
     said = " ".join(capsys.readouterr().out.split())
     for words in (
         "Official EM and F1 of one system, by greedy decoding with the one prompt and window.",
-        "[--replay RUN] [--fresh]", "model a name in configs/, or a YAML file", "[key=value ...]",
-        "--replay RUN answers are those of this run's transcript",
-        "--fresh ask anew, though there is a run to go on with",
+        "[--fresh] [--replay RUN]", "model a name in configs/, a YAML file, a folder or a hub id", "[key=value ...]",
+        "--replay RUN take the answers from this run's transcript",
+        "--fresh start a new run instead of resuming one",
     ):  # fmt: skip
         assert words in said
 
@@ -269,10 +270,10 @@ def here(config_file, monkeypatch, tmp_path):
         mine, others = (Prediction(i, "x", [1], p, False) for i, p in (("a", -2.0), ("b", -3.0)))
         for module, name, seconds, result in (
             (ranks, "join", 1, process), (eval_loop, "broadcast_object_list", 1, lambda found: found),
-            (eval_loop, "load_tokenizers", 1, ("tokenizer", "cutter")), (record, "note_prompt", 1, None),
+            (eval_loop, "load_tokenizers", 1, TOKENIZERS), (record, "note_prompt", 1, None),
             (eval_loop, "load_system", 1, "model"), (cache, "build_trees", 1, built),
             (eval_loop, "stop_tokens", 1, [1, 2]), (gauges, "reset_peaks", 1, None),
-            (predict, "answer_trees", 10, {"a": mine}), (eval_loop, "gather_object", 20, [others, mine]),
+            (predict, "by_all_ranks", 30, {"a": mine, "b": others}),
             (gauges, "peaks", 1, {"rss_bytes": 9}), (eval_loop, "describe_device", 1, {"name": "a machine"}),
             (eval_loop, "pick_device", 1, "device"), (predict, "engine_of", 1, "stream"),
         ):  # fmt: skip
@@ -284,6 +285,7 @@ def here(config_file, monkeypatch, tmp_path):
     return run
 
 
+TOKENIZERS = Tokenizers("tokenizer", "cutter")
 WEIGHTS = "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"  # printf weights | sha256sum
 
 
@@ -292,7 +294,7 @@ def test_a_local_models_answers_are_gathered_and_timed_from_the_first_token_to_t
     assert list(found.answers) == ["a", "b"]
     assert (found.truncated, found.device, found.run) == (3, {"name": "a machine"}, None)
     assert found.seconds == 30, "of decoding and of gathering, not of loading"
-    assert found.made_by == {"engine": "stream", "of": ("model", "tokenizer", "cutter")}
+    assert found.made_by == {"engine": "stream", "of": ("model", TOKENIZERS)}
     assert found.result == {
         "adapter": str(tmp_path / "adapter"), "adapter_sha256": WEIGHTS, "processes": 2, "peak": {"rss_bytes": 9},
     }  # fmt: skip
@@ -304,12 +306,8 @@ def test_every_part_of_a_local_evaluation_gets_what_it_needs(here, tmp_path):
     assert got["broadcast_object_list"] == ([adapter, WEIGHTS],)
     assert got["note_prompt"] == (adapter, config)
     assert got["load_system"] == (config, adapter, "device")
-    assert got["build_trees"] == (
-        dev.examples, "tokenizer", config.window,
-        {"train": False, "options": config.prompt, "window_tokenizer": "cutter"},
-    )  # fmt: skip
-    assert got["answer_trees"] == ("model", "tokenizer", ["tree"], [1, 2], 20, config.eval, "decode")
-    assert [answer.id for answer in got["gather_object"][0]] == ["a"]
+    assert got["build_trees"] == (dev.examples, TOKENIZERS, config.window, config.prompt, {"train": False})
+    assert got["by_all_ranks"] == ("model", TOKENIZERS, ["tree"], config)
     assert got["reset_peaks"] == got["peaks"] == got["describe_device"] == ("device",)
     assert got["stop_tokens"] == ("tokenizer",)
     assert got["engine_of"] == ("model", config.eval)
@@ -318,9 +316,8 @@ def test_every_part_of_a_local_evaluation_gets_what_it_needs(here, tmp_path):
 def test_other_ranks_say_nothing_and_hand_their_answers_over(here):
     found, got, _, _ = here(first=False)
     assert found is None
-    assert got["answer_trees"][-1] is None, "no progress bar"
+    assert got["by_all_ranks"][2] == ["tree"]
     assert "note_prompt" not in got
-    assert [answer.id for answer in got["gather_object"][0]] == ["a"]
 
 
 def test_the_first_rank_says_which_adapter(here, monkeypatch, tmp_path):
@@ -446,7 +443,7 @@ def at_host(config_file, monkeypatch, tmp_path):
         return [(e.id, f"asks {e.id}") for e in examples], {"truncated": 3, "questions": 8}
 
     before = {"made": False, "replies": {}}
-    monkeypatch.setattr(eval_loop, "load_tokenizers", lambda config: ("own", "cutter"))
+    monkeypatch.setattr(eval_loop, "load_tokenizers", lambda config: Tokenizers("own", "cutter"))
     monkeypatch.setattr(eval_loop, "sources", lambda *args: {"of": args})
     monkeypatch.setattr(eval_loop, "prompt_texts", texts)
     monkeypatch.setattr(hosted, "Client", Client)
@@ -466,7 +463,7 @@ def test_a_hosted_models_answers_costs_tokens_and_times(at_host, tmp_path):
     ids = [row[1] for row in GOLD]
     assert events == [("one", run / "transcript.jsonl", False), {id_: f"asks {id_}" for id_ in ids}, "closed"]
     assert (found.truncated, found.seconds, found.device, found.run) == (3, 4.5, {"name": "http://h/v1"}, run)
-    assert found.made_by == {"engine": "api", "of": (None, "cutter", "cutter")}
+    assert found.made_by == {"engine": "api", "of": (None, Tokenizers("own", "cutter"))}
     assert found.answers == {"b": Prediction("b", "amber", [], None, False),
                              "a": Prediction("a", "amber", [], None, True)}  # fmt: skip
     assert found.result == {

@@ -13,19 +13,21 @@ import eval_loop
 import train_loop
 from common.config import Base, Eval, Lora, Train
 from common.data.trees import Branch, Tree
+from common.decode import predict, single
 from common.decode.answers import stop_tokens
 from common.decode.forward import Captured
 from common.decode.predict import answer_trees
 from common.decode.single import Single
 from common.errors import UserError
-from common.model import attention, memory, tree_mask
+from common.model import attention, linears, memory, tree_mask
 from common.model.linears import MergedLinear
 from common.model.load import add_lora, load_base, load_tokenizer, parameter_counts
 from common.model.memory import GIB, Shapes, choose
-from common.model.nf4 import FEW
+from common.model.nf4 import MATMUL_TOKENS
 from common.model.pack import IGNORED, PadSizes, build_pack
 from common.runs import gauges, ranks
-from common.train.cuda_graphs import Graphed
+from common.train import engine
+from common.train.cuda_graphs import CapturedPacks
 from common.train.fused import Fused
 from tests.conftest import ROOT
 from tests.decode.test_predict import LIMIT, demo_trees, generated
@@ -66,7 +68,7 @@ def base16(smollm2_base, tmp_path_factory):
 
 
 def worker(fused: Fused):
-    """What `train_loop.py` gives to `Graphed`, without a loss scale."""
+    """What `train_loop.py` gives to `CapturedPacks`, without a loss scale."""
 
     def work(pack, share):
         logits = fused.logits(pack, pack.target_index)
@@ -78,7 +80,10 @@ def worker(fused: Fused):
 
 
 def without_flash(monkeypatch):
-    monkeypatch.setattr(attention, "has_flash", lambda device, dtype: False)
+    """As on a T4: no flash attention, no CUDA graphs, no kernels of ours."""
+    for module in (attention, predict, single, engine):
+        monkeypatch.setattr(module, "has_flash_attention", lambda device, dtype: False)
+    monkeypatch.setattr(linears, "has_nf4_kernels", lambda device, dtype: False)
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -126,36 +131,38 @@ def test_fused_gradients_in_16_bits_are_as_good_as_those_of_the_modules(base16, 
     _, true_losses, truth = by_modules("fp32")
     model, modules_losses, modules = by_modules(dtype)
     true_loss, modules_loss = true_losses.sum().item(), modules_losses.sum().item()
-    apart = off(modules_losses, true_losses)
+    modules_off = off(modules_losses, true_losses)
     for keep in (0, 30):
         fused = Fused(model, keep, hold_layers=keep)
         losses, found = losses_of(fused.logits), fused_gradient(model, fused)
-        print(f"{dtype}, flash {flash}, {keep} layers kept; modules in brackets: loss {losses.sum().item():.1f} "
-              f"({modules_loss:.1f}) for {true_loss:.1f}, of tokens off by {off(losses, true_losses):.5f} "
-              f"({apart:.5f}), gradient off by {off(found, truth):.5f} ({off(modules, truth):.5f}), "
-              f"cosine {cosine(found, truth):.6f}")  # fmt: skip
+        print(
+            f"{dtype}, flash {flash}, {keep} layers kept; modules in brackets: loss {losses.sum().item():.1f} "
+            f"({modules_loss:.1f}) for {true_loss:.1f}, of tokens off by {off(losses, true_losses):.5f} "
+            f"({modules_off:.5f}), gradient off by {off(found, truth):.5f} ({off(modules, truth):.5f}), "
+            f"cosine {cosine(found, truth):.6f}"
+        )
         # bf16 alone moves this loss by 0.9 % (docs/log.md), and which kernels were compiled by 0.2 % of that
         assert abs(losses.sum().item() - modules_loss) <= 0.005 * true_loss
-        assert off(losses, true_losses) <= 1.1 * apart
+        assert off(losses, true_losses) <= 1.1 * modules_off
         assert cosine(found, truth) >= 0.999
         assert off(found, truth) <= 1.1 * off(modules, truth)
         for p in adapter_weights(model):
             p.requires_grad_(True)
 
 
-def test_a_graph_computes_what_was_recorded_for_any_pack_that_fits(smollm2_base):
+def test_a_graph_computes_what_was_captured_for_any_pack_that_fits(smollm2_base):
     trees, _ = trees_of(smollm2_base, 24)
     model = lora_model(smollm2_base, "nf4", "fp16", GPU)
     fused = Fused(model, keep_layers=8, hold_layers=30)
     work = worker(fused)
     packs = [build_pack(trees[i : i + n]) for i, n in ((0, 8), (8, 2), (10, 8), (18, 6))]
-    room = PadSizes.of(packs, 2048)
-    graphed = Graphed(work, [fused.flat], room, packs[1])
+    sizes = PadSizes.of(packs, 2048)
+    graphed = CapturedPacks(work, [fused.flat], sizes, packs[1])
     assert len(graphed.graphs) >= 2
     replays = []
     for batch in [*packs, packs[0]]:
         fused.flat.grad.zero_()
-        padded = room.pad(batch)
+        padded = sizes.pad(batch)
         assert graphed.graphs[len(padded.input_ids)][1].shape == padded.shape
         loss = graphed(padded, 0.5).item()
         replays.append(fused.flat.grad.clone())
@@ -175,7 +182,7 @@ def test_a_budget_is_kept_and_its_count_is_right(monkeypatch, budget, flash, dty
     model = add_lora(load_base(Base(str(shapes), random_weights=True, dtype=dtype), GPU), Lora(), seed=0)
     counts = Shapes.of(model, parameter_counts(model)[0])
     choice = choose(Train(memory_budget_gib=budget), counts, GPU, step_tokens=4126, answer_share=0.1)
-    print(choice.sentence)
+    print(choice.description)
     rng = random.Random(0)
 
     def words(n: int) -> list[int]:
@@ -191,11 +198,11 @@ def test_a_budget_is_kept_and_its_count_is_right(monkeypatch, budget, flash, dty
     gauges.reset_peaks(GPU)
     work = worker(fused)
     packs = [build_pack(some(n)) for n in (full, full // 2)]
-    room = PadSizes.of(packs, choice.pack_tokens)
-    compute = Graphed(work, [fused.flat], room, packs[1]) if flash else None
+    sizes = PadSizes.of(packs, choice.pack_tokens)
+    compute = CapturedPacks(work, [fused.flat], sizes, packs[1]) if flash else None
     for batch in packs:
         share = 1 / len(batch.target_ids)
-        loss = compute(room.pad(batch), share) if compute else work(batch.to(GPU), torch.tensor(share, device=GPU))
+        loss = compute(sizes.pad(batch), share) if compute else work(batch.to(GPU), torch.tensor(share, device=GPU))
         assert torch.isfinite(loss)
     assert torch.isfinite(fused.flat.grad).all()
     optimizer.step()
@@ -208,10 +215,14 @@ def test_a_budget_is_kept_and_its_count_is_right(monkeypatch, budget, flash, dty
 
 def random_7b(system: str, tokenizer, runs) -> list[str]:
     return [
-        system, "base.random_weights=true", f"base.path={ROOT / 'configs' / 'shapes' / 'llama-2-7b'}",
-        f"base.tokenizer={tokenizer}", f"data.train={ROOT / 'demo' / 'train.json'}",
-        f"data.dev={ROOT / 'demo' / 'dev.json'}", f"runs={runs}",
-    ]  # fmt: skip
+        system,
+        "base.random_weights=true",
+        f"base.path={ROOT / 'configs' / 'shapes' / 'llama-2-7b'}",
+        f"base.tokenizer={tokenizer}",
+        f"data.train={ROOT / 'demo' / 'train.json'}",
+        f"data.dev={ROOT / 'demo' / 'dev.json'}",
+        f"runs={runs}",
+    ]
 
 
 def test_the_t4_profile_trains_in_its_budget(tiny_base, tmp_path, monkeypatch, capsys):
@@ -229,7 +240,7 @@ def test_the_t4_profile_trains_in_its_budget(tiny_base, tmp_path, monkeypatch, c
 def test_a_card_of_8_gib_trains_and_evaluates(tiny_base, tmp_path, monkeypatch, capsys):
     """The context of CUDA itself, about half a GiB, is left out of what the process may take."""
     limit = int(7.2 * GIB)
-    monkeypatch.setattr(memory, "free", lambda device: int(0.9 * limit))
+    monkeypatch.setattr(memory, "available_bytes", lambda device: int(0.9 * limit))
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(GPU).total_memory)
     try:
         train_loop.main([*random_7b("qlora7b", tiny_base, tmp_path), "train.max_steps=2", "train.eval_every=2"])
@@ -312,18 +323,18 @@ def test_kernels_of_4_bits_compute_what_bitsandbytes_does(dtype, double, rows, c
         parts = [bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state) for m in linears]
         truth, matrix = torch.cat(parts).to(dtype), MergedLinear(linears, dtype)
         assert matrix.kernels
-        assert torch.equal(matrix(), truth)
+        assert torch.equal(matrix.dense(), truth)
         a, b = (torch.randn(*shape, dtype=dtype, device=GPU) / 8 for shape in ((rank, columns), (sum(rows), rank)))
-        for tokens in (1, 3, FEW):
+        for tokens in (1, 3, MATMUL_TOKENS):
             x, add = (torch.randn(tokens, n, dtype=dtype, device=GPU) for n in (columns, sum(rows)))
             expected = x.float() @ truth.float().T
-            products = functools.partial(matrix.kernels.products, x, matrix.codes, sum(rows))
+            products = functools.partial(matrix.kernels.matmul, x, matrix.nf4, sum(rows))
             assert off(products(), expected) < 0.004
-            assert off(matrix.products(x), expected) < 0.01, "of one token bitsandbytes' own"
+            assert off(matrix.matmul(x), expected) < 0.01, "of one token bitsandbytes' own"
             if rank:
                 expected += (x.float() @ a.float().T).to(dtype).float() @ b.float().T + add.float()
                 assert off(products(a, b, add), expected) < 0.004
-                assert off(matrix.products(x, a, b, add), expected) < 0.01
+                assert off(matrix.matmul(x, a, b, add), expected) < 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -353,8 +364,8 @@ def test_flash_attention_over_trees_is_that_of_products(monkeypatch, dtype):
 
 @pytest.mark.parametrize("growing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_flash_attention_over_an_arena_is_that_of_products(monkeypatch, dtype, growing):
-    """Stretches of all sizes, with garbage in the gaps; queries are the last of their stretch, one or many.
+def test_flash_attention_over_a_cache_is_that_of_products(monkeypatch, dtype, growing):
+    """Blocks of all sizes, with garbage in the gaps; queries are the last of their block, one or many.
 
     `growing`: one query alone of each tree, as in the last passes, for which the kernels have a layout of their own.
     """
@@ -373,13 +384,13 @@ def test_flash_attention_over_an_arena_is_that_of_products(monkeypatch, dtype, g
     reach = replace(host, **tensors)
     torch.manual_seed(0)
     keys, values = (torch.randn(seen.shape[1], 4, 128, dtype=dtype, device=GPU) for _ in range(2))
-    for arena in (keys, values):
-        arena[(~seen.any(0)).to(GPU)] = torch.nan
+    for cached in (keys, values):
+        cached[(~seen.any(0)).to(GPU)] = torch.nan
     q = torch.randn(len(slots), 8, 128, dtype=dtype, device=GPU)
-    found = attention.over_arena(q, keys, values, reach)
+    found = attention.over_cache(q, keys, values, reach)
     with monkeypatch.context() as patch:
         without_flash(patch)
-        expected = attention.over_arena(q.float(), keys.float(), values.float(), reach)
+        expected = attention.over_cache(q.float(), keys.float(), values.float(), reach)
     torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
 
 
@@ -390,37 +401,39 @@ def test_both_engines_err_in_16_bits_as_the_modules_do(base16, dtype):
     trees, stops = demo_trees(tokenizer, 24), stop_tokens(tokenizer)
     model = lora_model(base16, "nf4", dtype, GPU).eval()
     plain = answer_trees(model, tokenizer, trees, stops, LIMIT, Eval("plain"), progress=None)
-    scripts = {id_: answer.token_ids for id_, answer in plain.items()}
-    streamed = answer_trees(model, tokenizer, trees, stops, LIMIT, progress=None, scripts=scripts)
+    forced = {id_: answer.token_ids for id_, answer in plain.items()}
+    streamed = answer_trees(model, tokenizer, trees, stops, LIMIT, progress=None, forced=forced)
     free = answer_trees(model, tokenizer, trees, stops, LIMIT, progress=None)
     engine, alone = Single(model, stops, LIMIT, 512), {}
-    assert engine.prompts
+    assert engine.prompt_graphs
     for tree in trees:
         for branch in tree.branches:
-            alone[branch.id] = engine.answer(tree.prefix_ids + branch.prompt_ids, scripts[branch.id])
+            alone[branch.id] = engine.answer(tree.prefix_ids + branch.prompt_ids, forced[branch.id])
     del engine, model
     exact = lora_model(base16, "nf4", "fp32", GPU).eval()
-    truth = answer_trees(exact, tokenizer, trees, stops, LIMIT, progress=None, scripts=scripts)
+    truth = answer_trees(exact, tokenizer, trees, stops, LIMIT, progress=None, forced=forced)
 
-    def apart(found) -> float:
-        assert all(found[i].token_ids == scripts[i] for i in scripts)
-        return statistics.mean((found[i].logprob - truth[i].logprob) ** 2 for i in scripts) ** 0.5
+    def logprobs_off(found) -> float:
+        assert all(found[i].token_ids == forced[i] for i in forced)
+        return statistics.mean((found[i].logprob - truth[i].logprob) ** 2 for i in forced) ** 0.5
 
-    same = sum(free[i].token_ids == scripts[i] for i in scripts)
-    print(f"{dtype}: log-probabilities off by {apart(plain):.4f} (modules), {apart(streamed):.4f} (stream), "
-          f"{apart(alone):.4f} (alone); {same} of {len(scripts)} answers equal")  # fmt: skip
-    assert max(apart(streamed), apart(alone)) <= 1.2 * apart(plain)
+    same = sum(free[i].token_ids == forced[i] for i in forced)
+    print(
+        f"{dtype}: log-probabilities off by {logprobs_off(plain):.4f} (modules), {logprobs_off(streamed):.4f} "
+        f"(stream), {logprobs_off(alone):.4f} (alone); {same} of {len(forced)} answers equal"
+    )
+    assert max(logprobs_off(streamed), logprobs_off(alone)) <= 1.2 * logprobs_off(plain)
 
 
-def test_recorded_passes_answer_as_those_that_are_launched_one_by_one(base16, monkeypatch):
+def test_captured_passes_answer_as_those_that_are_launched_one_by_one(base16, monkeypatch):
     """To the last bit; both are padded."""
     tokenizer = load_tokenizer(str(base16))
     trees, stops = demo_trees(tokenizer, 60), stop_tokens(tokenizer)
     model = lora_model(base16, "nf4", "bf16", GPU).eval()
     seen, found = set(), []
-    record = Captured._record
-    for way in (lambda self, n: seen.add(n) or record(self, n), lambda self, n: None):
-        monkeypatch.setattr(Captured, "_record", way)
+    capture = Captured._capture
+    for way in (lambda self, n: seen.add(n) or capture(self, n), lambda self, n: None):
+        monkeypatch.setattr(Captured, "_capture", way)
         found.append(answer_trees(model, tokenizer, trees, stops, LIMIT, Eval(pass_tokens=600, parts=2), progress=None))
     assert len(seen) >= 3, "sizes that were met twice"
     assert found[0] == found[1]
@@ -433,14 +446,14 @@ def test_single_answers_hardly_differ_with_and_without_graphs(smollm2_base):
     prompts = [t.prefix_ids + b.prompt_ids for t in demo_trees(tokenizer, 6) for b in t.branches]
     with_graphs = Single(model, stops, 32, 512)
     without = Single(model, stops, 32, 512)
-    without.prompts = without.drafts = []
+    without.prompt_graphs = without.draft_graphs = []
     found = [[engine.answer(prompt) for prompt in prompts] for engine in (with_graphs, without)]
     same = sum(a.token_ids == b.token_ids for a, b in zip(*found, strict=True))
-    print(f"{same} of {len(prompts)} equal; {sum(a.passes for a in found[0])} passes for "
-          f"{sum(len(a.token_ids) for a in found[0])} tokens")  # fmt: skip
+    passes, tokens = sum(a.passes for a in found[0]), sum(len(a.token_ids) for a in found[0])
+    print(f"{same} of {len(prompts)} equal; {passes} passes for {tokens} tokens")
     assert same >= 0.8 * len(prompts)
-    script = prompts[0][20:30]
-    assert with_graphs.answer(prompts[0], script).token_ids[: len(script)] == script
+    forced = prompts[0][20:30]
+    assert with_graphs.answer(prompts[0], forced).token_ids[: len(forced)] == forced
 
 
 def test_decoding_keeps_to_its_budget(tiny_base):
@@ -478,14 +491,19 @@ def test_the_whole_path_runs_and_measures_memory(tiny_config, capsys):
     assert bench["nvml_peak"]["device_bytes"] >= bench["peak"]["reserved_bytes"]
 
 
-def test_out_of_memory_names_the_knob_and_the_run_goes_on_with_room(tiny_config, smollm2_base, tmp_path):
+def test_out_of_memory_names_the_setting_and_the_run_resumes_with_more_memory(tiny_config, smollm2_base, tmp_path):
     arguments = [
-        str(tiny_config), f"base.path={smollm2_base}", "base.dtype=bf16", f"data.train={ROOT / 'demo' / 'train.json'}",
-        "train.questions_per_step=64", "train.pack_tokens=8192", "train.max_steps=1",
-    ]  # fmt: skip
+        str(tiny_config),
+        f"base.path={smollm2_base}",
+        "base.dtype=bf16",
+        f"data.train={ROOT / 'demo' / 'train.json'}",
+        "train.questions_per_step=64",
+        "train.pack_tokens=8192",
+        "train.max_steps=1",
+    ]
     torch.cuda.empty_cache()
-    room = torch.cuda.memory_reserved() + 2**30
-    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(GPU).total_memory)
+    allowed = torch.cuda.memory_reserved() + 2**30
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(GPU).total_memory)
     try:
         with pytest.raises(UserError, match=r"out of GPU memory; lower train\.pack_tokens \(now 8192\), or set train"):
             train_loop.main(arguments)

@@ -160,7 +160,7 @@ def test_text_that_is_no_text_and_a_context_that_is_cut_are_said(answering_confi
 def test_make_hands_text_on_as_it_was_typed(tmp_path):
     fake = tmp_path / "bin" / "python"
     fake.parent.mkdir()
-    fake.write_text('#!/bin/sh\nprintf "%s|%s" "$CONTEXT" "$QUESTION"\n')
+    fake.write_text('#!/bin/sh\n[ "$2" != scripts.ask ] || printf "%s|%s" "$CONTEXT" "$QUESTION"\n')
     fake.chmod(0o755)
     ready, text = tmp_path / ".ready", "It cost $5 million and $(HOME) 'quoted'."
     ready.touch()

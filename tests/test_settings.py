@@ -1,10 +1,12 @@
 """Each setting decides what it should: the hashes of runs, and which adapter answers. Tables, with every key."""
 
+import dataclasses
 import functools
 import json
 
-from common.config import Config, load, with_defaults
+from common.config import CONFIGS, Config, later, load, with_defaults
 from common.config_file import known_keys
+from common.data.squad import Dataset
 from common.errors import UserError
 from common.runs import record
 
@@ -167,6 +169,38 @@ def test_hashes_are_what_they_were_or_no_run_that_exists_is_found():
     assert hashes("smollm2-qlora", "train.memory_budget_gib=8", "seed=3", "bench.queries=9") == {
         None: "eb98369d", "train": "3532ccd7", "eval": "ff85be66", "bench": "eb98369d",
     }  # fmt: skip
+
+
+HASHES = {  # of each configs/*.yaml: any run, train, eval, bench; for good, since published runs are found by them
+    "api8b": "96885afa 2d6f5198 9d828e67 96885afa",
+    "qlora7b": "fd035cf7 b890410b 56773a21 fd035cf7",
+    "qlora7b-fast": "55e5063c 4af44c33 e1db87ad 55e5063c",
+    "qlora7b-t4": "fd9fba95 06aa46d7 3a0e191e fd9fba95",
+    "raw7b": "256f909b a2db2fce 508d8ef8 256f909b",
+    "smollm2-qlora": "dd562cd0 7e89ca4e fc911ad3 dd562cd0",
+    "smollm2-raw": "ebb564e3 e3a598f6 a0e01dca ebb564e3",
+    "tinyllama1b": "2d79e094 c124b611 0926be1b 2d79e094",
+}
+
+
+@pytest.mark.parametrize("system", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_hashes_of_every_system_stay(system):
+    assert " ".join(hashes(system).values()) == HASHES[system]
+
+
+@pytest.mark.parametrize("section", ["train", "eval", "window", "prompt", "lora"])
+def test_a_key_that_is_added_later_changes_a_hash_only_where_it_is_set(section):
+    config = load("qlora7b")
+    old = getattr(config, section)
+    newer = dataclasses.make_dataclass("Newer", [("dummy", int, later(3))], bases=(type(old),), frozen=True)
+    unset = dataclasses.replace(config, **{section: newer(**vars(old))})
+    other = dataclasses.replace(config, **{section: newer(**vars(old), dummy=4)})
+    for kind in EVERY:
+        assert unset.hash(kind) == config.hash(kind) != other.hash(kind)
+    data = Dataset([], "dev.json")
+    assert record.must_match(unset, data, None) == record.must_match(config, data, None)
+    differ = record.must_match(other, data, None)["window"] != record.must_match(config, data, None)["window"]
+    assert differ == (section == "window")
 
 
 def test_defaults_are_what_they_were_or_records_that_leave_them_out_mean_something_else():

@@ -15,6 +15,7 @@ import train_loop
 from common.config import Config
 from common.config_file import known_keys
 from common.model.pack import build_pack
+from common.train import engine
 from tests import answering
 from tests.conftest import answering_yaml
 
@@ -125,7 +126,7 @@ def runs(tmp_path_factory, answering_base):
     def of(seen, *words: str) -> dict:
         packed = []
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-            patch.setattr(train_loop, "build_pack", lambda trees: packed.append(build_pack(trees)) or packed[-1])
+            patch.setattr(engine, "build_pack", lambda trees: packed.append(build_pack(trees)) or packed[-1])
             where = folder / "runs" / str(next(numbers))
             AcceleratorState._reset_state()  # one precision a process, and this may be the second run of a test
             {trained: train_loop, evaluated: eval_loop}[seen].main([str(config), *words, f"runs={where}"])

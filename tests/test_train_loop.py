@@ -24,7 +24,8 @@ from common.files import SUMS
 from common.model.load import add_lora, load_base, load_tokenizer
 from common.model.pack import build_pack
 from common.runs import checkpoint, gauges
-from tests.conftest import answering_yaml, squad_file
+from common.train import engine
+from tests.conftest import answering_yaml, same, squad_file
 from tests.model.test_pack import rows_loss
 
 import pytest
@@ -104,7 +105,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tiny_config, tmp_path, monke
         train_loop.main([*arguments, f"runs={tmp_path / 'cut'}"])
     (cut,) = (tmp_path / "cut").iterdir()
     assert not (cut / "record.json").exists()
-    assert checkpoint.load_state(cut / "last")["step"] == (5 if often else 4)
+    assert checkpoint.load_state(cut / "last").step == (5 if often else 4)
     with (cut / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')  # the cut fell in the middle of a line
     (cut / "best").rename(cut / "best.old")  # and between the renames that replace a folder
@@ -135,7 +136,7 @@ def test_the_loss_is_the_mean_that_was_asked_for(tiny_config, tmp_path, mean):
     config = load(str(tiny_config))
     model = add_lora(load_base(config.base, torch.device("cpu")), config.lora, config.seed)
     examples = squad.load(config.data, "train").examples
-    built = build_trees(examples, load_tokenizer(config.base.path), config.window, train=True)
+    built = build_trees(examples, same(load_tokenizer(config.base.path)), config.window, train=True)
     trees = plan.bounded(built.trees, config.train.questions_per_step)
     rows = [row for tree in plan.epoch(trees, 0, 0, 8)[0] for row in tree.split(max_questions=1)]
     losses = [rows_loss(model, [row]).item() for row in rows]
@@ -177,7 +178,7 @@ def test_the_running_mean_is_kept_while_training_goes_on_with_the_last(tiny_conf
 def test_a_signal_saves_at_the_steps_end_and_the_run_goes_on(tiny_config, tmp_path, monkeypatch, number, code, where):
     arguments = [str(tiny_config), "train.pack_tokens=10000"]  # one pack a step
     train_loop.main([*arguments, f"runs={tmp_path / 'whole'}"])
-    module, name, nth = (train_loop.F, "cross_entropy", 3) if where == "step" else (predict.Decoder, "read", 2)
+    module, name, nth = (engine.F, "cross_entropy", 3) if where == "step" else (predict.Decoder, "forward", 2)
     original, calls = getattr(module, name), []
 
     def signalled(*args, **kwargs):
@@ -192,7 +193,7 @@ def test_a_signal_saves_at_the_steps_end_and_the_run_goes_on(tiny_config, tmp_pa
     assert stop.value.code == code
     (cut,) = (tmp_path / "cut").iterdir()
     state = checkpoint.load_state(cut / "last")
-    assert (state["step"], state["evaluated"]) == ((3, 2) if where == "step" else (2, 0))
+    assert (state.step, state.evaluated) == ((3, 2) if where == "step" else (2, 0))
     assert not (cut / "record.json").exists()
     train_loop.main([*arguments, f"runs={tmp_path / 'cut'}"])
     assert without_clock(metrics(cut)) == without_clock(metrics(next((tmp_path / "whole").iterdir())))
@@ -204,10 +205,10 @@ def test_running_out_of_memory_names_the_knob_to_turn(tiny_config, monkeypatch, 
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_loop.F, "cross_entropy", full)
+        patch.setattr(engine.F, "cross_entropy", full)
         with pytest.raises(UserError, match=rf"lower train\.pack_tokens \(now 256\), or set train\.{knob}"):
             train_loop.main([str(tiny_config), f"train.fused={fused}"])
-    monkeypatch.setattr(predict.Decoder, "read", full)
+    monkeypatch.setattr(predict.Decoder, "forward", full)
     with pytest.raises(UserError, match=r"lower eval\.memory_budget_gib or, in a training, .* \(now 12\)"):
         train_loop.main([str(tiny_config)])
     monkeypatch.setattr(plain, "greedy", full)
@@ -255,14 +256,14 @@ def test_the_record_says_what_best_has_where_only_best_was_saved(answering_confi
     assert saved == ["best", "last", "best", "last"]
     run = only_run(tmp_path)
     states = (checkpoint.load_state(run / kept) for kept in ("best", "last"))
-    (best, before), (last, early) = ((state["best_em"], state["best_step"]) for state in states)
+    (best, before), (last, early) = ((state.best_em, state.best_step) for state in states)
     assert (before, early) == (8, 4)
     assert best > last
     # a GPU does not repeat itself exactly: this time nothing is learned, and the weights of step 8 are gone
-    monkeypatch.setattr(train_loop, "rate", lambda *args: 0.0)
+    monkeypatch.setattr(train_loop, "learning_rate", lambda *args: 0.0)
     train_loop.main(arguments)
     result, kept = last_json(capsys), checkpoint.load_state(run / "best")
-    assert (result["em"], result["best_step"]) == (kept["best_em"], kept["best_step"]) == (last, 8)
+    assert (result["em"], result["best_step"]) == (kept.best_em, kept.best_step) == (last, 8)
     assert [row["em"] for row in metrics(run) if "em" in row] == [last] * 4
 
 
@@ -321,14 +322,14 @@ def test_how_a_step_is_cut_into_packs_changes_nothing(tiny_config, tmp_path):
 def test_every_epoch_runs_in_an_order_of_its_own(tiny_config, tmp_path, monkeypatch):
     packed = []
     monkeypatch.setattr(
-        train_loop,
+        engine,
         "build_pack",
         lambda trees: packed.append(sorted(t.branches[0].id for t in trees)) or build_pack(trees),
     )
     train_loop.main([str(tiny_config), "seed=3", "train.epochs=3", "train.eval_every=99", "train.pack_tokens=10000"])
     config = load(str(tiny_config))
     examples = squad.load(config.data, "train").examples
-    trees = build_trees(examples, load_tokenizer(config.base.path), config.window, train=True).trees
+    trees = build_trees(examples, same(load_tokenizer(config.base.path)), config.window, train=True).trees
     steps = [step for epoch in range(3) for step in plan.epoch(trees, 3, epoch, 8)]
     assert packed == [sorted(tree.branches[0].id for tree in step) for step in steps]
     assert packed[:4] != packed[4:8] != packed[8:]
@@ -395,7 +396,7 @@ def test_times_are_of_what_they_say(tiny_config, tmp_path, monkeypatch, capsys):
     for name in ("now", "mark"):
         monkeypatch.setattr(gauges, name, lambda device: clock.now)
     monkeypatch.setattr(train_loop.time, "perf_counter", lambda: 60.0)  # when the script began
-    monkeypatch.setattr(train_loop.F, "cross_entropy", takes(1, train_loop.F.cross_entropy))
+    monkeypatch.setattr(engine.F, "cross_entropy", takes(1, engine.F.cross_entropy))
     monkeypatch.setattr(train_loop.bnb.optim.PagedAdamW8bit, "step", takes(2, train_loop.bnb.optim.PagedAdamW8bit.step))
     answer_trees = predict.answer_trees
     monkeypatch.setattr(predict, "answer_trees", takes(10, answer_trees))
@@ -497,10 +498,10 @@ def test_em_rises_and_falls_and_the_best_weights_are_kept(course):
     assert course.ems[-1] < best, "or nothing is asked of `best/`"
     assert (course.result["em"], course.result["best_step"]) == (best, 2 * (1 + course.ems.index(best)))
     kept, last = (checkpoint.load_state(course.run / name) for name in ("best", "last"))
-    assert (kept["step"], kept["best_em"], kept["best_f1"]) == (course.result["best_step"], best, course.result["f1"])
-    assert (last["step"], last["best_step"], last["best_em"]) == (16, kept["step"], best)
-    assert last["waited"] == 7 - course.ems.index(best)
-    assert f"best EM {best:.2f} F1 {course.result['f1']:.2f} at step {kept['step']}" in course.said
+    assert (kept.step, kept.best_em, kept.best_f1) == (course.result["best_step"], best, course.result["f1"])
+    assert (last.step, last.best_step, last.best_em) == (16, kept.step, best)
+    assert last.waited == 7 - course.ems.index(best)
+    assert f"best EM {best:.2f} F1 {course.result['f1']:.2f} at step {kept.step}" in course.said
     with contextlib.redirect_stdout(io.StringIO()) as out:
         eval_loop.main([str(course.config)])
     again = json.loads(out.getvalue().splitlines()[-1])
@@ -602,14 +603,14 @@ def test_the_course_tells_one_rule_of_stopping_from_another(course):
 
 
 def test_a_loss_that_is_not_finite_stops_and_nothing_of_its_step_is_kept(tiny_config, tmp_path, monkeypatch):
-    cross_entropy = train_loop.F.cross_entropy
+    cross_entropy = engine.F.cross_entropy
     calls = []
 
     def broken(*args, **kwargs):
         calls.append(1)
         return cross_entropy(*args, **kwargs) * (math.nan if len(calls) > 9 else 1)
 
-    monkeypatch.setattr(train_loop.F, "cross_entropy", broken)
+    monkeypatch.setattr(engine.F, "cross_entropy", broken)
     with pytest.raises(UserError, match=r"step \d+: loss nan.*what .* holds is whole.*p\dq\d"):
         train_loop.main([str(tiny_config)])
     run = only_run(tmp_path)
@@ -671,9 +672,9 @@ def test_nothing_is_left_behind_where_a_run_could_not_begin(tiny_config, tmp_pat
 
 
 def test_the_rate_rises_then_falls_to_nothing():
-    rates = [train_loop.rate(step, total=100, warmup=0.1, peak=1.0) for step in range(100)]
+    rates = [train_loop.learning_rate(step, total=100, warmup=0.1, peak=1.0) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == rates[10] == 1.0
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert rates[-1] < 0.001
-    assert train_loop.rate(0, total=1, warmup=0.0, peak=1.0) == 1.0
+    assert train_loop.learning_rate(0, total=1, warmup=0.0, peak=1.0) == 1.0

@@ -1,8 +1,4 @@
-"""Trees on disk: tokenising a whole split takes a while, so the same questions, tokenizer and window do it once.
-
-A file is found by a hash of all that decides what is in it, code included, so it is never out of date. Imports no
-torch.
-"""
+"""Trees on disk, each file under a hash of all that decides its content, the code included. Imports no torch."""
 
 import contextlib
 import hashlib
@@ -11,72 +7,58 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from common.config import Prompt, Window
 from common.data import prompt, tokens, trees
 from common.data.squad import Example
+from common.data.tokens import Tokenizers
 from common.data.trees import Branch, Tree, Trees
-from common.files import ROOT
+from common.files import ROOT, atomic
 
 import numpy as np
-import tokenizers
+import tokenizers as tokenizers_package
 
 FOLDER = ROOT / ".cache" / "trees"
+CODE = Path(__file__).parent  # its files decide the ids
 
 
 def build_trees(
-    examples: Sequence[Example], tokenizer: Any, window: Window, *, train: bool, options: Prompt = Prompt(),
-    window_tokenizer: Any = None,
-) -> Trees:  # fmt: skip
-    """`trees.build_trees`, kept in `FOLDER` where there are many questions. An unreadable file is made anew."""
-
-    def build() -> Trees:
-        return trees.build_trees(
-            examples, tokenizer, window, train=train, options=options, window_tokenizer=window_tokenizer
-        )
-
-    if len(examples) < tokens.MANY:
-        return build()
-    template = tokenizer.chat_template if options.chat else None
-    decides = hashlib.sha256(
-        repr((prompt.fingerprint(options), window, train, tokenizer.eos_token_id, template)).encode()
-    )
-    code = [Path(module).read_text() for module in (__file__, prompt.__file__)] + [tokenizers.__version__]
-    vocabularies = (t.backend_tokenizer.to_str() for t in (tokenizer, window_tokenizer or tokenizer))
-    for part in (*code, *vocabularies, *map(repr, examples)):
-        decides.update(part.encode())
-    path = FOLDER / f"{decides.hexdigest()[:32]}.npz"
-    try:
-        return _read(path)
-    except Exception:  # absent, or damaged in one of many ways
-        built = build()
-    try:
-        _write(path, built)
-    except OSError:  # no room, or no folder of ours: then without
-        with contextlib.suppress(OSError):
-            _partial(path).unlink()
+    examples: Sequence[Example], tokenizers: Tokenizers, window: Window, options: Prompt = Prompt(), *, train: bool
+) -> Trees:
+    """`trees.build_trees`; from `tokens.MANY` questions on they are kept in `FOLDER`. A damaged file is rebuilt."""
+    path = None
+    if len(examples) >= tokens.MANY:
+        own = tokenizers.own
+        template = own.chat_template if options.chat else None
+        settings = (prompt.fingerprint(options), options.spare(window), window, train, own.eos_token_id, template)
+        code = [file.read_text() for file in sorted(CODE.glob("*.py"))] + [tokenizers_package.__version__]
+        vocabularies = (t.backend_tokenizer.to_str() for t in (own, tokenizers.window))
+        decides = hashlib.sha256()
+        for part in (repr(settings), *code, *vocabularies, *map(repr, examples)):
+            decides.update(part.encode())
+        path = FOLDER / f"{decides.hexdigest()[:32]}.npz"
+        with contextlib.suppress(Exception):  # absent, or damaged in one of many ways
+            return _read(path)
+    built = trees.build_trees(examples, tokenizers, window, options, train=train)
+    if path:
+        with contextlib.suppress(OSError):  # a full disk, or a folder that is not ours: the trees serve without a file
+            _write(path, built)
     return built
 
 
 def _write(path: Path, built: Trees) -> None:
-    trees = built.trees
-    branches = [branch for tree in trees for branch in tree.branches]
-    lists = [tree.prefix_ids for tree in trees] + [x for b in branches for x in (b.prompt_ids, b.answer_ids)]
+    branches = [branch for tree in built.trees for branch in tree.branches]
+    lists = [tree.prefix_ids for tree in built.trees] + [x for b in branches for x in (b.prompt_ids, b.answer_ids)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _partial(path).open("wb") as file:
+    # several processes may build the same trees
+    with atomic(path, f".{os.getpid()}") as partial, partial.open("wb") as file:
         np.savez(
             file,
-            ids=np.fromiter((i for ids in lists for i in ids), np.int32),
+            ids=np.fromiter(itertools.chain.from_iterable(lists), np.int32),
             lengths=np.array([len(ids) for ids in lists], np.int32),
-            branches=np.array([len(tree.branches) for tree in trees], np.int32),
+            branches=np.array([len(tree.branches) for tree in built.trees], np.int32),
             rest=np.frombuffer(json.dumps([built.counts, [branch.id for branch in branches]]).encode(), np.uint8),
         )
-    os.replace(_partial(path), path)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_suffix(f".{os.getpid()}")
 
 
 def _read(path: Path) -> Trees:

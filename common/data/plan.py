@@ -1,14 +1,52 @@
-"""Which trees make up each optimizer step: a pure function of (seed, epoch), so that resuming is arithmetic.
-
-Imports no torch.
-"""
+"""The trees of each optimizer step: a pure function of (seed, epoch), so resuming is arithmetic. Imports no torch."""
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+from common.config import Train
 from common.data.trees import Tree
 
-EVEN = 0.002  # of the mean: what nobody would notice
+EVEN = 0.002  # share of the mean load by which ranks may differ: less than a step's time varies by itself
+
+
+@dataclass
+class Plan:
+    """All steps of a training. Every rank computes the same plan."""
+
+    trees: list[Tree]  # of at most `train.questions_per_step` questions each
+    train: Train
+    seed: int
+    _epoch: tuple[int, list[list[Tree]]] = field(default=(-1, []), repr=False)  # the last one asked for
+
+    def __post_init__(self) -> None:
+        self.trees = bounded(self.trees, self.train.questions_per_step)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(self.trees, self.train.questions_per_step)
+
+    @property
+    def total_steps(self) -> int:
+        steps = max(1, round(self.train.epochs * self.steps_per_epoch))
+        return min(steps, self.train.max_steps or steps)
+
+    def rows(self, trees: Sequence[Tree]) -> list[Tree]:
+        """`trees` as they are computed: unchanged, or without shared prefixes one tree per question."""
+        if self.train.share_prefixes:
+            return list(trees)
+        return [row for tree in trees for row in tree.split(max_questions=1)]
+
+    def step(self, number: int) -> list[Tree]:
+        """The trees of a step, counted from 0."""
+        n, i = divmod(number, self.steps_per_epoch)
+        if self._epoch[0] != n:
+            self._epoch = n, epoch(self.trees, self.seed, n, self.train.questions_per_step)
+        return self._epoch[1][i]
+
+    def share(self, trees: Sequence[Tree], rank: int, ranks: int, pack_tokens: int) -> list[list[Tree]]:
+        """One rank's trees of a step, by pack."""
+        return fill(share(self.rows(trees), ranks)[rank], pack_tokens)
 
 
 def bounded(trees: Sequence[Tree], max_questions: int) -> list[Tree]:

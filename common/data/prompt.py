@@ -1,42 +1,34 @@
-"""The one prompt: its text, its token ids, its window, and the trees of questions that share a paragraph.
-
-Training, evaluation and a single query all come through `build_trees`, so they read the same ids. Ids are the
-tokenizer's ids of the whole text, as any other tool would make them; parts are never tokenised apart. Imports no torch
-(a tokenizer is handed in).
-"""
+"""The text of a prompt: its template, the shots before it and the chat around it. Imports no torch."""
 
 import hashlib
 import random
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
-from common.config import Config, Prompt
-from common.data import squad
+from common.config import Prompt
 from common.data.squad import Example
-from common.data.tokens import tokenize
+from common.data.tokens import Tokenizer, tokenize
 from common.errors import UserError
 
 VERSION = "1"
 CONTEXT = "Context: {}"
 QUESTION = "\n\nQuestion: {}\n\nAnswer:"
 TARGET = " {}"  # then EOS
-_ORDERS = {  # of each, the text of context and question
+SHARED = CONTEXT + QUESTION.partition(" {}")[0]  # the part that all questions of a paragraph share
+_ORDERS = {  # {0} is the context, {1} the question
     "context": CONTEXT + QUESTION,
     "question": "Question: {1}\n\nContext: {0}\n\nAnswer:",
     "both": "Question: {1}\n\nContext: {0}\n\nQuestion: {1}\n\nAnswer:",
 }
-_CHAT = (  # where only a chat answers: one message of the user
+_CHAT = (
     "Answer the question with the shortest span of the context that answers it, copied word for word. Reply with "
     "nothing else.\n\n{}"
 )
-SHARED = CONTEXT + QUESTION.partition(" {}")[0]  # what all questions of a paragraph begin with
-
-SHOT_WORDS = 120  # of a paragraph that is shown with its answer
+SHOT_WORDS = 120  # longest paragraph of a shot: about the mean of SQuAD's, so that several shots fit
 
 
 def fingerprint(options: Prompt = Prompt()) -> str:
-    """Changes with any byte of the prompt."""
+    """12 hex digits that change with any byte of the prompt."""
     parts = [VERSION, CONTEXT, QUESTION, TARGET]
     parts += [_ORDERS[options.order]] if options.order != "context" else []
     parts += [_CHAT] if options.chat else []
@@ -51,12 +43,20 @@ def text(context: str, question: str, order: str = "context") -> str:
 
 
 def message(prompt: str) -> str:
-    """A prompt as the one message of a chat."""
+    """A prompt as the one message of a user to a chat model, with the instruction before it."""
     return _CHAT.format(prompt)
 
 
+def chat_text(tokenizer: Tokenizer, prompt: str) -> str:
+    """A prompt as one message in the chat template of `tokenizer`, up to where the model answers."""
+    if not tokenizer.chat_template:
+        raise UserError("prompt.chat: this model's tokenizer has no chat template")
+    asked = [{"role": "user", "content": message(prompt)}]
+    return tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+
+
 def fill(options: Prompt, train: Iterable[Example]) -> Prompt:
-    """The text of `options.shots`: of as many articles one question each, of paragraphs of at most `SHOT_WORDS`."""
+    """`options` with the text of its shots: one question each of `shots` articles, with a short paragraph."""
     rng = random.Random(options.shots_seed)
     articles: dict[str, list[Example]] = {}
     for example in train:
@@ -65,33 +65,12 @@ def fill(options: Prompt, train: Iterable[Example]) -> Prompt:
     if len(articles) < options.shots:
         raise UserError(f"prompt.shots={options.shots}: train has {len(articles)} articles with short paragraphs")
     chosen = [rng.choice(articles[title]) for title in rng.sample(sorted(articles), options.shots)]
-    return replace(options, before="".join(
-        text(e.context.strip(), e.question.strip(), options.order) + TARGET.format(e.answers[0].text.strip()) + "\n\n"
-        for e in chosen
-    ))  # fmt: skip
+    asked = (text(e.context.strip(), e.question.strip(), options.order) for e in chosen)
+    answers = (TARGET.format(e.answers[0].text.strip()) for e in chosen)
+    return replace(options, before="".join(f"{q}{a}\n\n" for q, a in zip(asked, answers, strict=True)))
 
 
-def filled(config: Config) -> Config:
-    """A configuration whose prompt has the text of its shots."""
-    if not config.prompt.shots:
-        return config
-    return replace(config, prompt=fill(config.prompt, squad.load(config.data, "train").examples))
-
-
-def beside(tokenizer: Any, options: Prompt) -> int:
-    """Tokens of every prompt that are beside its window, at most: shots, a chat's template."""
+def overhead(tokenizer: Tokenizer, options: Prompt) -> int:
+    """Tokens that a prompt may have beyond its window: those of the shots and the chat template."""
     around = chat_text(tokenizer, options.before) if options.chat else options.before
     return len(tokenize(tokenizer, [around])[0]) if around else 0
-
-
-def chat_text(tokenizer: Any, prompt: str) -> str:
-    if not tokenizer.chat_template:
-        raise UserError("prompt.chat: this model's tokenizer has no chat template")
-    asked = [{"role": "user", "content": message(prompt)}]
-    return tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-
-
-# ---- the window ----------------------------------------------------------------------------------------------------
-
-
-# ---- ids -----------------------------------------------------------------------------------------------------------

@@ -1,28 +1,24 @@
-"""Trees of questions that share a paragraph. Training, evaluation and a single query all read what `build_trees` makes.
-
-Imports no torch.
-"""
+"""Trees: the ids of a paragraph once, and its questions as branches below it. Imports no torch."""
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from common.config import Prompt, Window
 from common.data.prompt import CONTEXT, QUESTION, SHARED, TARGET, chat_text, text
 from common.data.squad import Example
-from common.data.tokens import Ids, encode, tokens_within
+from common.data.tokens import Ids, Tokenizer, Tokenizers, encode, tokens_within
 from common.data.window import context_windows, fit
 from common.errors import UserError
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One question below its paragraph's prefix."""
+    """One question below its paragraph's prefix; its length is in tokens."""
 
     id: str
-    prompt_ids: Ids  # what follows the prefix, up to and with "Answer:"; never empty
+    prompt_ids: Ids  # from behind the prefix up to "Answer:"; never empty
     answer_ids: Ids  # the target with EOS; empty when the answer is to be decoded
 
     def __len__(self) -> int:
@@ -31,7 +27,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Tree:
-    """A paragraph once, and its questions as branches."""
+    """A prefix that its branches share; its length is in tokens, the prefix counted once."""
 
     prefix_ids: Ids
     branches: tuple[Branch, ...]
@@ -54,45 +50,38 @@ class Tree:
 @dataclass(frozen=True)
 class Trees:
     trees: list[Tree]
-    counts: dict[str, int]  # what the window did; see `build_trees`
+    counts: dict[str, int]  # of questions, by what the window did to them; see `build_trees`
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """One question in one window, as text."""
 
     id: str
-    context: str
+    context: str  # the part in the window
     prompt: str
     target: str  # " answer", or "" when it is to be decoded
 
 
 def build_trees(
-    examples: Iterable[Example],
-    tokenizer: Any,
-    window: Window,
-    *,
-    train: bool,
-    options: Prompt = Prompt(),
-    window_tokenizer: Any = None,
-    progress: bool = True,
+    examples: Iterable[Example], tokenizers: Tokenizers, window: Window, options: Prompt = Prompt(), *, train: bool
 ) -> Trees:
-    """Cut every text to its window, tokenise, and gather the questions of a paragraph below their common prefix.
+    """Trees of all questions, each text cut to its window, and how many questions were cut or dropped.
 
-    Where the question comes first nothing is shared: each has a tree of its own.
-
-    `train` adds the first gold answer and EOS; there a question goes to the first window that holds its answer, or is
-    dropped. Counts: `questions`, `truncated` (context cut, or read in windows), `dropped_outside` and `dropped_long`
-    (train: the answer lies outside the window, or has more tokens than `window.answer`).
+    Questions of a paragraph form one tree if the context comes first in the prompt; otherwise each forms its own.
+    `train` adds the first gold answer and EOS, and keeps of each question the first window that holds that answer.
+    Counts: `questions`, `truncated` (context cut, or read in several windows), `dropped_outside` and `dropped_long`
+    (train: no window holds the answer, or it has more tokens than `window.answer`). Raises `UserError` if the tokenizer
+    merges prompt and answer, or appends a token to every text.
     """
-    counts = Counter(questions=0, truncated=0)
+    tokenizer, counts = tokenizers.own, Counter(questions=0, truncated=0)
     if train:
         counts.update(dropped_outside=0, dropped_long=0)
-    rows = list(_rows(list(examples), window_tokenizer or tokenizer, window, options, train, counts))
+    rows = list(rows_of(list(examples), tokenizers.window, window, options, train, counts))
     if options.chat:  # the template has its own BOS
         rows = [replace(row, prompt=chat_text(tokenizer, row.prompt)) for row in rows]
     groups: dict[object, list[Branch]] = {}
-    wholes = encode(tokenizer, [row.prompt + row.target for row in rows], progress, special=not options.chat)
+    wholes = encode(tokenizer, [row.prompt + row.target for row in rows], special=not options.chat, progress=True)
     for row, encoding in zip(rows, wholes, strict=True):
         ids = encoding.ids
         n = tokens_within(encoding, len(row.prompt))
@@ -103,48 +92,48 @@ def build_trees(
         if len(answer_ids) > window.answer:
             counts["dropped_long"] += 1
             continue
-        # a question whose ids differ from the others' in what all begin with gets a tree of its own
+        # grouped by ids: a question that the tokenizer merges with the shared text gets a tree of its own
         same = SHARED.format(row.context)
         start = row.prompt.rfind(same) if options.order == "context" else -1
         shared = tokens_within(encoding, start + len(same)) if start >= 0 else None
         groups.setdefault((row.context, *ids[: shared or n]), []).append(Branch(row.id, ids[:n], answer_ids))
-    return Trees([_tree(group) for group in groups.values()], dict(counts))
+    return Trees([tree_of(group) for group in groups.values()], dict(counts))
 
 
 def prompt_texts(
-    examples: Iterable[Example], tokenizer: Any, window: Window, options: Prompt = Prompt()
+    examples: Iterable[Example], tokenizer: Tokenizer, window: Window, options: Prompt = Prompt()
 ) -> tuple[list[tuple[str, str]], dict[str, int]]:
     """(id, prompt) of every question, cut to the window, for a model that takes text; counts as of `build_trees`."""
     counts = Counter(questions=0, truncated=0)
-    rows = list(_rows(list(examples), tokenizer, window, options, False, counts))
+    rows = rows_of(list(examples), tokenizer, window, options, False, counts)
     return [(row.id, row.prompt) for row in rows], dict(counts)
 
 
-def _tree(branches: list[Branch]) -> Tree:
-    """Lift the longest common id prefix out of the branches; the last prompt token stays in its branch."""
+def tree_of(branches: list[Branch]) -> Tree:
+    """The tree of branches that hold whole prompts: their longest common prefix, less a prompt's last token."""
     low, high = min(b.prompt_ids for b in branches), max(b.prompt_ids for b in branches)
     same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
     n = min(same, min(len(b.prompt_ids) for b in branches) - 1)
     return Tree(low[:n], tuple(Branch(b.id, b.prompt_ids[n:], b.answer_ids) for b in branches))
 
 
-def _rows(
-    examples: list[Example], tokenizer: Any, window: Window, options: Prompt, train: bool, counts: Counter[str]
-) -> Iterator[_Row]:
+def rows_of(
+    examples: list[Example], tokenizer: Tokenizer, window: Window, options: Prompt, train: bool, counts: Counter[str]
+) -> Iterator[Row]:
+    """One row per question and window; `counts` grows by what the window did."""
     limit = window.context - options.spare(window)
     window = replace(window, context=limit, stride=min(window.stride, limit))
     contexts = list(dict.fromkeys(e.context.strip() for e in examples))
     windows = dict(zip(contexts, context_windows(contexts, tokenizer, window), strict=True))
     questions = list(dict.fromkeys(e.question.strip() for e in examples))
     cut = dict(zip(questions, fit(questions, QUESTION, window.question, tokenizer), strict=True))
-    answered: dict[str, str] = {}  # a paragraph with the questions so far, and their answers
+    answered: dict[str, str] = {}  # context → the prompt so far, with its earlier questions and answers
     for example in examples:
         context, question = example.context.strip(), example.question.strip()
         question = question[: cut[question]].rstrip()
-        spans = windows[context]
+        spans, target = windows[context], ""
         counts["questions"] += 1
         counts["truncated"] += spans != [(0, len(context))]
-        target = ""
         if train:
             answer = example.answers[0]
             start = answer.start - (len(example.context) - len(example.context.lstrip()))
@@ -156,9 +145,9 @@ def _rows(
         for a, b in spans:
             part = context[a:b].strip()
             whole = text(part, question, options.order)
-            if options.earlier:  # which `order=context` goes with
+            if options.earlier:  # the context comes first then: `Prompt` requires it
                 answered.setdefault(context, CONTEXT.format(part))
                 whole = answered[context] + QUESTION.format(question)
                 gold = example.answers[0].text.strip() if example.answers else ""
                 answered[context] = whole + TARGET.format(gold)
-            yield _Row(example.id, part, options.before + whole, target)
+            yield Row(example.id, part, options.before + whole, target)

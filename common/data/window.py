@@ -1,15 +1,13 @@
-"""Which part of a context or question fits the window, in characters; cut between two tokens. Imports no torch."""
-
-from typing import Any
+"""The characters of a context or question that fit its window, cut between two tokens. Imports no torch."""
 
 from common.config import Window
 from common.data.prompt import CONTEXT
-from common.data.tokens import Span, offsets, tokenize
+from common.data.tokens import Span, Tokenizer, offsets, tokenize
 from common.errors import UserError
 
 
-def context_windows(contexts: list[str], tokenizer: Any, window: Window) -> list[list[Span]]:
-    """For each context the spans to read: itself, its head (truncate), or overlapping windows (chunk)."""
+def context_windows(contexts: list[str], tokenizer: Tokenizer, window: Window) -> list[list[Span]]:
+    """The spans of each context that are read: all of it, its head (truncate), or overlapping windows (chunk)."""
     out: list[list[Span]] = []
     for context, stop in zip(contexts, fit(contexts, CONTEXT, window.context, tokenizer), strict=True):
         spans = [(0, stop)]
@@ -24,8 +22,8 @@ def context_windows(contexts: list[str], tokenizer: Any, window: Window) -> list
     return out
 
 
-def fit(texts: list[str], template: str, limit: int, tokenizer: Any) -> list[int]:
-    """For each text, how many of its characters fit `limit` tokens inside `template`; cut between two tokens."""
+def fit(texts: list[str], template: str, limit: int, tokenizer: Tokenizer) -> list[int]:
+    """The number of characters of each text that fit `limit` tokens inside `template`; `UserError` if none does."""
     special = template is CONTEXT  # it opens the prompt, so BOS counts with it
     filled = tokenize(tokenizer, [template.format(t) for t in texts], special=special)
     return [
@@ -34,7 +32,7 @@ def fit(texts: list[str], template: str, limit: int, tokenizer: Any) -> list[int
     ]
 
 
-def _cut(whole: str, template: str, limit: int, tokenizer: Any, special: bool) -> int:
+def _cut(whole: str, template: str, limit: int, tokenizer: Tokenizer, special: bool) -> int:
     stops = [stop for _, stop in offsets(tokenizer, whole)]
     keep = min(len(stops), limit)
     while keep > 0:

@@ -1,19 +1,21 @@
-"""One answer of a question that was read in several windows."""
+"""One answer of a question that was read in several windows: the most probable one."""
 
 from collections.abc import Iterable
 
-from common.decode.answers import Prediction
+from common.data.tokens import Ids
+from common.decode.answers import Generation, Prediction
+
+
+def by_probability(answer: Prediction | Generation) -> tuple[float, Ids]:
+    """Sort key: the log-probability of the whole answer; token ids decide between equal ones."""
+    assert answer.logprob is not None, "hosted models read one window"
+    return answer.logprob, answer.token_ids
 
 
 def merge(answers: Iterable[Prediction]) -> dict[str, Prediction]:
-    """By id, the most probable where a question was read in several windows; in order of ids."""
+    """The most probable answer of each question, by id, in order of ids."""
     best: dict[str, Prediction] = {}
     for answer in answers:
-        other = best.get(answer.id)
-        if (
-            other is None
-            or other.logprob is None
-            or (answer.logprob, answer.token_ids) > (other.logprob, other.token_ids)
-        ):
+        if answer.id not in best or by_probability(answer) > by_probability(best[answer.id]):
             best[answer.id] = answer
     return dict(sorted(best.items()))

@@ -1,25 +1,39 @@
-"""Which parts of the KV cache are free: first fit."""
+"""KV-cache blocks. A slot holds one token's keys and values of all layers; a block is one sequence's run of slots.
+
+A block has the length that its sequence may reach, so attention needs its start alone and no table of pages.
+"""
+
+from typing import NamedTuple
+
+
+class Block(NamedTuple):
+    start: int  # the first slot
+    length: int  # slots
 
 
 class BlockAllocator:
-    """Stretches of `size` tokens, given out and taken back: first fit."""
+    """First-fit allocation of the `cache_tokens` slots of a KV cache."""
 
-    def __init__(self, size: int):
-        self.free = [(0, size)]  # start, length; rising, never touching
+    def __init__(self, cache_tokens: int):
+        self.gaps = [Block(0, cache_tokens)]  # ascending, never adjacent
 
-    def take(self, length: int) -> int | None:
-        """Where a stretch begins; None where no gap is that long."""
-        for i, (start, gap) in enumerate(self.free):
-            if gap >= length:
-                self.free[i : i + 1] = [(start + length, gap - length)] if gap > length else []
-                return start
-        return None
+    def allocate(self, *lengths: int) -> list[Block] | None:
+        """A block of each length; None, and nothing is allocated, if one of them does not fit."""
+        gaps, blocks = self.gaps.copy(), []
+        for length in lengths:
+            i = next((i for i, gap in enumerate(gaps) if gap.length >= length), None)
+            if i is None:
+                return None
+            start, size = gaps[i]
+            gaps[i : i + 1] = [Block(start + length, size - length)] if size > length else []
+            blocks.append(Block(start, length))
+        self.gaps = gaps
+        return blocks
 
-    def give_back(self, start: int, length: int) -> None:
-        merged: list[tuple[int, int]] = []
-        for a, n in sorted([*self.free, (start, length)]):
-            if merged and sum(merged[-1]) == a:
-                merged[-1] = merged[-1][0], merged[-1][1] + n
-            else:
-                merged.append((a, n))
-        self.free = merged
+    def free(self, block: Block) -> None:
+        """Turns the block into a gap and merges adjacent gaps."""
+        gaps, self.gaps = sorted([*self.gaps, block]), []
+        for start, length in gaps:
+            if self.gaps and sum(self.gaps[-1]) == start:
+                start, length = self.gaps[-1].start, self.gaps.pop().length + length
+            self.gaps.append(Block(start, length))

@@ -1,13 +1,12 @@
 """Greedy decoding by transformers' and PEFT's own modules: the reference, and the engine of all that is no Llama."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from common.config import Eval
 from common.data import plan
 from common.data.tokens import Ids
 from common.data.trees import Branch, Tree
-from common.decode.answers import Generation, Prediction, to_text
+from common.decode.answers import Generation, Prediction, Task, to_text
 from common.device import out_of_memory
 from common.model.pack import Pack, build_pack
 from common.model.tree_mask import logits, pack_logits
@@ -17,15 +16,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-CPU_PACK_TOKENS, GPU_PACK_TOKENS = 8192, 4096  # of `greedy`
+CPU_PACK_TOKENS, GPU_PACK_TOKENS = 8192, 4096  # prompts of one pack: the logits and the cache fit beside a 7B base
 
 
 @torch.inference_mode()
 def greedy(model: Any, pack: Pack, stops: Tensor, max_new_tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Decode all branches of a pack; yield per step (branch numbers [L], token ids [L], log-probabilities [L]).
+    """Per step (branch numbers [L], token ids [L], log-probabilities [L]) of the L branches that have not ended.
 
-    A branch's last token is its stop token, unless the limit came first. The keys and values of a step are appended to
-    the pack's own, and the same rule of who sees whom goes on: nothing is copied per question.
+    A branch's last token is its stop token, unless the limit came first. New keys and values are appended to the
+    pack's own under the same tree mask, so nothing is copied per question.
     """
     cache = DynamicCache(config=model.config)
     layout = pack.layout
@@ -35,45 +34,42 @@ def greedy(model: Any, pack: Pack, stops: Tensor, max_new_tokens: int) -> Iterat
     for step in range(max_new_tokens):
         best, token = torch.log_softmax(out.float(), -1).max(-1)
         yield live, token, best
-        going = ~torch.isin(token, stops)
-        if step + 1 == max_new_tokens or not going.any():
+        open_ = ~torch.isin(token, stops)
+        if step + 1 == max_new_tokens or not open_.any():
             return
-        live, token, at = live[going], token[going], at[going].next()
+        live, token, at = live[open_], token[open_], at[open_].next()
         layout = layout.then(at)
         out = logits(model, token, at, layout, cache=cache)  # [L, V]
 
 
-def answer_packs(
-    model: Any, tokenizer: Any, trees: Sequence[Tree], stops: Sequence[int], limit: int, options: Eval,
-    check: Callable[[], None], scripts: Mapping[str, Ids], round_: str,
-) -> Iterator[Prediction]:  # fmt: skip
-    if scripts:
-        raise ValueError("the plain engine follows no scripts")
+def answer_packs(model: Any, trees: Sequence[Tree], task: Task) -> Iterator[Prediction]:
+    """Answers pack by pack; ranks take packs as they go."""
+    if task.forced:
+        raise ValueError("the plain engine forces no tokens")
     device = next(model.parameters()).device
-    pack_tokens = options.pass_tokens or (CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS)
-    ends = torch.tensor(stops, device=device)
+    pack_tokens = task.options.pass_tokens or (CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS)
+    stops = torch.tensor(task.stop_tokens, device=device)
     with out_of_memory(f"lower eval.pass_tokens (now {pack_tokens})"):
-        for members in ranks.take(plan.fill(trees, pack_tokens), round_):
-            check()
-            yield from _answers(model, tokenizer, build_pack(members).to(device), ends, limit)
+        for members in ranks.take(plan.fill(trees, pack_tokens), task.round):
+            task.check()
+            yield from _answers(model, build_pack(members).to(device), stops, task)
 
 
-def _answers(model: Any, tokenizer: Any, pack: Pack, stops: Tensor, max_new_tokens: int) -> list[Prediction]:
-    tokens: list[list[int]] = [[] for _ in pack.ids]
+def _answers(model: Any, pack: Pack, stops: Tensor, task: Task) -> list[Prediction]:
+    tokens: list[Ids] = [[] for _ in pack.ids]
     logprob = [0.0] * len(pack.ids)
-    for live, step_tokens, step_logprob in greedy(model, pack, stops, max_new_tokens):
+    for live, step_tokens, step_logprob in greedy(model, pack, stops, task.max_new_tokens):
         for branch, token, p in zip(live.tolist(), step_tokens.tolist(), step_logprob.tolist(), strict=True):
             tokens[branch].append(token)
             logprob[branch] += p
-    ended = set(stops.tolist())
     return [
-        Prediction(id_, to_text(tokenizer, ids), ids, p, ids[-1] not in ended)
+        Prediction(id_, to_text(task.tokenizer, ids), ids, p, ids[-1] not in task.stop_tokens)
         for id_, ids, p in zip(pack.ids, tokens, logprob, strict=True)
     ]
 
 
 class Plain:
-    """The same by transformers' and PEFT's own modules, a token a pass: the reference, and for all that is no Llama."""
+    """Single queries by transformers' and PEFT's own modules, a token per pass."""
 
     name = "plain"
 
@@ -82,11 +78,15 @@ class Plain:
         self.stops = torch.tensor(stops, device=next(model.parameters()).device)
 
     def answer(
-        self, prompt_ids: Ids, script: Ids | None = None, to_the_limit: bool = False,
+        self,
+        prompt_ids: Ids,
+        forced: Ids | None = None,
+        to_the_limit: bool = False,
         tick: Callable[[int], None] = lambda n: None,
-    ) -> Generation:  # fmt: skip
-        if script:
-            raise ValueError("the plain engine follows no scripts")
+    ) -> Generation:
+        """The greedy answer, as of `single.Single.answer`; tokens cannot be forced."""
+        if forced:
+            raise ValueError("the plain engine forces no tokens")
         answer, stops = Generation(), self.stops[:0] if to_the_limit else self.stops
         batch = build_pack([Tree(prompt_ids[:-1], (Branch("", prompt_ids[-1:], []),))]).to(stops.device)
         for _, token, logprob in greedy(self.model, batch, stops, self.limit):

@@ -1,19 +1,21 @@
-"""Greedy answers to questions that share paragraphs: each paragraph is read once, whatever the engine.
+"""Greedy answers to questions that share paragraphs. This is the one place that chooses an engine.
 
-Exact: in fp32 every answer has the token ids that `model.generate` gives for that question alone (a test). Llamas, with
-an adapter or without, go through `common.decode.batched`; any other model, and whoever asks for it, through `greedy`,
-which runs transformers' and PEFT's own modules pack by pack.
+In fp32 every answer has the token ids that `model.generate` returns for that question alone (a test). Llamas, with an
+adapter or without, are decoded by `common.decode.batched`; all other models, and all with `eval.engine=plain`, by
+`common.decode.plain`.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from common.config import Eval
+from common.config import Config, Eval
 from common.data import plan
-from common.data.tokens import Ids
-from common.data.trees import Tree
+from common.data.squad import Example
+from common.data.tokens import Ids, Tokenizers
+from common.data.trees import Tree, build_trees
 from common.decode import batched
-from common.decode.answers import Prediction, to_text
+from common.decode.answers import Prediction, Task, stop_tokens, to_text
 from common.decode.chunks import merge
 from common.decode.forward import Decoder
 from common.decode.plain import answer_packs
@@ -21,89 +23,126 @@ from common.device import has_flash_attention, out_of_memory
 from common.errors import UserError
 from common.model import memory
 from common.model.llama import adapter_size, unsupported_reason
-from common.runs import ranks
+from common.runs import ranks, signals
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+
+def answers(
+    model: Any, tokenizers: Tokenizers, examples: Sequence[Example], config: Config, only: Iterable[str] | None = None
+) -> dict[str, Prediction]:
+    """Answers by id to `examples`, as `config` cuts, asks and decodes; `only`: of these ids alone.
+
+    All examples are laid out first, because a prompt may hold earlier questions of its paragraph.
+    """
+    trees = build_trees(examples, tokenizers, config.window, config.prompt, train=False).trees
+    if only is not None:
+        wanted = set(only)
+        kept = (Tree(t.prefix_ids, tuple(b for b in t.branches if b.id in wanted)) for t in trees)
+        trees = [tree for tree in kept if tree.branches]
+    return answer_trees(model, tokenizers.own, trees, stop_tokens(tokenizers.own), config.window.answer, config.eval)
 
 
 def answer_trees(
     model: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     trees: Sequence[Tree],
     stops: Sequence[int],
     max_new_tokens: int,
     options: Eval = Eval(),
     progress: str | None = "decode",
     check: Callable[[], None] = lambda: None,
-    scripts: Mapping[str, Ids] | None = None,
+    forced: Mapping[str, Ids] | None = None,
     round_: str = "evaluation",
 ) -> dict[str, Prediction]:
-    """Answer the questions of `trees`, or this rank's part of them. The model is put into eval mode and back.
+    """Answers by id to the questions of `trees`, or to this rank's part of them. The model's mode is restored.
 
-    Several ranks take trees from the same sequence as they go; `round_` names this time (`ranks.take`).
-
-    A question read in several windows (`overflow: chunk`) keeps its most probable answer (`merge`). `check` is called
-    between passes; what it raises ends the work. `scripts`: by question, the tokens to draw whatever the model says,
-    for timing models whose answers mean nothing.
+    Several ranks take trees from the same sequence as they go; `round_` names this evaluation (`ranks.take`). Of a
+    question that was read in several windows (`overflow: chunk`) the most probable answer is kept. `check` is called
+    between passes; an exception that it raises ends the work. `forced`: by question, tokens to generate instead of the
+    most probable ones, for timing models whose answers mean nothing. Raises `UserError` where the prompts do not fit
+    the model's positions, or memory is too little.
     """
-    check_positions(
-        model, max((len(t.prefix_ids) + max(map(len, t.branches)) for t in trees), default=0), max_new_tokens
-    )
+    longest = max((len(tree.prefix_ids) + max(map(len, tree.branches)) for tree in trees), default=0)
+    check_positions(model, longest, max_new_tokens)
+    task = Task(tokenizer, stops, max_new_tokens, options, check, forced or {}, round_)
+    engine = answer_packs if engine_of(model, options) == "plain" else _answer_batched
+    total = sum(len(tree.branches) for tree in trees) if ranks.count() == 1 else None  # a rank's share is not known
     training = model.training
     model.eval()
-    total = sum(len(tree.branches) for tree in trees) if ranks.count() == 1 else None  # who takes how many is not known
-    engine = {"plain": answer_packs, "stream": _by_stream}[engine_of(model, options)]
-    answers: list[Prediction] = []
+    found: list[Prediction] = []
     try:
         with tqdm(total=total, desc=progress, unit="question", disable=progress is None) as bar:
-            for answer in engine(model, tokenizer, trees, stops, max_new_tokens, options, check, scripts or {}, round_):
-                answers.append(answer)
+            for answer in engine(model, trees, task):
+                found.append(answer)
                 bar.update()
     finally:
         model.train(training)
-    return merge(answers)
+    return merge(found)
+
+
+def by_all_ranks(
+    model: Any,
+    tokenizers: Tokenizers,
+    trees: Sequence[Tree],
+    config: Config,
+    check: Callable[[], None] = lambda: None,
+    step: int | None = None,
+) -> dict[str, Prediction] | None:
+    """Answers by id to all questions of `trees`, on every rank; None where a signal stopped a rank (`signals.Stopped`).
+
+    `step`: of the training that this evaluation interrupts, whose memory budget then holds.
+    """
+    own, stops = None, stop_tokens(tokenizers.own)
+    options, progress = (config.eval, "decode") if step is None else (config.eval_in_training, "evaluate")
+    shown, name = progress if PartialState().is_main_process else None, f"evaluation at {step or 0}"
+    with contextlib.suppress(signals.Stopped):
+        own = answer_trees(
+            model, tokenizers.own, trees, stops, config.window.answer, options, shown, check, round_=name
+        )
+    parts = gather_object([own])
+    return None if None in parts else merge(answer for part in parts for answer in part.values())
 
 
 def check_positions(model: Any, prompt_tokens: int, answer_tokens: int) -> None:
-    """Raises `UserError` where a prompt and the longest answer to it take more tokens than the model has positions."""
+    """Raises `UserError` where a prompt and its longest answer take more tokens than the model has positions."""
     most = getattr(model.config, "max_position_embeddings", None)
     if most and prompt_tokens + answer_tokens > most:
-        knob = "window.answer" if answer_tokens > prompt_tokens else "window.context, or ask for fewer prompt.shots"
+        lower = "window.answer" if answer_tokens > prompt_tokens else "window.context, or ask for fewer prompt.shots"
         raise UserError(
             f"{prompt_tokens} tokens of a prompt and up to {answer_tokens} of its answer, and this model has {most} "
-            f"positions: lower {knob}"
+            f"positions: lower {lower}"
         )
 
 
 def engine_of(model: Any, options: Eval) -> Literal["plain", "stream"]:
-    """What `answer_trees` answers by."""
+    """The name of the engine that `answer_trees` uses, as it stands in records."""
     return "plain" if options.engine == "plain" or unsupported_reason(model) else "stream"
 
 
 def sizes_of(model: Any, options: Eval) -> memory.Decoding:
-    """What the stream reads with. Raises `UserError` where memory is too little."""
+    """Tokens of a pass and of the KV cache. Raises `UserError` where memory is too little."""
     device, shapes = next(model.parameters()).device, memory.Shapes.of(model, adapter_size(model))
-    return memory.decoding(options, shapes, device, record=has_flash_attention(device, model.dtype))
+    return memory.decoding(options, shapes, device, capture=has_flash_attention(device, model.dtype))
 
 
-def _by_stream(
-    model: Any, tokenizer: Any, trees: Sequence[Tree], stops: Sequence[int], limit: int, options: Eval,
-    check: Callable[[], None], scripts: Mapping[str, Ids], round_: str,
-) -> Iterator[Prediction]:  # fmt: skip
-    ended, room = set(stops), sizes_of(model, options)
+def _answer_batched(model: Any, trees: Sequence[Tree], task: Task) -> Iterator[Prediction]:
+    sizes, stops, options = sizes_of(model, task.options), set(task.stop_tokens), task.options
     with out_of_memory(f"lower {memory.BUDGET} (now {options.memory_budget_gib:g})"):
-        reader = Decoder(model, room.arena_tokens, room.pass_tokens if room.record else 0)
-        for mine in _streams(trees, options.parts, round_):
-            for a in batched.answers(reader, mine, stops, limit, room.pass_tokens, scripts, check):
-                hit_limit = a.token_ids[-1] not in ended
-                text = to_text(tokenizer, a.token_ids)
-                yield Prediction(a.branch.id, text, a.token_ids, a.logprob, hit_limit, a.ties)
+        decoder = Decoder(model, sizes.cache_tokens, sizes.pass_tokens if sizes.capture else 0)
+        for mine in _streams(trees, options.parts, task.round):
+            for a in batched.answers(decoder, mine, task, sizes.pass_tokens):
+                text = to_text(task.tokenizer, a.token_ids)
+                yield Prediction(a.branch.id, text, a.token_ids, a.logprob, a.token_ids[-1] not in stops, a.ties)
 
 
 def _streams(trees: Sequence[Tree], parts: int | None, round_: str) -> Iterator[Iterable[Tree]]:
-    """What this rank reads, largest first: one stream of trees taken as there is room, or whole parts, one by one.
+    """This rank's trees, largest first: one stream that ranks share as they go, or whole parts, one after the other.
 
-    In parts, who shares a pass with whom does not depend on how many ranks there are, nor on which is faster.
+    A part is decoded by itself, so its passes do not depend on the number or speed of ranks.
     """
     largest_first = sorted(trees, key=len, reverse=True)
     if parts is None:

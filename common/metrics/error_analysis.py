@@ -1,18 +1,15 @@
-"""What separates wrong answers from right ones: kinds of mistakes, and accuracy by question, answer and context.
+"""Kinds of wrong answers by where they stand in the context, and accuracy by class of question. Imports no torch."""
 
-A kind is found from the text alone: where the predicted words stand in the context, and where the gold ones do.
-Imports no torch.
-"""
-
+import bisect
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 from common.data.squad import Example
+from common.data.tokens import Span
 
-KINDS = (  # the first that holds
+KINDS = (  # an answer is of the first that holds
     "right",
     "empty",
     "cut by the limit",
@@ -21,45 +18,44 @@ KINDS = (  # the first that holds
     "right sentence, other words",
     "another sentence",
 )
-OFF = {"1 word": 1, "2 words": 2, "3 or 4": 4, "5 or more": math.inf}  # of both ends together, at most
 WORDS = ("what", "who", "when", "where", "which", "why", "how many", "how much", "how")
+# Classes by a number of words: the most that belong to each.
+OFF = {"1 word": 1, "2 words": 2, "3 or 4": 4, "5 or more": math.inf}  # both ends together
 LENGTHS = {"1 word": 1, "2 words": 2, "3 words": 3, "4 or 5": 5, "6 to 9": 9, "10 or more": math.inf}
 CONTEXTS = {"up to 80 words": 80, "81 to 120 words": 120, "121 to 160 words": 160, "more than 160 words": math.inf}
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
 
-Span = tuple[int, int]  # characters
+
+class Mistakes(TypedDict):
+    kinds: dict[str, int]  # questions by kind
+    off: dict[str, int]  # questions whose boundary is off, by how many words
+    by: dict[str, dict[str, tuple[int, int]]]  # "question", "answer", "context" → class → (right ones, all)
 
 
-def table(examples: Iterable[Example], rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Of an evaluation's rows by question (`text`, `em`, `hit_limit`).
-
-    `kinds` and `off`: how many questions; `by`: for each way to sort them and each of its classes (right ones, all).
-    """
-    kinds, off = Counter(dict.fromkeys(KINDS, 0)), Counter(dict.fromkeys(OFF, 0))
-    by: dict[str, Counter[tuple[str, bool]]] = {"question": Counter(), "answer": Counter(), "context": Counter()}
+def table(examples: Iterable[Example], rows: Mapping[str, Mapping[str, Any]]) -> Mistakes:
+    """Questions of each kind and class; `rows` are an evaluation's, by question (`text`, `em`, `hit_limit`)."""
+    kinds, off = dict.fromkeys(KINDS, 0), dict.fromkeys(OFF, 0)
+    classes = {"question": (*WORDS, "other"), "answer": LENGTHS, "context": CONTEXTS}
+    by = {name: dict.fromkeys(order, (0, 0)) for name, order in classes.items()}
     for example in examples:
         row = rows[example.id]
         kind = kind_of(example, row["text"], row["em"], row["hit_limit"])
         kinds[kind] += 1
         if kind == "boundary off":
             off[_class_of(off_by(example, row["text"]), OFF)] += 1
-        answer = min((a.text for a in example.answers), key=lambda text: len(text.split()))
+        shortest = min(len(answer.text.split()) for answer in example.answers)
         for name, value in (
             ("question", question_word(example.question)),
-            ("answer", _class_of(len(answer.split()), LENGTHS)),
+            ("answer", _class_of(shortest, LENGTHS)),
             ("context", _class_of(len(example.context.split()), CONTEXTS)),
         ):
-            by[name][value, row["em"]] += 1
-    orders = {"question": (*WORDS, "other"), "answer": tuple(LENGTHS), "context": tuple(CONTEXTS)}
-    return {
-        "kinds": dict(kinds), "off": dict(off),
-        "by": {name: {c: (by[name][c, True], by[name][c, True] + by[name][c, False]) for c in order}
-               for name, order in orders.items()},
-    }  # fmt: skip
+            right, n = by[name][value]
+            by[name][value] = right + row["em"], n + 1
+    return {"kinds": kinds, "off": off, "by": by}
 
 
 def kind_of(example: Example, text: str, right: bool, hit_limit: bool) -> str:
-    """One of `KINDS`."""
+    """The kind of an answer, one of `KINDS`."""
     if right:
         return "right"
     if not text.strip():
@@ -72,17 +68,13 @@ def kind_of(example: Example, text: str, right: bool, hit_limit: bool) -> str:
     if any(a < d and c < b for a, b in places for c, d in _golds(example)):
         return "boundary off"
     ends = [match.end() for match in _SENTENCE_END.finditer(example.context)]
-
-    def sentence(start: int) -> int:
-        return sum(end <= start for end in ends)
-
-    golds = {sentence(start) for start, _ in _golds(example)}
-    same = any(sentence(start) in golds for start, _ in places)
+    golds = {bisect.bisect(ends, start) for start, _ in _golds(example)}  # numbers of sentences
+    same = any(bisect.bisect(ends, start) in golds for start, _ in places)
     return "right sentence, other words" if same else "another sentence"
 
 
 def off_by(example: Example, text: str) -> int:
-    """By how many words the start and the end of the prediction are off together; the nearest of all pairs."""
+    """Words by which start and end of the prediction are off together, from the nearest gold answer it overlaps."""
 
     def words(a: int, b: int) -> int:
         return len(example.context[min(a, b) : max(a, b)].split())
@@ -96,13 +88,10 @@ def off_by(example: Example, text: str) -> int:
 
 
 def question_word(question: str) -> str:
-    """The first of `WORDS` that stands in it; "how many" before "how"."""
-    found = [(match.start(), -len(word), word) for word in WORDS if (match := _word(word).search(question))]
+    """The first of `WORDS` in the question ("how many" before "how"), or "other"."""
+    matches = {word: re.search(rf"\b{word}\b", question, re.I) for word in WORDS}
+    found = [(match.start(), -len(word), word) for word, match in matches.items() if match]
     return min(found)[2] if found else "other"
-
-
-def _word(word: str) -> re.Pattern[str]:
-    return re.compile(rf"\b{word}\b", re.I)
 
 
 def _golds(example: Example) -> list[Span]:
@@ -110,9 +99,9 @@ def _golds(example: Example) -> list[Span]:
 
 
 def _places(context: str, text: str) -> Iterator[Span]:
-    """Where `text` stands in `context`; in any case of its letters, where that moves no letter."""
+    """The places of `text` in `context`, in upper or lower case."""
     lower = context.lower()
-    if len(lower) == len(context):
+    if len(lower) == len(context):  # "İ" becomes two characters, which would shift the places
         context, text = lower, text.lower()
     start = context.find(text)
     while start >= 0:

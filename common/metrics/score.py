@@ -1,16 +1,12 @@
-"""The official SQuAD v1.1 scorer, and `make verify-scorer` to prove it. Imports no torch.
+"""The official SQuAD v1.1 scorer; `make verify-scorer` runs it on any prediction file. Imports no torch.
 
-Source: `evaluate-v1.1.py`, Rajpurkar et al. 2016 (https://rajpurkar.github.io/SQuAD-explorer/). Lower-case, delete
-ASCII punctuation, drop the articles, collapse white space; EM and F1 each take their own maximum over the gold answers;
-a missing id scores 0 and stays in the denominator, an unknown id is ignored.
+Source: `evaluate-v1.1.py`, Rajpurkar et al. 2016 (https://rajpurkar.github.io/SQuAD-explorer/). EM and F1 each take
+their own maximum over the gold answers. A missing id scores 0 and stays in the denominator; an unknown id is ignored.
 """
 
-import gzip
-import json
 import re
 import string
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,13 +14,14 @@ from pathlib import Path
 
 from common.data import squad
 from common.errors import UserError, one_line_errors
+from common.files import read_json
 
 VERSION = "squad-v1.1"
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize(text: str) -> str:
-    """Lower-case, without ASCII punctuation and the words a, an, the; single spaces."""
+    """`text` in lower case, without ASCII punctuation and the words a, an, the, with single spaces."""
     without_articles = re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION))
     return " ".join(without_articles.split())
 
@@ -34,7 +31,7 @@ def exact_match(prediction: str, gold: str) -> bool:
 
 
 def f1(prediction: str, gold: str) -> float:
-    """Harmonic mean of precision and recall over the normalised words, in [0, 1]."""
+    """The harmonic mean of precision and recall over the normalised words, in [0, 1]."""
     predicted, wanted = normalize(prediction).split(), normalize(gold).split()
     same = sum((Counter(predicted) & Counter(wanted)).values())
     return 2 * same / (len(predicted) + len(wanted)) if same else 0.0
@@ -52,34 +49,26 @@ class Score:
 
 
 def score(examples: Iterable[squad.Example], predictions: Mapping[str, str]) -> Score:
-    """EM and F1 of `predictions` ({id: text}) over `examples`."""
+    """EM and F1 of `predictions` ({id: text}) over `examples`, of which there is at least one."""
     correct, overlap = {}, {}
     for example in examples:
         text = predictions.get(example.id)
         golds = [answer.text for answer in example.answers]
         correct[example.id] = text is not None and any(exact_match(text, gold) for gold in golds)
         overlap[example.id] = 0.0 if text is None else max(f1(text, gold) for gold in golds)
-    n = len(correct)
-    return Score(
-        em=100 * sum(correct.values()) / n,
-        f1=100 * sum(overlap.values()) / n,
-        n=n,
-        missing=sum(id_ not in predictions for id_ in correct),
-        unknown=sum(id_ not in correct for id_ in predictions),
-        correct=correct,
-        overlap=overlap,
-    )
+    n, missing, unknown = len(correct), correct.keys() - predictions.keys(), predictions.keys() - correct.keys()
+    em, mean_f1 = 100 * sum(correct.values()) / n, 100 * sum(overlap.values()) / n
+    return Score(em, mean_f1, n, len(missing), len(unknown), correct, overlap)
 
 
 def read_predictions(path: Path) -> dict[str, str]:
-    """The official format, `{id: text}`, plain or gzipped."""
+    """The answers of a file in the official format, `{id: text}`, plain or gzipped. Raises `UserError`."""
     try:
-        raw = path.read_bytes()
-        predictions = json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+        predictions = read_json(path)
+    except UserError as error:
+        cause = error.__cause__
+        what = "no such file" if isinstance(cause, FileNotFoundError) else f"cannot be read as JSON ({cause})"
+        raise UserError(f"{path}: {what}") from error
     if not isinstance(predictions, dict) or not all(isinstance(text, str) for text in predictions.values()):
         raise UserError(f"{path}: expected {{question id: answer text}}")
     return predictions

@@ -1,15 +1,18 @@
-"""Intervals and paired tests, by SciPy. Imports no torch."""
+"""Intervals and paired tests, by SciPy. Values and intervals of EM and F1 are shares in [0, 1]. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-Bin = tuple[float, float, tuple[float, float], int]  # mean probability, share right, its interval, n
+Interval = tuple[float, float]
+CONSTANT = 1e-12  # range of values that differ by rounding alone
+ROUND = 1000  # bootstrap samples at a time: tens of MB for a thousand queries
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a share, in [0, 1]."""
     interval = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
@@ -17,12 +20,11 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
 
 def clustered(
     values: Mapping[str, float], cluster_of: Mapping[str, str], confidence: float = 0.95, draws: int = 10_000
-) -> tuple[float, float] | None:
-    """Bootstrap interval of the mean of `values` by id, whole clusters drawn; None where there is but one.
+) -> Interval | None:
+    """Bootstrap interval of the mean of `values` by id, resampling whole clusters; None for a single cluster.
 
-    SQuAD's questions come by article: another dev set would have had other articles, not other single questions.
-    Percentiles of the means of as many clusters, drawn with replacement, always the same ones; a little further out
-    than 2.5 and 97.5, since clusters are few (expanded percentiles, https://arxiv.org/abs/1411.5279).
+    SQuAD's questions come by article: another dev set would hold other articles, not other single questions. The seed
+    is fixed. Because clusters are few, the percentiles are expanded a little (https://arxiv.org/abs/1411.5279).
     """
     sums, sizes = _of_clusters(values, cluster_of)
     n = len(sums)
@@ -35,7 +37,7 @@ def clustered(
 
 
 def _of_clusters(values: Mapping[str, float], cluster_of: Mapping[str, str]) -> tuple[NDArray, NDArray]:
-    """Sum of values and number of them, by cluster, in order of names."""
+    """Sum of values and number of them, each [clusters], in order of names."""
     names = sorted({cluster_of[id_] for id_ in values})
     number = {name: i for i, name in enumerate(names)}
     at = np.array([number[cluster_of[id_]] for id_ in values])
@@ -46,7 +48,7 @@ def _of_clusters(values: Mapping[str, float], cluster_of: Mapping[str, str]) -> 
 
 
 def differences(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
-    """a - b, question by question: for `clustered`, `equivalence` and `detectable`."""
+    """a - b by question, for the tests below. Raises `ValueError` if a and b have other questions."""
     if a.keys() != b.keys():
         raise ValueError("a paired test needs the same questions on both sides")
     return {id_: float(a[id_]) - float(b[id_]) for id_ in a}
@@ -60,36 +62,39 @@ def mcnemar(a: Mapping[str, bool], b: Mapping[str, bool]) -> tuple[int, int, flo
 
 
 def equivalence(values: Mapping[str, float], cluster_of: Mapping[str, str], margin: float) -> float:
-    """p of the two one-sided tests (TOST): small where the mean of `values` lies within -margin and margin for sure."""
-    shares = _by_cluster(values, cluster_of)
-    if np.ptp(shares) < 1e-12:  # nothing varies, so nothing is random
-        return float(abs(shares.mean()) >= margin)
-    above = stats.ttest_1samp(shares, -margin, alternative="greater").pvalue
-    return float(max(above, stats.ttest_1samp(shares, margin, alternative="less").pvalue))
+    """p of two one-sided tests (TOST) that the mean of `values` lies between -margin and margin."""
+    numbers = _by_cluster(values, cluster_of)
+    return max(_one_sided(numbers, -margin, "greater"), _one_sided(numbers, margin, "less"))
 
 
 def worse(values: Mapping[str, float], cluster_of: Mapping[str, str], margin: float) -> float:
-    """p of the mean of `values` lying no lower than -margin: small where it does for sure."""
-    shares = _by_cluster(values, cluster_of)
-    if np.ptp(shares) < 1e-12:  # nothing varies, so nothing is random
-        return float(shares.mean() >= -margin)
-    return float(stats.ttest_1samp(shares, -margin, alternative="less").pvalue)
+    """p of a one-sided test that the mean of `values` lies below -margin."""
+    return _one_sided(_by_cluster(values, cluster_of), -margin, "less")
+
+
+def _one_sided(numbers: NDArray, bound: float, side: Literal["less", "greater"]) -> float:
+    """p of Student's t test that the mean lies on that side of `bound`."""
+    if np.ptp(numbers) < CONSTANT:  # nothing varies, so nothing is random
+        mean = numbers.mean()
+        return float(mean >= bound if side == "less" else mean <= bound)
+    return float(stats.ttest_1samp(numbers, bound, alternative=side).pvalue)
 
 
 def detectable(
     values: Mapping[str, float], cluster_of: Mapping[str, str], alpha: float = 0.05, power: float = 0.8
 ) -> float:
     """The smallest true mean that a two-sided test at `alpha` on values that spread like these finds with `power`."""
-    shares = _by_cluster(values, cluster_of)
-    beyond = stats.t.ppf([1 - alpha / 2, power], len(shares) - 1).sum()
-    return float(beyond * stats.sem(shares))
+    numbers = _by_cluster(values, cluster_of)
+    beyond = stats.t.ppf([1 - alpha / 2, power], len(numbers) - 1).sum()
+    return float(beyond * stats.sem(numbers))
 
 
 def _by_cluster(values: Mapping[str, float], cluster_of: Mapping[str, str]) -> NDArray:
-    """A number a cluster, whose mean is that of `values` and whose standard error allows for clusters of any size.
+    """One number per cluster, [clusters]: their mean is that of `values`, their standard error is cluster-robust.
 
-    That error is the cluster-robust one of a mean, with C / (C - 1): the number is the mean plus the cluster's sum of
-    what its values are off by, times C over all values. Two clusters at least.
+    With C clusters, a number is the mean plus the cluster's sum of deviations from it, times C over the number of
+    values: this is the sandwich error of a mean, with C / (C - 1), for clusters of any size (Cameron and Miller 2015,
+    eq. 11 and 12). Raises `ValueError` for fewer than two clusters.
     """
     sums, sizes = _of_clusters(values, cluster_of)
     if len(sums) < 2:
@@ -99,7 +104,7 @@ def _by_cluster(values: Mapping[str, float], cluster_of: Mapping[str, str]) -> N
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """p-values of several tests, adjusted so that none of them is a false alarm more often than it says (Holm 1979)."""
+    """p-values of several tests, adjusted so that the chance of any false alarm is at most the level (Holm 1979)."""
     adjusted: dict[str, float] = {}
     least = 0.0
     for i, name in enumerate(sorted(p, key=lambda name: p[name])):
@@ -110,8 +115,8 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 # ---- seeds and samples ---------------------------------------------------------------------------------------------
 
 
-def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
-    """Of the mean over seeds, by Student's t; None for a single one."""
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval | None:
+    """Student's t interval of the mean over seeds, in the unit of `values`; None for a single one."""
     if len(values) < 2:
         return None
     half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
@@ -123,42 +128,32 @@ def percentile(samples: Sequence[float], q: float) -> float:
     return float(np.percentile(samples, q))
 
 
+def percentile_interval(samples: Sequence[float], q: float, confidence: float = 0.95) -> Interval | None:
+    """Distribution-free interval of the q-th percentile by order statistics; None if n is too small for one."""
+    low, high = stats.quantile_test(samples, p=q / 100).confidence_interval(confidence)
+    return None if np.isnan(low) or np.isnan(high) else (float(low), float(high))
+
+
 def slower(
     old: Sequence[Sequence[float]], new: Sequence[Sequence[float]], q: float, alpha: float, draws: int = 20_000
 ) -> tuple[float, float]:
     """The q-th percentile of `new` over that of `old`, each [processes, queries]: (ratio, lower bound).
 
-    Of each query the median over processes counts. The bound is the lower of two: a bootstrap of queries, one-sided at
-    `alpha`, always with the same draws; and, since processes differ by more than their queries tell, the ratio less a
-    standard error by processes, where there are several. The second was chosen by simulation and has no level of its
-    own (benchmarks/false_alarms.py); a process that was held up makes it lower, so it hides a change and invents none.
+    A query counts by its median over processes. The bound is the lower of two. The first is a bootstrap of queries,
+    one-sided at `alpha`, with a fixed seed. The second is the ratio less a standard error over processes, if there are
+    several, because processes differ by more than their queries show. It was chosen by simulation and has no level of
+    its own (benchmarks/false_alarms.py); a disturbed process lowers it, so it can hide a change but not invent one.
     """
     a, b = np.median(old, axis=0), np.median(new, axis=0)
     if len(a) != len(b):
         raise ValueError("a paired ratio needs the same queries on both sides")
     rng, ratios = np.random.default_rng(0), []
-    for _ in range(0, draws, 1000):
-        at = rng.integers(len(a), size=(1000, len(a)))
+    for _ in range(0, draws, ROUND):
+        at = rng.integers(len(a), size=(ROUND, len(a)))
         ratios.append(np.percentile(b[at], q, axis=1) / np.percentile(a[at], q, axis=1))
     ratio, low = np.percentile(b, q) / np.percentile(a, q), np.quantile(np.concatenate(ratios), alpha)
     if min(len(old), len(new)) > 1:
-        apart = np.mean([np.log(np.percentile(side, q, axis=1)).var(ddof=1) for side in (old, new)])
-        # π / 2: of a median, beside a mean
-        low = min(low, ratio * np.exp(-np.sqrt(np.pi / 2 * apart * (1 / len(old) + 1 / len(new)))))
+        variance = np.mean([np.log(np.percentile(side, q, axis=1)).var(ddof=1) for side in (old, new)])
+        # π / 2: the variance of a median over that of a mean, for normal values
+        low = min(low, ratio * np.exp(-np.sqrt(np.pi / 2 * variance * (1 / len(old) + 1 / len(new)))))
     return float(ratio), float(low)
-
-
-def reliability(probability: Mapping[str, float], right: Mapping[str, bool], bins: int = 10) -> list[Bin]:
-    """Answers by their probability, in `bins` of equal size."""
-    ids = sorted(probability, key=lambda id_: probability[id_])
-    out = []
-    for part in np.array_split(np.arange(len(ids)), min(bins, len(ids))):
-        n, found = len(part), sum(bool(right[ids[i]]) for i in part)
-        out.append((float(np.mean([probability[ids[i]] for i in part])), found / n, wilson(found, n), n))
-    return out
-
-
-def percentile_interval(samples: Sequence[float], q: float, confidence: float = 0.95) -> tuple[float, float] | None:
-    """Distribution-free interval of the q-th percentile by order statistics; None where n is too small for one."""
-    low, high = stats.quantile_test(samples, p=q / 100).confidence_interval(confidence)
-    return None if np.isnan(low) or np.isnan(high) else (float(low), float(high))

@@ -1,15 +1,13 @@
-"""Attention over the trees of a pack, forward and backward apart, so that a layer may keep its output or not.
+"""Attention over the trees of a pack, for training, and over a KV cache, for decoding: dense parts without a mask.
 
-A pack lays all prefixes out first and then all branches (`common.model.pack`), so a tree's attention is two dense
-parts: every prefix and every branch causally over itself, and a tree's branches over its prefix. The two are joined by
-their log-sum-exps, as Hydragen (https://arxiv.org/abs/2402.05099) does in decoding and ring attention
-(https://arxiv.org/abs/2310.01889) in training. No mask is needed, and the cost is that of the pairs that may look at
-each other, whatever the size of the pack.
+A tree's attention has two dense parts: every prefix and every branch causally over itself, and the tree's branches over
+its prefix. Outputs o [T, H, D] and log-sum-exps l [T, H] of two disjoint sets of keys join to those of their union:
+    l = log(exp(l1) + exp(l2)),    o = exp(l1 - l) * o1 + exp(l2 - l) * o2
+as in Hydragen (https://arxiv.org/abs/2402.05099) for decoding and ring attention (https://arxiv.org/abs/2310.01889) for
+training. The backward pass of a part needs o and l of the union alone (https://arxiv.org/abs/2307.08691, algorithm 2).
 
-On a GPU with flash attention (sm80 and up, 16-bit) both parts are PyTorch's own varlen kernels. Elsewhere SDPA does
-tree by tree what those do.
-
-In decoding (`over_arena`) keys and values lie in an arena, where each prefix and each branch has a stretch of its own.
+T tokens; H query heads; G key heads, a divisor of H; heads of width D. On a GPU with flash attention both parts are
+PyTorch's varlen kernels; elsewhere SDPA computes the same tree by tree.
 """
 
 import functools
@@ -17,58 +15,59 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import TypeAlias
 
 from common.device import has_flash_attention
 from common.model.compiled import compiled
+from common.torch_private import Sequences, flash_attention, flash_attention_backward
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+# for SDPA: queries, the blocks of keys that they attend to, and a mask [queries, keys] bool; None: causal
+Part: TypeAlias = tuple[slice, list[slice], Tensor | None]
+
 
 @dataclass(frozen=True)
 class Spans:
-    """Where prefixes and branches begin and end: cumulative lengths [n + 1] int32, as varlen kernels take them."""
+    """Where the prefixes and branches of a pack are: cumulative lengths [n + 1] int32."""
 
     own: Tensor  # of every prefix, then of every branch
-    prefix: Tensor  # of the prefixes: the keys that a tree's branches share
+    prefix: Tensor  # of the prefixes
     branches: Tensor  # of each tree's branches together
-    shared: Tensor  # [T] bool: a prefix's token
-    shares: Tensor  # [T] bool: a branch's token
-    longest: tuple[int, int, int]  # longest of the first three, in tokens
-    starts: tuple[list[int], list[int], list[int]]  # the first three, on the host
+    in_prefix: Tensor  # [T] bool
+    in_branch: Tensor  # [T] bool; padding is in neither
+    longest: tuple[int, ...]  # of `own`, `prefix` and `branches`, in tokens
+    starts: tuple[list[int], ...]  # `own`, `prefix` and `branches` on the host, without padding
 
     @classmethod
     def of(cls, lengths: Sequence[int], branches: Sequence[int]) -> "Spans":
-        """`lengths`: of every prefix, then of every branch, in tokens; `branches`: how many each tree has."""
-        n = len(branches)
-        ends = list(accumulate(branches, initial=n))
-        together = [sum(lengths[a:b]) for a, b in pairwise(ends)]
-        first = sum(lengths[:n])
-        starts = (
-            list(accumulate(lengths, initial=0)),
-            list(accumulate(lengths[:n], initial=0)),
-            list(accumulate(together, initial=first)),
-        )
-        own, prefix, parts = (torch.tensor(part, dtype=torch.int32) for part in starts)
-        shared = torch.arange(starts[0][-1]) < first
-        return cls(own, prefix, parts, shared, ~shared, (max(lengths), max(lengths[:n]), max(together)), starts)
+        """`lengths`: tokens of every prefix, then of every branch; `branches`: how many each tree has."""
+        own, n = list(accumulate(lengths, initial=0)), len(branches)
+        starts = own, own[: n + 1], [own[i] for i in accumulate(branches, initial=n)]
+        in_prefix = torch.arange(own[-1]) < own[n]
+        ends = [torch.tensor(x, dtype=torch.int32) for x in starts]
+        return cls(ends[0], ends[1], ends[2], in_prefix, ~in_prefix, tuple(map(_longest, starts)), starts)
 
     @functools.cached_property
-    def masks(self) -> list[Tensor]:
-        """For each tree, which of its prefix's and its branches' tokens the branches' tokens see: bool [B, P + B]."""
+    def sequences(self) -> tuple[Sequences, Sequences]:
+        """Every prefix and branch over itself; each tree's branches over its prefix."""
+        own, prefix, branches = self.longest
+        over_prefix = Sequences(self.branches, self.prefix, branches, prefix, causal=False)
+        return Sequences(self.own, self.own, own, own, causal=True), over_prefix
+
+    @functools.cached_property
+    def parts(self) -> list[Part]:
+        """Each prefix, then each tree's branches."""
         own, prefix, branches = self.starts
-        masks, at = [], len(prefix) - 1
+        parts: list[Part] = [(slice(a, b), [slice(a, b)], None) for a, b in pairwise(prefix)]
         for (p, p_end), (a, b) in zip(pairwise(prefix), pairwise(branches), strict=True):
-            lengths = []
-            while own[at] < b:
-                lengths.append(own[at + 1] - own[at])
-                at += 1
-            branch = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-            same = (branch[:, None] == branch).tril()
-            masks.append(torch.cat([same.new_ones(b - a, p_end - p), same], dim=1).to(self.own.device))
-        return masks
+            ends = own[own.index(a, len(prefix) - 1) : own.index(b) + 1]
+            mask = _tree_mask(p_end - p, [_causal(y - x, y - x) for x, y in pairwise(ends)])
+            parts.append((slice(a, b), [slice(p, p_end), slice(a, b)], mask.to(self.own.device)))
+        return parts
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -80,176 +79,145 @@ class Spans:
 
 @dataclass(frozen=True)
 class Reach:
-    """What T new tokens see of an arena: those of new prefixes come first, then each tree's branches together.
+    """The cached keys that T new tokens attend to: first those of new prefixes, then each tree's branches together.
 
-    Every prefix and branch sees what its own stretch of the arena holds, up to itself; a branch its tree's prefix too.
-    Starts are those of stretches in the arena; `used` is how many tokens lie there, the new ones included.
+    A prefix or branch has a block of the cache, which holds its `used` first tokens, the new ones included. A token
+    attends to its own block up to itself, and in a branch to the block of the tree's prefix.
     """
 
     own: Tensor  # [S + 1] int32 cumulative new tokens of every prefix, then of every branch
-    own_start: Tensor  # [S + 1] int32; the last is not read
+    own_start: Tensor  # [S + 1] int32 slots where the blocks start; the last is not read
     own_used: Tensor  # [S] int32
     trees: Tensor  # [N + 1] int32 cumulative new tokens of each tree's branches, from the first branch's on
-    prefix_start: Tensor  # [N + 1] int32; the last is not read
+    prefix_start: Tensor  # [N + 1] int32 slots where the prefixes' blocks start; the last is not read
     prefix_used: Tensor  # [N] int32
-    host: tuple[list[int], ...]  # the six above
-    first: int  # new tokens of prefixes: where the branches' begin
+    host: tuple[list[int], ...]  # the six tensors on the host
+    first: int  # new tokens of prefixes, which come before those of branches
 
     @functools.cached_property
-    def longest(self) -> tuple[int, int, int, int]:
-        """Of own queries, own keys, a tree's branches' queries, prefixes."""
-        own, _, own_used, trees, _, prefix_used = self.host
-        queries, over = (max((b - a for a, b in pairwise(ends)), default=0) for ends in (own, trees))
-        return queries, max(own_used), over, max(prefix_used, default=0)
+    def sequences(self) -> tuple[Sequences, Sequences]:
+        """Every prefix and branch over its own block; each tree's branches over its prefix's."""
+        own, _, used, trees, _, prefix_used = self.host
+        branches, prefix = _longest(trees), max(prefix_used, default=0)
+        over_prefix = Sequences(self.trees, self.prefix_start, branches, prefix, False, self.prefix_used)
+        return Sequences(self.own, self.own_start, _longest(own), max(used), True, self.own_used), over_prefix
 
     @functools.cached_property
-    def parts(self) -> list[tuple[slice, list[slice], Tensor | None]]:
-        """The new tokens of each prefix, then of each tree's branches; the stretches that they see; who sees whom.
-
-        That is a mask [new, keys] bool, None where it is plainly causal.
-        """
+    def parts(self) -> list[Part]:
+        """Each prefix, then each tree's branches."""
         own, start, used, trees, prefix, prefix_used = self.host
-        out: list[tuple[slice, list[slice], Tensor | None]] = []
-        device, at = self.own.device, 0
-
-        def seen(i: int) -> Tensor:
-            """Of stretch i, by its own new tokens."""
-            new = own[i + 1] - own[i]
-            return torch.ones(new, used[i], dtype=torch.bool).tril(used[i] - new)
-
-        while at < len(used) and own[at + 1] <= self.first:
-            whole = used[at] == own[at + 1] - own[at]
-            stretch = slice(start[at], start[at] + used[at])
-            out.append((slice(own[at], own[at + 1]), [stretch], None if whole else seen(at).to(device)))
-            at += 1
+        new, n_prefixes = [b - a for a, b in pairwise(own)], sum(end <= self.first for end in own[1:])
+        blocks = [slice(at, at + n) for at, n in zip(start, used, strict=False)]
+        parts: list[Part] = []
+        for i in range(n_prefixes):
+            mask = None if new[i] == used[i] else _causal(new[i], used[i]).to(self.own.device)
+            parts.append((slice(own[i], own[i + 1]), [blocks[i]], mask))
         for n, (a, b) in enumerate(pairwise(trees)):
-            stretches, marks = [slice(prefix[n], prefix[n] + prefix_used[n])], []
-            while at < len(used) and own[at] < self.first + b:
-                stretches.append(slice(start[at], start[at] + used[at]))
-                marks.append(seen(at))
-                at += 1
-            mask = torch.cat([torch.ones(b - a, prefix_used[n], dtype=torch.bool), torch.block_diag(*marks)], dim=1)
-            out.append((slice(self.first + a, self.first + b), stretches, mask.to(device)))
-        return out
+            members = range(own.index(self.first + a, n_prefixes), own.index(self.first + b, n_prefixes))
+            mask = _tree_mask(prefix_used[n], [_causal(new[i], used[i]) for i in members]).to(self.own.device)
+            keys = [slice(prefix[n], prefix[n] + prefix_used[n]), *(blocks[i] for i in members)]
+            parts.append((slice(self.first + a, self.first + b), keys, mask))
+        return parts
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor | None]:
-    """Queries [T, H, D] over keys and values [T, G, D], G dividing H → output [T, H, D], log-sum-exp [H, T] or None."""
+    """Output [T, H, D], 0 in padding, and the log-sum-exp [H, T] that `backward` takes, None where SDPA computes.
+
+    Queries [T, H, D], keys and values [T, G, D].
+    """
     if not has_flash_attention(q.device, q.dtype):
-        return _by_tree(q, k, v, spans), None
-    own, longest = spans.own, spans.longest
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, own, own, longest[0], longest[0], 0.0, True, False)
-    # rows that are in no span are not written: they hold what was in memory
-    over, lse_over, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, spans.branches, spans.prefix, longest[2], longest[1], 0.0, False, False
-    )
-    out, joined = _join(out, over, lse.T, lse_over.T, spans.shares[:, None], spans.shared[:, None])
+        return _by_parts(q, k, v, spans.parts), None
+    (out, lse), (out_prefix, lse_prefix) = (flash_attention(q, k, v, s) for s in spans.sequences)
+    places = spans.in_branch[:, None], spans.in_prefix[:, None]
+    out, joined = _join_branches(out, out_prefix, lse.T, lse_prefix.T, *places)
     return out, joined.T.contiguous()
 
 
 def backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, spans: Spans
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v. With the log-sum-exp over all keys, each part's gradient follows from that part alone."""
+    """Gradients of q, k and v, 0 in padding, given that of the output, and what `forward` returned."""
     if lse is None:
         with torch.enable_grad():
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-            return torch.autograd.grad(_by_tree(q, k, v, spans), (q, k, v), d_out)  # type: ignore[return-value]
-    own, longest = spans.own, spans.longest
-    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is none of
-    d_q, d_k, d_v = torch.ops.aten._flash_attention_backward(
-        d_out, q, k, v, out, lse, own, own, longest[0], longest[0], 0.0, True, seed, seed
-    )
-    over = torch.ops.aten._flash_attention_backward(
-        d_out, q, k, v, out, lse, spans.branches, spans.prefix, longest[2], longest[1], 0.0, False, seed, seed
-    )
-    return _add_where(d_q, d_k, d_v, *over, spans.shares[:, None, None], spans.shared[:, None, None])
+            d_q, d_k, d_v = torch.autograd.grad(_by_parts(q, k, v, spans.parts), (q, k, v), d_out)
+        return d_q, d_k, d_v
+    own, over_prefix = (flash_attention_backward(d_out, q, k, v, out, lse, s) for s in spans.sequences)
+    return _add_gradients(*own, *over_prefix, spans.in_branch[:, None, None], spans.in_prefix[:, None, None])
 
 
-def over_arena(q: Tensor, keys: Tensor, values: Tensor, reach: Reach) -> Tensor:
-    """Queries [T, H, D] of new tokens over an arena's keys and values [A, G, D] → output [T, H, D]. For inference."""
+def over_cache(q: Tensor, keys: Tensor, values: Tensor, reach: Reach) -> Tensor:
+    """Output [T, H, D] of new tokens' queries [T, H, D] over a cache's keys and values [S, G, D]. Has no backward."""
     if not has_flash_attention(q.device, q.dtype):
-        return _over_arena_by_tree(q, keys, values, reach)
-    queries, own, over, prefix = reach.longest
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, keys, values, reach.own, reach.own_start, queries, own, 0.0, True, False, seqused_k=reach.own_used
-    )
-    if not over:
-        return out
-    shared, lse_shared, *_ = torch.ops.aten._flash_attention_forward(
-        q[reach.first :], keys, values, reach.trees, reach.prefix_start, over, prefix, 0.0, False, False,
-        seqused_k=reach.prefix_used,
-    )  # fmt: skip
-    out[reach.first :] = _joined(out[reach.first :], shared, lse.T[reach.first :], lse_shared.T)
+        return _by_parts(q, keys, values, reach.parts)
+    own, over_prefix = reach.sequences
+    out, lse = flash_attention(q, keys, values, own)
+    if over_prefix.longest_q:
+        branches = slice(reach.first, None)
+        out_prefix, lse_prefix = flash_attention(q[branches], keys, values, over_prefix)
+        out[branches] = _join(out[branches], out_prefix, lse.T[branches], lse_prefix.T)
     return out
 
 
-def _weighted(out: Tensor, over: Tensor, lse: Tensor, lse_over: Tensor) -> tuple[Tensor, Tensor]:
-    both = torch.logaddexp(lse, lse_over)
-    joined = out * (lse - both).exp()[..., None] + over * (lse_over - both).exp()[..., None]
-    return joined.to(out.dtype), both
+def _join_lse(out_1: Tensor, out_2: Tensor, lse_1: Tensor, lse_2: Tensor) -> tuple[Tensor, Tensor]:
+    """Output [T, H, D] and log-sum-exp [T, H] over the union of two sets of keys."""
+    lse = torch.logaddexp(lse_1, lse_2)
+    out = out_1 * (lse_1 - lse).exp()[..., None] + out_2 * (lse_2 - lse).exp()[..., None]
+    return out.to(out_1.dtype), lse
 
 
 @compiled
-def _joined(out: Tensor, over: Tensor, lse: Tensor, lse_over: Tensor) -> Tensor:
-    """Outputs [T, H, D] over two sets of keys made one, by their log-sum-exps [T, H]."""
-    return _weighted(out, over, lse, lse_over)[0]
+def _join(out_1: Tensor, out_2: Tensor, lse_1: Tensor, lse_2: Tensor) -> Tensor:
+    return _join_lse(out_1, out_2, lse_1, lse_2)[0]
 
 
 @compiled
-def _join(
-    out: Tensor, over: Tensor, lse: Tensor, lse_over: Tensor, shares: Tensor, shared: Tensor
+def _join_branches(
+    out: Tensor, out_prefix: Tensor, lse: Tensor, lse_prefix: Tensor, in_branch: Tensor, in_prefix: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`out` [T, H, D] and `lse` [T, H] over some keys, made those over these and the other keys where `shares`."""
-    joined, both = _weighted(out, over, lse, lse_over)
-    out = torch.where(shares[..., None], joined, torch.where(shared[..., None], out, 0))
-    return out, torch.where(shares, both, lse)
+    """Output and log-sum-exp, joined in branches, unchanged in prefixes; the output is 0 in padding."""
+    joined, lse_joined = _join_lse(out, out_prefix, lse, lse_prefix)
+    out = torch.where(in_branch[..., None], joined, torch.where(in_prefix[..., None], out, 0))
+    return out, torch.where(in_branch, lse_joined, lse)
 
 
 @compiled
-def _add_where(
-    d_q: Tensor, d_k: Tensor, d_v: Tensor, q: Tensor, k: Tensor, v: Tensor, shares: Tensor, shared: Tensor
+def _add_gradients(
+    d_q: Tensor, d_k: Tensor, d_v: Tensor, p_q: Tensor, p_k: Tensor, p_v: Tensor, in_branch: Tensor, in_prefix: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of two parts' gradients; where neither is, in padding, zero in place of what was in memory."""
-    d_q = torch.where(shares, d_q + q, torch.where(shared, d_q, 0))
-    d_k, d_v = (torch.where(shared, own + over, torch.where(shares, own, 0)) for own, over in ((d_k, k), (d_v, v)))
+    """Sums of gradients over oneself and over the prefix (p); 0 in padding, where kernels leave them uninitialised."""
+    d_q = torch.where(in_branch, d_q + p_q, torch.where(in_prefix, d_q, 0))
+    d_k, d_v = (torch.where(in_prefix, d + p, torch.where(in_branch, d, 0)) for d, p in ((d_k, p_k), (d_v, p_v)))
     return d_q, d_k, d_v
 
 
-def _over_arena_by_tree(q: Tensor, keys: Tensor, values: Tensor, reach: Reach) -> Tensor:
-    q, keys, values = (x.transpose(0, 1)[None] for x in (q, keys, values))  # [1, H, T, D]
-
-    def attend(new: slice, stretches: list[slice], mask: Tensor | None) -> Tensor:
-        k, v = (torch.cat([x[:, :, s] for s in stretches], dim=2) for x in (keys, values))
-        return F.scaled_dot_product_attention(q[:, :, new], k, v, mask, is_causal=mask is None, enable_gqa=True)
-
-    with sdpa_kernel(SDPBackend.MATH) if q.is_cuda else nullcontext():
-        out = [attend(*part) for part in reach.parts]
-    # padding attends to nothing
-    return torch.cat([*out, q[:, :, reach.host[0][-1] :] * 0], dim=2)[0].transpose(0, 1)
+def _longest(ends: list[int]) -> int:
+    """The longest of the sequences with cumulative lengths `ends`; 0 if there is none."""
+    return max((b - a for a, b in pairwise(ends)), default=0)
 
 
-def _by_tree(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
-    """The same by SDPA: each prefix over itself; each tree's branches under a mask over prefix and branches.
+def _causal(new: int, used: int) -> Tensor:
+    """Mask [new, used] bool of a block's last `new` tokens, each over the block up to itself."""
+    return torch.ones(new, used, dtype=torch.bool).tril(used - new)
 
-    On a GPU by products and a softmax: a tree's scores are few, and fused kernels with a mask read memory that is not
-    theirs (torch 2.11, fp16, heads of 128, H100).
+
+def _tree_mask(prefix: int, blocks: list[Tensor]) -> Tensor:
+    """Mask of branches over all `prefix` tokens of their prefix and, by the masks `blocks`, over their own blocks."""
+    own = torch.block_diag(*blocks)
+    return torch.cat([own.new_ones(len(own), prefix), own], dim=1)
+
+
+def _by_parts(q: Tensor, keys: Tensor, values: Tensor, parts: list[Part]) -> Tensor:
+    """Output [T, H, D] by SDPA, part by part; 0 in padding, which is in none.
+
+    On a GPU by products and a softmax, because a part's scores are few, and fused kernels with a mask read out of
+    bounds (torch 2.11, fp16, heads of 128, H100).
     """
-    if q.is_cuda:
-        with sdpa_kernel(SDPBackend.MATH):
-            return _tree_by_tree(q, k, v, spans)
-    return _tree_by_tree(q, k, v, spans)
-
-
-def _tree_by_tree(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
-    own, prefix, branches = spans.starts
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, T, D]
-
-    def causal(a: int, b: int) -> Tensor:
-        return F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, enable_gqa=True)
-
-    out = [causal(a, b) for a, b in pairwise(prefix)]
-    for (p, p_end), (a, b), mask in zip(pairwise(prefix), pairwise(branches), spans.masks, strict=True):
-        keys, values = (torch.cat([x[:, :, p:p_end], x[:, :, a:b]], dim=2) for x in (k, v))
-        out.append(F.scaled_dot_product_attention(q[:, :, a:b], keys, values, attn_mask=mask, enable_gqa=True))
-    return torch.cat([*out, q[:, :, own[-1] :] * 0], dim=2)[0].transpose(0, 1)  # padding attends to nothing
+    q, keys, values = (x.transpose(0, 1)[None] for x in (q, keys, values))  # [1, H, T, D]
+    out = []
+    with sdpa_kernel(SDPBackend.MATH) if q.is_cuda else nullcontext():
+        for queries, blocks, mask in parts:
+            k, v = (torch.cat([x[:, :, block] for block in blocks], dim=2) for x in (keys, values))
+            x = q[:, :, queries]
+            out.append(F.scaled_dot_product_attention(x, k, v, mask, is_causal=mask is None, enable_gqa=True))
+    return torch.cat([*out, q[:, :, parts[-1][0].stop :] * 0], dim=2)[0].transpose(0, 1)

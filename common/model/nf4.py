@@ -1,22 +1,25 @@
-"""How a weight of 4 bits lies in memory (NF4 or FP4, as bitsandbytes packs it)."""
+"""The layout of a 4-bit weight (NF4 or FP4) in memory, as bitsandbytes packs it. QLoRA: https://arxiv.org/abs/2305.14314"""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-FEW = 16  # tokens: up to as many, products read the 4-bit numbers themselves
-NESTED = 256  # absmaxes in a row that share one of their own, where they are quantised
+MATMUL_TOKENS = 16  # products of up to as many tokens read the 4-bit weights: one tile of a tensor core has 16 rows
+ABSMAX_BLOCK = 256  # quantised absmaxes that share a scale and an offset (double quantisation)
 
 
 @dataclass(frozen=True)
 class NF4Weight:
-    """Numbers of 4 bits, as bitsandbytes packs them: two in a byte, and an absmax for each `blocksize` in a row."""
+    """Weights in row-major order, w = code[4-bit number] * absmax[block], with B blocks of `blocksize` weights.
 
-    numbers: Tensor  # uint8
-    levels: Tensor  # [16] fp32
-    kind: str  # nf4 or fp4
+    Under double quantisation the absmax of block b is code2[absmax[b]] * absmax2[b // 256] + offset[b // 256].
+    """
+
+    packed: Tensor  # uint8: two numbers per byte, high nibble first
+    code: Tensor  # [16] fp32
+    quant_type: str  # nf4 or fp4
     blocksize: int
-    absmax: Tensor  # a block each: fp32, or uint8 where they are quantised themselves
-    absmax2: Tensor | None = None  # then one for each NESTED of these: fp32, as the two that follow
-    levels2: Tensor | None = None  # [256]
-    offset: Tensor | None = None  # what was taken from the 256 before
+    absmax: Tensor  # [B] fp32; uint8 under double quantisation
+    absmax2: Tensor | None = None  # [B / 256] fp32
+    code2: Tensor | None = None  # [256] fp32
+    offset: Tensor | None = None  # [B / 256] fp32

@@ -6,14 +6,56 @@ them (`sha256sum -c` reads it).
 """
 
 import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import SUMS, recover, replacing, sha256
+from common.runs import record
 
 import torch
 from safetensors import SafetensorError
+
+
+@dataclass
+class State:
+    """What a training resumes from, beside weights and optimizer: `state.json`."""
+
+    identity: dict[str, str] = field(
+        default_factory=dict
+    )  # hashes of the configuration and the data; another one is another run
+    step: int = 0  # optimizer steps done
+    evaluated: int = 0  # step of the last evaluation
+    best_em: float | None = None  # percent, as best_f1
+    best_f1: float | None = None
+    best_step: int | None = None
+    waited: int = 0  # evaluations without a gain
+    seconds: float = 0.0  # of training, evaluations included
+    evaluation_seconds: float = 0.0
+    peak: dict[str, int | None] = field(default_factory=dict)  # bytes, as of `gauges.peaks`
+
+    def result(self, questions: int) -> dict[str, Any]:
+        """Fields of the training's record; `questions`: trained on in all steps."""
+        return {
+            "identity": self.identity,
+            "em": self.best_em,
+            "f1": self.best_f1,
+            "best_step": self.best_step,
+            "steps": self.step,
+            "questions": questions,
+            "seconds": round(self.seconds, 1),
+            "evaluation_seconds": round(self.evaluation_seconds, 1),
+            "questions_per_s": round(questions / (self.seconds - self.evaluation_seconds), 2),
+            "peak": self.peak,
+        }
+
+
+def claim(run: Path) -> None:
+    """Keep other processes out of an unfinished run while this one lives; mend what a crash left of its checkpoints."""
+    record.claim(run)
+    recover(run / "last")
+    recover(run / "best")
 
 
 def verified(adapter: Path | None) -> Path | None:
@@ -36,7 +78,7 @@ def verify(folder: Path) -> None:
         raise UserError(f"{folder}: {damaged[0] if damaged else SUMS} is damaged; delete the folder or use FRESH=1")
 
 
-def save(folder: Path, model: Any, state: dict[str, Any], training: dict[str, Any] | None = None) -> None:
+def save(folder: Path, model: Any, state: State, training: dict[str, Any] | None = None) -> None:
     """Adapter and `state`; with `training` (name → what has a state_dict), all that is needed to go on from here.
 
     Raises `UserError` where it cannot be written; what `folder` held is then still there.
@@ -45,26 +87,35 @@ def save(folder: Path, model: Any, state: dict[str, Any], training: dict[str, An
         with replacing(folder) as new:
             model.save_pretrained(new, save_embedding_layers=False)  # they are frozen
             (new / "README.md").unlink(missing_ok=True)  # PEFT's empty model-card template
-            (new / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+            (new / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
             if training is not None:
-                torch.save({name: part.state_dict() for name, part in training.items()}, new / "training.pt")
+                torch.save(
+                    {name: part.state_dict() for name, part in training.items() if part is not None},
+                    new / "training.pt",
+                )
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError
         raise UserError(
-            f"{folder}: could not be saved ({str(error).splitlines()[0][:120]}); its last whole state is untouched. "
+            f"{folder}: could not be saved ({first_line(error, 120)}); its last whole state is untouched. "
             "Make room, then run the same command to go on"
         ) from error
 
 
-def load_state(folder: Path) -> dict[str, Any]:
+def load_state(folder: Path) -> State:
     """What `save` got as `state`. For the training that owns the folder: what a crash left is mended first."""
     recover(folder)
     verify(folder)
-    return json.loads((folder / "state.json").read_text())
+    try:
+        return State(**json.loads((folder / "state.json").read_text()))
+    except TypeError as error:
+        raise UserError(
+            f"{folder}: saved by another version of this code ({error}); FRESH=1 starts a new run"
+        ) from error
 
 
 def load_training(folder: Path, training: dict[str, Any]) -> None:
     """What `save` got as `training`, from a verified `last/`, in place."""
     saved = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+    training = {name: part for name, part in training.items() if part is not None}
     if saved.keys() != training.keys():
         other = ", ".join(sorted(saved.keys() ^ training.keys()))
         raise UserError(

@@ -8,7 +8,6 @@ The table `runs` in RUNS/ledger.sqlite has the columns of `COLUMNS`, and the con
 
 import contextlib
 import json
-import os
 import sqlite3
 import sys
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from typing import Any
 
 from common.config import flat
 from common.errors import UserError, one_line_errors
+from common.files import atomic
 from common.runs import record
 
 COLUMNS = {  # of each, its type and how it is found in a record
@@ -46,20 +46,20 @@ NOT_COMPARED = ("system", "seed", "adapter", "runs", "tracker", "prompt.before")
 
 def make(runs: Path) -> Path:
     """Write RUNS/ledger.sqlite, whole or not at all; returns its path."""
-    path, partial = runs / "ledger.sqlite", runs / "ledger.sqlite.partial"
+    path = runs / "ledger.sqlite"
     records = record.read_all(runs)
     if not records:
         raise UserError(f"{runs}/: no finished run is there yet")
-    partial.unlink(missing_ok=True)
     rows = [[find(r) for _, find in COLUMNS.values()] for r in records]
     columns = ", ".join(f"{name} {type_}" for name, (type_, _) in COLUMNS.items())
     try:
-        with contextlib.closing(sqlite3.connect(partial)) as ledger, ledger:
-            ledger.execute(f"create table runs ({columns})")
-            ledger.executemany(f"insert into runs values ({', '.join('?' * len(COLUMNS))})", rows)
+        with atomic(path) as partial:
+            partial.unlink(missing_ok=True)
+            with contextlib.closing(sqlite3.connect(partial)) as ledger, ledger:
+                ledger.execute(f"create table runs ({columns})")
+                ledger.executemany(f"insert into runs values ({', '.join('?' * len(COLUMNS))})", rows)
     except sqlite3.OperationalError as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
-    os.replace(partial, path)
     return path
 
 

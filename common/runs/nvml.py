@@ -11,7 +11,10 @@ import select
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
+
+from common.files import write_text
 
 import pynvml
 
@@ -47,13 +50,11 @@ class Phase:
 
     def summary(self) -> dict[str, Any]:
         now = _maybe(pynvml.nvmlDeviceGetTotalEnergyConsumption, self.handle)
-        return {
-            "seconds": round(time.monotonic() - self.began, 3),
-            "process_bytes": self.process_bytes, "device_bytes": self.device_bytes, "processes": self.processes,
-            "energy_j": (now - self.energy) / 1000 if now is not None and self.energy is not None else None,
-            "clock_mhz": [min(self.clocks), statistics.median(self.clocks), max(self.clocks)] if self.clocks else None,
-            "throttled": sorted(self.reasons),
-        }  # fmt: skip
+        out: dict[str, Any] = {"seconds": round(time.monotonic() - self.began, 3), "throttled": sorted(self.reasons)}
+        out |= {"process_bytes": self.process_bytes, "device_bytes": self.device_bytes, "processes": self.processes}
+        out["energy_j"] = (now - self.energy) / 1000 if now is not None and self.energy is not None else None
+        clocks = self.clocks
+        return out | {"clock_mhz": [min(clocks), statistics.median(clocks), max(clocks)] if clocks else None}
 
 
 def main(uuid: str, pid: int, file: str) -> None:
@@ -63,9 +64,7 @@ def main(uuid: str, pid: int, file: str) -> None:
     name, phase, written, rest = "start", Phase(handle, pid), 0.0, ""
 
     def write() -> None:
-        with open(file + ".partial", "w") as out:
-            json.dump({**done, name: phase.summary()}, out)
-        os.replace(file + ".partial", file)
+        write_text(Path(file), json.dumps({**done, name: phase.summary()}))
 
     while True:
         phase.sample()

@@ -1,11 +1,21 @@
-"""Before anything is downloaded: can this machine run the system, and may it have the weights? Imports no torch
-unless a system asks for a GPU."""
+"""Before anything is loaded: is what was typed right, can this machine run the system, may it have the weights?
 
+`python -m common.runs.preflight SCRIPT …` answers the first question for a script's command line, in a second: `make`
+asks it first. Torch is imported only for a system that needs a GPU.
+"""
+
+import os
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 
-from common.config import Base, Config
-from common.errors import UserError
+from common.arguments import parse
+from common.config import Base, Config, Lora
+from common.data import prompt, squad
+from common.errors import UserError, one_line_errors
+from common.files import beside
+from common.runs import record
 
 import huggingface_hub
 from huggingface_hub import constants  # attributes of the package only once something has imported them
@@ -20,13 +30,65 @@ from huggingface_hub.utils import validate_repo_id
 TRY = "To try everything on this machine: make demo"
 
 
-def check(config: Config) -> None:
-    """Raises `UserError` saying what stands in the way and what to do. Downloads nothing."""
+def check(config: Config) -> Config:
+    """The configuration, complete: the text of `prompt.shots` filled in from the train set.
+
+    Raises `UserError` saying what stands in the way and what to do. Downloads no weights.
+    """
     if not config.api:
         gpu(config.base, config.system)
         weights(config.base)
     if config.window.tokenizer:
         tokenizer(config.window.tokenizer)
+    return with_shots(config)
+
+
+def typed(script: str, argv: list[str]) -> None:
+    """Raises `UserError` for a script's command line that names a key, value, file or adapter that is not there."""
+    config, args = parse(script, argv)
+    if script == "train_loop":
+        trainable(config)
+        squad.locate(config.data.train, "train")
+    if script == "export":
+        new_folder(args.folder)
+    if script != "ask":
+        squad.locate(config.data.dev, "dev")
+    if not config.api:
+        _is_folder(config.base.path)
+    if script != "train_loop":
+        record.trained_adapter(config)
+
+
+def new_folder(folder: Path) -> None:
+    """Raises `UserError` where `folder` cannot be made."""
+    if not folder.name:
+        raise UserError("no folder to write is named: make export OUT=folder")
+    for path in (folder, *beside(folder)):  # it is written beside itself, then renamed
+        if path.exists():
+            raise UserError(f"{path} is there already; move it away, or name another folder than {folder}")
+    above = next(path for path in folder.absolute().parents if path.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"{above} is no folder to write to, so there can be no {folder}")
+
+
+def with_shots(config: Config) -> Config:
+    if not config.prompt.shots:
+        return config
+    return replace(config, prompt=prompt.fill(config.prompt, squad.load(config.data, "train").examples))
+
+
+def trainable(config: Config) -> Lora:
+    """The adapter's settings. Raises `UserError` for a system that cannot be trained."""
+    if config.lora is None:
+        raise UserError(
+            f"{config.system} has no lora section, so there is nothing to train; try MODEL=qlora7b, or a copy of "
+            "configs/qlora7b.yaml with another base.path"
+        )
+    if config.adapter:
+        raise UserError(
+            f"adapter={config.adapter}: a training makes its own; ADAPTER is of eval, bench, export and ask"
+        )
+    return config.lora
 
 
 def tokenizer(path: str) -> None:
@@ -124,3 +186,8 @@ def _disk(base: Base) -> None:
             f"{base.path} takes {need / 2**30:.1f} GiB and {cache} has {free / 2**30:.1f} GiB free: "
             "make room, or set HF_HOME to a larger disk"
         )
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        typed(sys.argv[1], sys.argv[2:])

@@ -9,21 +9,26 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
-from common.errors import UserError
+from common import torch_private
+from common.config import Config, flat
+from common.errors import UserError, first_line
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 
 Item = TypeVar("Item")
 
 
-def join() -> PartialState:
+def join(at_most: int | None = None) -> PartialState:
     """This process among those that `accelerate launch` or torchrun started: NCCL on GPUs, gloo on CPUs.
 
     Only the first rank is heard on stdout from here on. Raises `UserError` where a launcher was asked for several
-    processes and started one: without several GPUs, `accelerate launch` does that silently.
+    processes and started one (without several GPUs, `accelerate launch` does that silently), or started more than
+    `at_most`, the questions of an optimizer step.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
         raise UserError("accelerate launch started one process, not several; add --multi_gpu (it means CPUs as well)")
@@ -31,12 +36,45 @@ def join() -> PartialState:
     if torch.cuda.is_available() and here > gpus:
         raise UserError(f"{here} processes were asked for, and this machine has {gpus} GPUs: one each is what works")
     state = PartialState(cpu=not torch.cuda.is_available())
+    if at_most is not None and at_most < state.num_processes:
+        raise UserError(f"train.questions_per_step={at_most}: fewer than the {state.num_processes} processes")
     if state.num_processes > 1:
         # at the interpreter's end gloo's threads may be torn down in an order that aborts the process
         atexit.register(state.destroy_process_group)
     if not state.is_main_process:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     return state
+
+
+def accelerator(config: Config, device: torch.device, dtype: torch.dtype) -> Accelerator:
+    """Accelerate's object for one training. Raises `UserError` where the tracker is unknown or not installed."""
+    try:
+        made = Accelerator(
+            mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}[dtype],
+            cpu=device.type == "cpu",
+            log_with=config.tracker,
+            project_dir=config.runs,
+        )
+    except ValueError as error:
+        if not config.tracker:
+            raise
+        raise UserError(f"tracker={config.tracker}: {error}") from error
+    if config.tracker and not made.log_with:
+        raise UserError(f"tracker={config.tracker}: its package is not installed; pip install {config.tracker}")
+    if made.scaler:  # its scale is made by the first loss, and a rank without trees has none
+        made.scaler.scale(torch.zeros((), device=device))
+    return made
+
+
+def start_tracker(accelerator: Accelerator, config: Config, run: Path) -> None:
+    accelerator.project_configuration.logging_dir = str(run)
+    accelerator.init_trackers("squad-qlora", flat(config.to_dict()))
+
+
+def idle_share(busy: float, stepping: float) -> float | None:
+    """The share of the steps' seconds in which a mean rank's GPU waited; None where no step was taken."""
+    mean = sum(gather_object([busy])) / count()
+    return round(1 - mean / stepping, 4) if mean else None
 
 
 @contextmanager
@@ -68,7 +106,7 @@ def take(items: Sequence[Item], name: str) -> Iterator[Item]:
     if count() == 1:
         yield from items
         return
-    store = torch.distributed.distributed_c10d._get_default_store()  # what the ranks found each other by
+    store = torch_private.default_store()  # what the ranks found each other by
     while (taken := store.add(name, 1)) <= len(items):
         yield items[taken - 1]
 
@@ -96,8 +134,7 @@ def sum_gradients(weights: Sequence[torch.nn.Parameter], *numbers: torch.Tensor 
     except RuntimeError as error:
         if device.type != "cpu":
             raise
-        reason = str(error).splitlines()[0]
-        raise UserError(f"another rank of this run has gone, for a reason of its own: {reason}") from error
+        raise UserError(f"another rank of this run has gone, for a reason of its own: {first_line(error)}") from error
     if len(gradients) > 1:
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))

@@ -14,30 +14,30 @@ Imports no torch.
 """
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
+import math
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from common.config import Config, apart_from_memory, flat, with_defaults
+from common.config import Config, apart_from_memory, flat, with_defaults, without_unset
 from common.data import prompt
 from common.data.squad import Dataset
 from common.errors import UserError
-from common.files import ROOT, write_text
+from common.files import ROOT, lock, write_text
 from common.metrics import score
 
 import yaml
 
 SCHEMA = 2  # before it a tokenizer was known by the hash of its file
 BY_FILE = "file "
-_claimed: list[TextIO] = []  # closing one would let go of it
+_claimed: dict[Path, TextIO] = {}  # kept open: closing one would release its lock
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "bitsandbytes", "numpy", "scipy", "triton")
 
 
@@ -60,18 +60,32 @@ def new_run(config: Config, kind: str) -> Path:
 
 
 def claim(run: Path) -> None:
-    """Keeps other processes out of an unfinished run for as long as this one lives."""
-    lock = (run / "config.yaml").open("r+")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise UserError(f"{run}: another process works there; wait until it is done, or FRESH=1 starts anew") from error
-    _claimed.append(lock)
+    """Keep other processes out of an unfinished run while this one lives."""
+    if run in _claimed:
+        return
+    file = (run / "config.yaml").open("r+")
+    if not lock(file):
+        raise UserError(f"{run}: another process works there; wait until it is done, or FRESH=1 starts anew")
+    _claimed[run] = file
 
 
 def newest_run(config: Config, kind: str) -> Path | None:
     """The last run folder of exactly this configuration, finished or not; one that was never begun has no settings."""
     return max((run for run in _runs(config, kind) if (run / "config.yaml").exists()), key=_number, default=None)
+
+
+def open_run(
+    config: Config, kind: str, same: Callable[[dict[str, Any]], bool], fresh: bool = False
+) -> tuple[Path | None, dict[str, Any] | None]:
+    """(the newest run of this configuration, None where a new one is to be made; its result where it has ended).
+
+    `same`: whether a record is of the same data as this run. A finished run of other data is left alone.
+    """
+    run = None if fresh else newest_run(config, kind)
+    if run is None or not (run / "record.json").exists():
+        return run, None
+    finished = read_one(run / "record.json")
+    return (run, finished["result"]) if same(finished) else (None, None)
 
 
 def trained_adapter(config: Config) -> Path | None:
@@ -139,9 +153,14 @@ def weights_of(base: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(
-    folder: Path, config: Config, kind: str, data: Dataset, device: dict[str, Any], result: dict[str, Any],
+    folder: Path,
+    config: Config,
+    kind: str,
+    data: Dataset,
+    device: dict[str, Any],
+    result: dict[str, Any],
     made_by: dict[str, Any] | None = None,
-) -> dict:  # fmt: skip
+) -> dict[str, Any]:
     """Write `record.json` and return it; `made_by` says more of what made the result (engine, tokenizer, …).
 
     Of it, `cutter` is the sha256 of the tokenizer that cut the text: it stands in the window in place of a name.
@@ -156,13 +175,7 @@ def write(
         "seed": config.seed,
         "folder": str(folder),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "must_match": {
-            "data": data.sha256,
-            "questions": len(data.examples),
-            "prompt": prompt.fingerprint(config.prompt),
-            "scorer": score.VERSION,
-            "window": cut_by(config.to_dict()["window"], made.pop("cutter", None)),
-        },
+        "must_match": must_match(config, data, made.pop("cutter", None)),
         "may_differ": {
             "data_source": data.source,
             "fixed_offsets": data.fixed_offsets,
@@ -179,6 +192,17 @@ def write(
     }
     write_text(folder / "record.json", json.dumps(record, indent=1) + "\n")
     return record
+
+
+def must_match(config: Config, data: Dataset, window_tokenizer_sha256: str | None) -> dict[str, Any]:
+    """What two records must have alike to be compared."""
+    return {
+        "data": data.sha256,
+        "questions": len(data.examples),
+        "prompt": prompt.fingerprint(config.prompt),
+        "scorer": score.VERSION,
+        "window": cut_by(without_unset(config.window), window_tokenizer_sha256),
+    }
 
 
 def cut_by(window: dict[str, Any], tokenizer_sha256: str | None) -> dict[str, Any]:
@@ -215,11 +239,47 @@ def read_questions(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
         n = evaluation["result"]["n"]
         if len(rows) != n:
             raise ValueError(f"{len(rows)} lines for {n} questions")
-        kept = ("text", "em", "f1", "hit_limit")
-        return {r["id"]: {key: r[key] for key in kept}
-                | {"article": r.get("article", r["id"]), "logprob": r.get("logprob")} for r in rows}  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for r in rows:
+            r |= {"article": r.get("article", r["id"]), "logprob": r.get("logprob")}
+        kept = ("text", "em", "f1", "hit_limit", "article", "logprob")
+        return {r["id"]: {key: r[key] for key in kept} for r in rows}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); evaluate that system again") from error
+
+
+class Metrics:
+    """Appends rows to a run's `metrics.jsonl`, on the first rank alone, and hands them to a tracker (`forward`).
+
+    A number that is not finite is written as null.
+    """
+
+    def __init__(self, run: Path, write: bool, forward: Callable[[dict[str, Any], int], None]):
+        self.path, self.write, self.forward = run / "metrics.jsonl", write, forward
+
+    def __enter__(self) -> "Metrics":
+        self.file = self.path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def log(self, row: dict[str, Any]) -> None:
+        row = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
+        if self.write:
+            print(json.dumps(row), file=self.file, flush=True)
+        self.forward({key: value for key, value in row.items() if value is not None}, row["step"])
+
+
+def cut_metrics(run: Path, step: int, evaluated: int) -> None:
+    """Drop rows of steps and evaluations after these: a resumed training computes them again."""
+    kept = [row for row in read_metrics(run) if row["step"] <= (step if "loss" in row else evaluated)]
+    write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def questions_trained(run: Path) -> int:
+    return sum(row.get("questions", 0) for row in read_metrics(run))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from common.config import CONFIGS, Config, Kind, Sweep, load
 from common.config_file import read
-from common.data import prompt
 from common.errors import UserError
-from common.runs import record
+from common.runs import preflight, record
 
 TRAINED = ("train.", "lora.", "early_stop.")  # keys that change nothing about a system without an adapter
 
@@ -57,7 +56,7 @@ def plan(path: Path, overrides: Iterable[str] = ()) -> tuple[list[Job], Sweep]:
                 else:
                     seed_word = f"seed={seed}"
                 given = (*words, *own, seed_word)
-                config = prompt.filled(load(system, given))
+                config = preflight.with_shots(load(system, given))
                 if sweep.adapters and not config.adapter:
                     adapter = record.trained_adapter(replace(config, runs=sweep.adapters))
                     if adapter:  # random weights need none

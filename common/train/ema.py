@@ -1,6 +1,8 @@
-"""A running mean of trained weights: what is evaluated and kept, while training goes on with the last ones.
+"""Exponential moving average (EMA) of the trained weights, which evaluations and checkpoints use.
 
-An exponential mean (EMA), over fewer steps at first: after n steps the decay is at most (1 + n) / (10 + n).
+After step n: mean = d * mean + (1 - d) * weights, with d = min(decay, (1 + n) / (10 + n)). So the average covers few
+steps at first, as in TensorFlow's `tf.train.ExponentialMovingAverage` with `num_updates`
+(https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage).
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +20,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the weights in, after a step."""
+        """Adds the weights after a step to the average."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         for mean, weight in zip(self.mean, self.weights, strict=True):
@@ -26,7 +28,7 @@ class EMA:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The mean where the weights are, views of them included; then they are back."""
+        """Swaps the average with the weights, in place, while the body runs: views of the weights change as well."""
         self._swap()
         try:
             yield
@@ -41,9 +43,11 @@ class EMA:
             mean.copy_(before)
 
     def state_dict(self) -> dict[str, Any]:
+        """`mean`: tensors like the weights; `steps`."""
         return {"mean": self.mean, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Copies a `state_dict` in; raises `ValueError` for another number of weights."""
         self.steps = state["steps"]
         for mean, saved in zip(self.mean, state["mean"], strict=True):
             mean.copy_(saved)

@@ -1,51 +1,37 @@
-"""A Llama's decoder layers, in training each one autograd function: less memory, fewer launches, the same numbers.
+"""A Llama's decoder layers for training, each one autograd function: less memory, fewer launches, the same numbers.
 
-What the layer modules of transformers and PEFT compute, written out with its own backward, so that
-- the frozen 4-bit weights are dequantised once per pass and get no gradient, nor a graph;
-- q, k and v (gate and up) share one product with their A matrices, and no LoRA update makes a tensor of its own;
-- a layer keeps all that its backward needs, or its input alone and computes the rest again, but never its last product;
-- all LoRA weights are one fp32 tensor (`flatten`): one cast, one gradient, one optimizer call.
+They compute what the layer modules of transformers and PEFT compute, with a backward pass of their own:
+- The frozen 4-bit weights are dequantised once per pass. They have no gradient and no graph.
+- q, k and v (gate and up) share one product with their stacked As. No LoRA update is a tensor of its own.
+- A layer keeps all that its backward pass needs, or its input alone (https://arxiv.org/abs/1604.06174); then its
+  backward pass computes all but the last product again.
+- All LoRA weights are one fp32 tensor (`flatten`): one cast, one gradient, one optimizer call.
+`torch.compile` fuses what lies between the matrix products on a GPU.
 
-What is between the matrix products is plain PyTorch, which `torch.compile` fuses on a GPU. Decoding has
-the forward pass alone (`common.decode.forward`).
+T tokens; x [T, K] is the input of a group of linears with merged weights w [N, K] and stacked As [R, K]:
+    h = scale * x @ A.T,    y = x @ w.T + h @ B.T
+    d_h = scale * d_y @ B,    d_x = d_y @ w + d_h @ A,    d_A = d_h.T @ x,    d_B = d_y.T @ h
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from common.model import attention
+from common.model import attention, llama
 from common.model.attention import Spans
 from common.model.compiled import compiled
-from common.model.llama import (
-    Adapter,
-    Rope,
-    adapter_of,
-    add_norm,
-    causal_of,
-    layers_of,
-    matrices_of,
-    norm,
-    rotate,
-    scaled,
-    swiglu,
-    turn,
-    unsupported_reason,
-)
+from common.model.llama import DOWN, GATE_UP, OUT, QKV, Adapter, Lora, Rope
 from common.model.pack import Pack
 
 import torch
+from peft import PeftModel
 from torch import Tensor
-
-Lora = list[list[Tensor]]  # per group [A, B, B, ...]
-# q [T, H, D], k and v [T, G, D] → (attention's output [T, H, D], log-sum-exps [H, T] where the backward needs them)
-Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 
-def untrainable_reason(model: Any) -> str | None:
-    """Why this PEFT model has to be trained the plain way; None where the fused one computes the same."""
-    if reason := unsupported_reason(model):
+def untrainable_reason(model: PeftModel) -> str | None:
+    """Why transformers' and PEFT's modules must train this model; None if these layers compute the same."""
+    if reason := llama.unsupported_reason(model):
         return reason
     if any(adapter.lora_dropout for adapter in model.peft_config.values()):
         return "lora.dropout > 0"
@@ -54,71 +40,150 @@ def untrainable_reason(model: Any) -> str | None:
     return None
 
 
-# ---- LoRA weights as one tensor ------------------------------------------------------------------------------------
+def flatten(model: PeftModel) -> tuple[torch.nn.Parameter, list[Adapter]]:
+    """All LoRA weights in one fp32 parameter, and each layer's layout in it; the model's own become views of it.
 
-
-def flatten(model: Any) -> tuple[torch.nn.Parameter, list[Adapter]]:
-    """Move all LoRA weights of a PEFT model into one fp32 parameter; the model's own become views of it.
-
-    What the optimizer does to the one tensor is seen by PEFT's layers, which go on to serve saving. They no longer ask
-    for gradients themselves.
+    So the optimizer's changes reach PEFT's layers, which still serve saving. Their own weights require no gradient.
     """
-    found = [adapter_of(layer) for layer in layers_of(model)]
-    parts = [p for _, groups in found for a, b in groups for p in (*a, *b)]
-    flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in parts]).float())
-    start = 0
-    for p in parts:
+    found = [llama.adapter_of(layer) for layer in llama.layers_of(model)]
+    weights = [p for _, groups in found for a, b in groups for p in (*a, *b)]
+    flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in weights]).float())
+    for p, part in zip(weights, flat.data.split([p.numel() for p in weights]), strict=True):
         p.requires_grad_(False)
-        p.data = flat.data[start : start + p.numel()].view(p.shape)
-        start += p.numel()
+        p.data = part.view(p.shape)
     return flat, [adapter for adapter, _ in found]
 
 
-# ---- one layer, forward and backward -------------------------------------------------------------------------------
-# T tokens, x [T, hidden]. A group's update is h @ B.T with h = scale * x @ A.T [T, R].
+class Call(NamedTuple):
+    """What a layer computes with, beside its input."""
+
+    lora: Lora
+    rope: Rope
+    spans: Spans
+    weights: list[list[Tensor]]  # per group, of each linear [N, K] in the compute dtype
 
 
-def _project(x: Tensor, weights: Sequence[Tensor], lora: Sequence[Tensor], adapter: Adapter, g: int) -> Any:
-    """(h or None, the products of group `g` with x, LoRA updates included)."""
-    if not lora:
-        return None, *(x @ w.T for w in weights)
-    h = scaled(x @ lora[0].T, adapter.scale)
-    out, rank, bs = [], 0, iter(lora[1:])
-    for w, adapted in zip(weights, adapter.adapted[g], strict=True):
-        if adapted:
-            b = next(bs)
-            out.append((h[:, rank : rank + b.shape[1]] @ b.T).addmm_(x, w.T))
-            rank += b.shape[1]
+class Kept(NamedTuple):
+    """What a layer's backward pass needs beside its input."""
+
+    h_qkv: Tensor | None  # [T, R]; None where nothing of the group is adapted
+    q: Tensor  # [T, H, D], rotated
+    k: Tensor  # [T, G, D], rotated
+    v: Tensor  # [T, G, D]
+    out: Tensor  # [T, H, D] of the attention
+    lse: Tensor | None  # [H, T]
+    h_out: Tensor | None
+    mid: Tensor  # [T, hidden] between attention and MLP
+    h_gate_up: Tensor | None
+    gate: Tensor  # [T, intermediate]
+    up: Tensor  # [T, intermediate]
+
+
+class Layer:
+    """One decoder layer. Its weights and norms are frozen; its LoRA weights come with each call."""
+
+    def __init__(self, module: LlamaDecoderLayer, adapter: Adapter, dtype: torch.dtype):
+        self.linears = llama.merged_linears(module, dtype)
+        self.norms = (module.input_layernorm.weight, module.post_attention_layernorm.weight)
+        self.eps = module.input_layernorm.variance_epsilon
+        self.head_dim = module.self_attn.head_dim
+        self.adapter = adapter
+        self.held: list[list[Tensor]] | None = None  # dequantised weights, if they are held
+
+    def weights(self) -> list[list[Tensor]]:
+        """Per group, the weights [N, K] of its linears in the compute dtype."""
+        return self.held or [linear.split() for linear in self.linears]
+
+    def call(self, lora: Tensor, rope: Rope, spans: Spans) -> Call:
+        """`lora`: this layer's part of the flat tensor."""
+        return Call(self.adapter.views(lora), rope, spans, self.weights())
+
+    def begin(self, x: Tensor, call: Call) -> Kept:
+        """Attention, and the MLP up to its last product: x [T, hidden]."""
+        n, _ = llama.norm(x, self.norms[0], self.eps)
+        h_qkv, *qkv = self._project(QKV, n, call)
+        q, k, v = (y.view(len(x), -1, self.head_dim) for y in qkv)
+        q, k = llama.rotate(q, k, *call.rope)
+        out, lse = attention.forward(q, k, v, call.spans)
+        h_out, y = self._project(OUT, out.flatten(1), call)
+        mid, n, _ = llama.add_norm(x, y, self.norms[1], self.eps)
+        h_gate_up, gate, up = self._project(GATE_UP, n, call)
+        return Kept(h_qkv, q, k, v, out, lse, h_out, mid, h_gate_up, gate, up)
+
+    def end(self, kept: Kept, call: Call) -> tuple[Tensor | None, Tensor]:
+        """h [T, R] of the last product, and the layer's output [T, hidden]."""
+        h, y = self._project(DOWN, llama.swiglu(kept.gate, kept.up), call)
+        return h, y.add_(kept.mid)
+
+    def backward(
+        self, d: Tensor, x: Tensor, kept: Kept, h_down: Tensor | None, call: Call, lora: Tensor, wants_x: bool
+    ) -> Tensor | None:
+        """Gradient of x, if it is wanted, given that of the output; those of the LoRA weights are written to `lora`."""
+        gradients = self.adapter.views(lora)
+
+        def back(g: int, h: Tensor | None, *d_out: Tensor) -> tuple[Tensor, Tensor | None]:
+            return self._project_back(g, d_out, h, call, gradients[g])
+
+        def back_a(g: int, d_h: Tensor | None, x: Tensor) -> None:
+            if d_h is not None:
+                torch.mm(d_h.T, x, out=gradients[g][0])
+
+        d_product, d_h = back(DOWN, h_down, d)
+        product, d_gate, d_up = _swiglu_back(kept.gate, kept.up, d_product)
+        back_a(DOWN, d_h, product)
+        del product, d_product
+        d_n, d_h = back(GATE_UP, kept.h_gate_up, d_gate, d_up)
+        n, r = llama.norm(kept.mid, self.norms[1], self.eps)
+        back_a(GATE_UP, d_h, n)
+        d_mid = _norm_back(d_n, kept.mid, r, self.norms[1], d)
+        del d_gate, d_up
+        d_out, d_h = back(OUT, kept.h_out, d_mid)
+        back_a(OUT, d_h, kept.out.flatten(1))
+        q, k, v, out = kept.q, kept.k, kept.v, kept.out
+        d_q, d_k, d_v = attention.backward(d_out.view_as(q), q, k, v, out, kept.lse, call.spans)
+        d_q, d_k = _rotate_back(d_q, d_k, *call.rope)
+        d_n, d_h = back(QKV, kept.h_qkv, d_q.flatten(1), d_k.flatten(1), d_v.flatten(1))
+        n, r = llama.norm(x, self.norms[0], self.eps)
+        back_a(QKV, d_h, n)
+        return _norm_back(d_n, x, r, self.norms[0], d_mid) if wants_x else None
+
+    def _project(self, g: int, x: Tensor, call: Call) -> tuple[Any, ...]:
+        """(h [T, R] or None, then y [T, N] of each linear of group `g`)."""
+        weights, lora = call.weights[g], call.lora[g]
+        if not lora:
+            return None, *(x @ w.T for w in weights)
+        h = _scaled(x @ lora[0].T, self.adapter.scale)
+        parts = zip(weights, lora[1:], h.split([b.shape[1] for b in lora[1:]], dim=1), strict=True)
+        return h, *((part @ b.T).addmm_(x, w.T) if b.shape[1] else x @ w.T for w, b, part in parts)
+
+    def _project_back(
+        self, g: int, d_out: Sequence[Tensor], h: Tensor | None, call: Call, gradients: list[Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of x and of x @ A.T; those of the Bs are written to `gradients`."""
+        weights, lora = call.weights[g], call.lora[g]
+        if h is None:
+            d_h, d_x = None, d_out[0] @ weights[0]
         else:
-            out.append(x @ w.T)
-    return h, *out
+            d_h, ranks = torch.empty_like(h), [b.shape[1] for b in lora[1:]]
+            parts = h.split(ranks, dim=1), d_h.split(ranks, dim=1)
+            for d, b, d_b, h_part, d_part in zip(d_out, lora[1:], gradients[1:], *parts, strict=True):
+                torch.mm(d.T, h_part, out=d_b)
+                torch.mm(d, b, out=d_part)
+            d_h = _scaled(d_h, self.adapter.scale)
+            d_x = (d_h @ lora[0]).addmm_(d_out[0], weights[0])
+        for d, w in zip(d_out[1:], weights[1:], strict=True):
+            d_x.addmm_(d, w)
+        return d_x, d_h
 
 
-def _project_back(
-    d_out: Sequence[Tensor], h: Tensor | None, weights: Sequence[Tensor], lora: Sequence[Tensor],
-    gradients: Sequence[Tensor], adapter: Adapter, g: int,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(gradient of x, of x @ A.T); the Bs' gradients are written into `gradients`."""
-    if h is None:
-        d_h, d_x = None, d_out[0] @ weights[0]
-    else:
-        d_h, rank = torch.empty_like(h), 0
-        adapted = [d for d, yes in zip(d_out, adapter.adapted[g], strict=True) if yes]
-        for d, b, d_b in zip(adapted, lora[1:], gradients[1:], strict=True):
-            mine = slice(rank, rank + b.shape[1])
-            torch.mm(d.T, h[:, mine], out=d_b)
-            torch.mm(d, b, out=d_h[:, mine])
-            rank += b.shape[1]
-        d_h = scaled(d_h, adapter.scale)
-        d_x = (d_h @ lora[0]).addmm_(d_out[0], weights[0])
-    for d, w in zip(d_out[1:], weights[1:], strict=True):
-        d_x.addmm_(d, w)
-    return d_x, d_h
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    """x * scale, in place."""
+    return x if scale == 1 else x.mul_(scale)
 
 
 @compiled
 def _norm_back(d: Tensor, x: Tensor, r: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    """Gradient of the norm's input, plus `residual`, that of the path around it."""
+    """Gradient of a norm's input x, plus `residual`, that of the path around the norm; r [T, 1] as of `llama.norm`."""
     unit, d_unit = x.float() * r, d.float() * weight.float()
     d_x = r * (d_unit - unit * (d_unit * unit).mean(-1, keepdim=True))
     return (d_x + residual.float()).to(x.dtype)
@@ -126,148 +191,67 @@ def _norm_back(d: Tensor, x: Tensor, r: Tensor, weight: Tensor, residual: Tensor
 
 @compiled
 def _rotate_back(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return turn(q, cos, -sin), turn(k, cos, -sin)
+    return llama.turn(q, cos, -sin), llama.turn(k, cos, -sin)
 
 
 @compiled
 def _swiglu_back(gate: Tensor, up: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(the product again, gradients of gate and up)."""
+    """silu(gate) * up again, and the gradients of gate and up."""
     g, u, d = gate.float(), up.float(), d.float()
     s = torch.sigmoid(g)
     silu = g * s
     return (silu * u).to(gate.dtype), (d * u * (s + silu * (1 - s))).to(gate.dtype), (d * silu).to(gate.dtype)
 
 
-class Kept(NamedTuple):
-    """What a layer's backward needs beside its input."""
-
-    h_qkv: Tensor | None  # [T, R]; None where nothing of the group is adapted
-    q: Tensor  # [T, H, D], rotated
-    k: Tensor  # [T, G, D], rotated
-    v: Tensor  # [T, G, D]
-    out: Tensor  # [T, H, D] attention's output
-    lse: Tensor | None  # [H, T]
-    h_o: Tensor | None
-    mid: Tensor  # [T, hidden] between attention and MLP
-    h_mlp: Tensor | None
-    gate: Tensor  # [T, intermediate]
-    up: Tensor
-
-
-class Layer:
-    """One decoder layer. Its matrices and norms are frozen; its LoRA weights come with each call."""
-
-    def __init__(self, module: Any, adapter: Adapter, dtype: torch.dtype):
-        self.matrices = matrices_of(module, dtype)
-        self.norms = (module.input_layernorm.weight, module.post_attention_layernorm.weight)
-        self.eps = module.input_layernorm.variance_epsilon
-        self.head_dim = module.self_attn.head_dim
-        self.adapter = adapter
-        self.held: list[list[Tensor]] | None = None
-
-    def weights(self) -> list[list[Tensor]]:
-        """Per group the matrices [N, K] in the compute dtype."""
-        return self.held or [matrix.apart() for matrix in self.matrices]
-
-    def begin(self, x: Tensor, lora: Lora, rope: Rope, attend: Attend, w: list[list[Tensor]]) -> Kept:
-        """Attention, and the MLP up to its last product."""
-        n, _ = norm(x, self.norms[0], self.eps)
-        h_qkv, *qkv = _project(n, w[0], lora[0], self.adapter, 0)
-        q, k, v = (y.view(len(x), -1, self.head_dim) for y in qkv)
-        q, k = rotate(q, k, *rope)
-        out, lse = attend(q, k, v)
-        h_o, y = _project(out.flatten(1), w[1], lora[1], self.adapter, 1)
-        mid, n, _ = add_norm(x, y, self.norms[1], self.eps)
-        h_mlp, gate, up = _project(n, w[2], lora[2], self.adapter, 2)
-        return Kept(h_qkv, q, k, v, out, lse, h_o, mid, h_mlp, gate, up)
-
-    def end(self, kept: Kept, lora: Lora, w: list[list[Tensor]]) -> tuple[Tensor | None, Tensor]:
-        """(h of the last product, the layer's output)."""
-        h, y = _project(swiglu(kept.gate, kept.up), w[3], lora[3], self.adapter, 3)
-        return h, y.add_(kept.mid)
-
-    def backward(
-        self, d: Tensor, x: Tensor, kept: Kept, h_down: Tensor | None, lora: Lora, gradients: Lora, rope: Rope,
-        spans: Spans, w: list[list[Tensor]], wants_x: bool,
-    ) -> Tensor | None:  # fmt: skip
-        """Gradient of x, where it is wanted; the LoRA weights' are written into `gradients`."""
-
-        def back(g: int, h: Tensor | None, *d_out: Tensor) -> tuple[Tensor, Tensor | None]:
-            return _project_back(d_out, h, w[g], lora[g], gradients[g], self.adapter, g)
-
-        def back_a(g: int, d_h: Tensor | None, x: Tensor) -> None:
-            if d_h is not None:
-                torch.mm(d_h.T, x, out=gradients[g][0])
-
-        d_product, d_h = back(3, h_down, d)
-        product, d_gate, d_up = _swiglu_back(kept.gate, kept.up, d_product)
-        back_a(3, d_h, product)
-        del product, d_product
-        d_n, d_h = back(2, kept.h_mlp, d_gate, d_up)
-        n, r = norm(kept.mid, self.norms[1], self.eps)
-        back_a(2, d_h, n)
-        d_mid = _norm_back(d_n, kept.mid, r, self.norms[1], d)
-        del d_gate, d_up
-        d_out, d_h = back(1, kept.h_o, d_mid)
-        back_a(1, d_h, kept.out.flatten(1))
-        d_q, d_k, d_v = attention.backward(d_out.view_as(kept.q), kept.q, kept.k, kept.v, kept.out, kept.lse, spans)
-        d_q, d_k = _rotate_back(d_q, d_k, *rope)
-        d_n, d_h = back(0, kept.h_qkv, d_q.flatten(1), d_k.flatten(1), d_v.flatten(1))
-        n, r = norm(x, self.norms[0], self.eps)
-        back_a(0, d_h, n)
-        return _norm_back(d_n, x, r, self.norms[0], d_mid) if wants_x else None
-
-
 class _LayerFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, part: Tensor, layer: Layer, rope: Rope, spans: Spans, keep: bool) -> Tensor:
-        w, lora = layer.weights(), list(layer.adapter.views(part))
-        kept = layer.begin(x, lora, rope, functools.partial(attention.forward, spans=spans), w)
-        h, y = layer.end(kept, lora, w)
-        ctx.save_for_backward(x, part, *rope, h, *(kept if keep else ()))
+    def forward(ctx: Any, x: Tensor, lora: Tensor, layer: Layer, rope: Rope, spans: Spans, keep: bool) -> Tensor:
+        call = layer.call(lora, rope, spans)
+        kept = layer.begin(x, call)
+        h, y = layer.end(kept, call)
+        ctx.save_for_backward(x, lora, *rope, h, *(kept if keep else ()))
         ctx.layer, ctx.spans = layer, spans
         return y
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        x, part, cos, sin, h, *saved = ctx.saved_tensors
-        layer, spans, rope = ctx.layer, ctx.spans, (cos, sin)
-        w, lora = layer.weights(), list(layer.adapter.views(part))
-        attend = functools.partial(attention.forward, spans=spans)
-        kept = Kept(*saved) if saved else layer.begin(x, lora, rope, attend, w)
-        gradient = torch.empty_like(part)
-        gradients = list(layer.adapter.views(gradient))
-        d_x = layer.backward(d, x, kept, h, lora, gradients, rope, spans, w, ctx.needs_input_grad[0])
+        x, lora, cos, sin, h, *saved = ctx.saved_tensors
+        layer: Layer = ctx.layer
+        call = layer.call(lora, (cos, sin), ctx.spans)
+        kept = Kept(*saved) if saved else layer.begin(x, call)
+        gradient = torch.empty_like(lora)
+        d_x = layer.backward(d, x, kept, h, call, gradient, ctx.needs_input_grad[0])
         return d_x, gradient, None, None, None, None
 
 
 class Fused:
-    """The training forward of a PEFT Llama (`unfit` says which); its LoRA weights are `flat` from here on.
+    """The training forward pass of a PEFT Llama without `untrainable_reason`; its LoRA weights become `flat`.
 
-    `keep_layers`: how many layers, counted from the last, keep all activations; the others keep their input alone.
-    `hold_layers`: how many layers dequantise their matrices once and for all; the others do it in every pass.
+    `keep_layers`: layers, counted from the last, that keep all activations; the others keep their input alone.
+    `hold_layers`: layers that hold their weights dequantised; the others dequantise them in every pass.
     """
 
-    def __init__(self, model: Any, keep_layers: int = 0, hold_layers: int = 0):
+    def __init__(self, model: PeftModel, keep_layers: int = 0, hold_layers: int = 0):
         assert not untrainable_reason(model)
-        self.base = causal_of(model)
+        self.base = llama.causal_of(model)
         self.flat, self.adapters = flatten(model)
-        self.layers = [Layer(m, a, self.base.dtype) for m, a in zip(layers_of(model), self.adapters, strict=True)]
+        modules = zip(llama.layers_of(model), self.adapters, strict=True)
+        self.layers = [Layer(module, adapter, self.base.dtype) for module, adapter in modules]
         self.keep_layers = keep_layers
         for layer in self.layers[:hold_layers]:
             layer.held = layer.weights()
 
     @property
     def recomputed(self) -> float:
-        """Share of the layers' matrix products that a backward pass computes again: never the last of a layer."""
-        *again, last = [math.prod(matrix.shape) for matrix in self.layers[0].matrices]
+        """Share of the layers' matrix products that the backward pass computes again: never the last of a layer."""
+        *again, last = [math.prod(linear.shape) for linear in self.layers[0].linears]
         return sum(again) / (sum(again) + last) * (1 - self.keep_layers / len(self.layers))
 
     def logits(self, pack: Pack, keep: Tensor) -> Tensor:
-        """Logits [K, V] of a pack at its row indices `keep` [K]: `packing.pack_logits` for this model."""
+        """Logits [K, V] of a pack at its indices `keep` [K], as `tree_mask.pack_logits` returns them."""
         x = self.base.model.embed_tokens(pack.input_ids)
         cos, sin = self.base.model.rotary_emb(x[None], pack.layout.position[None])
-        parts = self.flat.to(x.dtype).split([adapter.size for adapter in self.adapters])
+        parts = self.flat.to(x.dtype).split([sum(adapter.sizes) for adapter in self.adapters])
         first_kept = len(self.layers) - self.keep_layers
         for i, (layer, part) in enumerate(zip(self.layers, parts, strict=True)):
             x = _LayerFunction.apply(x, part, layer, (cos[0], sin[0]), pack.spans, i >= first_kept)

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 
+from common.config import Train
 from common.data import plan
 from common.data.trees import Branch, Tree
 
@@ -200,3 +201,48 @@ def test_trees_of_a_size_keep_their_order_in_packs_and_shares():
     trees = of_questions(2, 2, 2, 2, 2)
     assert names(plan.fill(trees, 8)) == "ad be c"
     assert names(plan.share(trees, 2)) == "ace bd"
+
+
+# ---- a whole training ----------------------------------------------------------------------------------------------
+
+
+def planned(seed: int = 0, **train) -> plan.Plan:
+    return plan.Plan(TREES, Train(**{"questions_per_step": 8, **train}), seed)
+
+
+def test_a_plan_has_as_many_steps_as_its_epochs_and_at_most_max_steps():
+    questions = sum(len(t.branches) for t in TREES)
+    assert questions == 120
+    assert (planned().steps_per_epoch, planned().total_steps) == (15, 15)
+    assert planned(epochs=2.5).total_steps == 38  # 37.5, rounded to even
+    assert planned(epochs=0.01).total_steps == 1
+    assert planned(epochs=3.0, max_steps=20).total_steps == 20
+    assert planned(max_steps=20).total_steps == 15
+
+
+def test_a_step_is_that_of_its_epoch_whatever_was_asked_before():
+    p = planned(seed=3)
+    epochs = [plan.epoch(p.trees, 3, number, 8) for number in range(3)]
+    for step in (0, 14, 15, 44, 16, 0):
+        assert p.step(step) == epochs[step // 15][step % 15]
+
+
+def test_a_plans_trees_have_no_more_questions_than_a_step():
+    assert max(len(t.branches) for t in planned(questions_per_step=3).trees) == 3
+    assert Counter(ids([planned(questions_per_step=3).trees])) == Counter(ids([TREES]))
+
+
+def test_without_shared_prefixes_each_question_reads_a_prefix_of_its_own():
+    assert planned().rows(TREES) == TREES
+    rows = planned(share_prefixes=False).rows(TREES)
+    assert [len(row.branches) for row in rows] == [1] * 120
+    assert rows[1] == Tree(TREES[1].prefix_ids, TREES[1].branches[:1])
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False])
+def test_ranks_and_packs_of_a_step_hold_it_once(share_prefixes):
+    p = planned(share_prefixes=share_prefixes)
+    trees = p.step(4)
+    packs = [pack for rank in range(3) for pack in p.share(trees, rank, 3, pack_tokens=60)]
+    assert Counter(ids(packs)) == Counter(ids([trees]))
+    assert p.share(trees, 1, 3, 60) == plan.fill(plan.share(p.rows(trees), 3)[1], 60)

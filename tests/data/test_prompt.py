@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 import random
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,11 +10,11 @@ from common.config import Prompt, Window, load
 from common.data import prompt, tokens
 from common.data import trees as trees_module
 from common.data.squad import Answer, Example, read
-from common.data.tokens import encode, tokens_within
-from common.data.trees import Branch, Tree, Trees, _tree, build_trees, prompt_texts
+from common.data.tokens import Tokenizers, encode, tokens_within
+from common.data.trees import Branch, Tree, Trees, build_trees, prompt_texts, tree_of
 from common.errors import UserError
 from common.model.load import load_tokenizer
-from tests.conftest import ROOT, squad_file
+from tests.conftest import ROOT, same, squad_file
 
 import pytest
 from hypothesis import given
@@ -60,7 +59,7 @@ def test_the_prompt_is_these_bytes():
 )
 def test_orders_of_the_prompt_are_these_bytes(tokenizer, order, text):
     questions = [example("A canal.", "canal", question, question) for question in ("What is it?", "Is it what?")]
-    trees = build_trees(questions, tokenizer, Window(), train=True, options=Prompt(order)).trees
+    trees = build_trees(questions, same(tokenizer), Window(), train=True, options=Prompt(order)).trees
     assert prompts(trees)["What is it?"] == tokenizer(text)["input_ids"]
     assert len(trees) == (1 if order == "context" else 2), "what comes behind a question is not shared"
 
@@ -69,7 +68,7 @@ def test_orders_of_the_prompt_are_these_bytes(tokenizer, order, text):
 def test_other_orders_stay_in_the_window_too(tokenizer, order):
     window, words = Window(context=120, question=40, stride=60), "Which canals of Utrecht were dug, and when? " * 20
     e = Example("q", "T", words, words, (Answer("Which", 0),))
-    ids = prompts(build_trees([e], tokenizer, window, train=False, options=Prompt(order)).trees)["q"]
+    ids = prompts(build_trees([e], same(tokenizer), window, train=False, options=Prompt(order)).trees)["q"]
     assert window.context + window.question - 16 < len(ids) <= window.context + window.question
 
 
@@ -121,7 +120,7 @@ def test_a_chats_message_is_these_bytes():
 
 
 def test_ids_are_the_tokenizers_ids_of_the_whole_text_with_eos_behind(tokenizer, demo):
-    for tree in build_trees(demo, tokenizer, ROOMY, train=True).trees:
+    for tree in build_trees(demo, same(tokenizer), ROOMY, train=True).trees:
         for branch in tree.branches:
             (e,) = [e for e in demo if e.id == branch.id]
             whole = prompt.text(e.context, e.question) + f" {e.answers[0].text}"
@@ -131,16 +130,16 @@ def test_ids_are_the_tokenizers_ids_of_the_whole_text_with_eos_behind(tokenizer,
 
 
 def test_a_single_query_reads_the_ids_that_training_and_evaluation_read(tokenizer, demo):
-    trained = prompts(build_trees(demo, tokenizer, ROOMY, train=True).trees)
-    evaluated = prompts(build_trees(demo, tokenizer, ROOMY, train=False).trees)
+    trained = prompts(build_trees(demo, same(tokenizer), ROOMY, train=True).trees)
+    evaluated = prompts(build_trees(demo, same(tokenizer), ROOMY, train=False).trees)
     alone = {}
     for e in demo:
-        alone |= prompts(build_trees([e], tokenizer, ROOMY, train=False).trees)
+        alone |= prompts(build_trees([e], same(tokenizer), ROOMY, train=False).trees)
     assert trained == evaluated == alone
 
 
 def test_questions_of_a_paragraph_share_one_tree_with_the_paragraph_in_its_prefix(tokenizer, demo):
-    built = build_trees(demo, tokenizer, ROOMY, train=True)
+    built = build_trees(demo, same(tokenizer), ROOMY, train=True)
     assert len(built.trees) == len({e.context for e in demo}) == 4
     for tree in built.trees:
         assert len(tree.branches) == 5
@@ -153,7 +152,9 @@ def test_questions_of_a_paragraph_share_one_tree_with_the_paragraph_in_its_prefi
 def test_white_space_around_the_fields_changes_nothing(tokenizer):
     plain = [example("The old canal is long.", "canal")]
     spaced = [Example("q", "T", " \n The old canal is long. ", " Which one?\n", (Answer(" canal ", 10),))]
-    assert build_trees(plain, tokenizer, Window(), train=True) == build_trees(spaced, tokenizer, Window(), train=True)
+    assert build_trees(plain, same(tokenizer), Window(), train=True) == build_trees(
+        spaced, same(tokenizer), Window(), train=True
+    )
 
 
 WORDS = st.lists(
@@ -165,7 +166,7 @@ WORDS = st.lists(
 def test_nothing_is_longer_than_its_window(tokenizer, context, question):
     e = Example("q", "T", context, question, (Answer(context.split()[0], 0),))
     for train in (True, False):
-        for tree in build_trees([e], tokenizer, SMALL, train=train).trees:
+        for tree in build_trees([e], same(tokenizer), SMALL, train=train).trees:
             for branch in tree.branches:
                 assert len(tree.prefix_ids) + len(branch.prompt_ids) <= SMALL.context + SMALL.question
                 assert len(branch.answer_ids) <= SMALL.answer
@@ -174,7 +175,7 @@ def test_nothing_is_longer_than_its_window(tokenizer, context, question):
 @given(WORDS.map(" ".join), WORDS.map(" ".join), st.text(max_size=20).map(str.strip).filter(bool))
 def test_the_prompts_ids_are_what_the_tokenizer_makes_of_the_prompt_alone(tokenizer, context, question, more):
     e = Example("q", "T", f"{context} {more}", question, (Answer(more, len(context) + 1),))
-    (tree,) = build_trees([e], tokenizer, Window(context=3000, question=3000, answer=300), train=True).trees
+    (tree,) = build_trees([e], same(tokenizer), Window(context=3000, question=3000, answer=300), train=True).trees
     (branch,) = tree.branches
     text = prompt.text(e.context.strip(), question)
     assert tree.prefix_ids + branch.prompt_ids == tokenizer(text)["input_ids"]
@@ -190,20 +191,21 @@ def test_a_tokenizer_that_ends_texts_or_joins_prompt_and_answer_is_refused(tiny_
     template = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 1)])
     ends.backend_tokenizer.post_processor = template
     with pytest.raises(UserError, match=f"question {demo[0].id}: this tokenizer adds an end to every text"):
-        build_trees(demo, ends, ROOMY, train=False)
+        build_trees(demo, same(ends), ROOMY, train=False)
 
     letters = sorted({c for e in demo for c in prompt.text(e.context, e.question) + e.answers[0].text})
     vocabulary = {token: i for i, token in enumerate(["</s>", *letters, ": "])}
     joins = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocabulary, [(":", " ")])), eos_token="</s>")
     with pytest.raises(UserError, match=f"question {demo[0].id}: this tokenizer merges the prompt and the answer"):
-        build_trees(demo, joins, Window(context=3000, question=3000, answer=300), train=True)
+        build_trees(demo, same(joins), Window(context=3000, question=3000, answer=300), train=True)
 
 
 def test_a_long_context_is_cut_alike_whatever_the_question(tokenizer):
     context = " ".join(f"word{i}" for i in range(200))
     long, short = (example(context, "word0", question) for question in ("Which? " * 30, "Which?"))
     texts = [
-        tokenizer.decode(prompts(build_trees([e], tokenizer, SMALL, train=False).trees)["q"]) for e in (long, short)
+        tokenizer.decode(prompts(build_trees([e], same(tokenizer), SMALL, train=False).trees)["q"])
+        for e in (long, short)
     ]
     cut = [text.partition("\n\nQuestion:")[0] for text in texts]
     assert cut[0] == cut[1]
@@ -217,25 +219,30 @@ def test_another_tokenizer_can_do_the_cutting_so_that_systems_read_the_same_text
 
     cutter = AutoTokenizer.from_pretrained(tiny_base)
     context = " ".join(f"word{i}" for i in range(200))
-    by_other = build_trees([example(context, "word0")], tokenizer, SMALL, train=False, window_tokenizer=cutter)
-    by_itself = build_trees([example(context, "word0")], cutter, SMALL, train=False)
-    texts = [tok.decode(prompts(b.trees)["q"], skip_special_tokens=True)
-             for tok, b in ((tokenizer, by_other), (cutter, by_itself))]  # fmt: skip
+    by_other = build_trees([example(context, "word0")], Tokenizers(tokenizer, cutter), SMALL, train=False)
+    by_itself = build_trees([example(context, "word0")], same(cutter), SMALL, train=False)
+    texts = [
+        tok.decode(prompts(b.trees)["q"], skip_special_tokens=True)
+        for tok, b in ((tokenizer, by_other), (cutter, by_itself))
+    ]
     assert texts[0] == texts[1]
 
 
 def test_a_training_answer_outside_the_window_is_dropped_and_counted(tokenizer):
     context = " ".join(f"word{i}" for i in range(100))
     rows = [example(context, "word1", id_="in"), example(context, "word99", id_="out")]
-    built = build_trees(rows, tokenizer, SMALL, train=True)
+    built = build_trees(rows, same(tokenizer), SMALL, train=True)
     assert prompts(built.trees).keys() == {"in"}
     assert built.counts == {"questions": 2, "truncated": 2, "dropped_outside": 1, "dropped_long": 0}
-    assert prompts(build_trees(rows, tokenizer, SMALL, train=False).trees).keys() == {"in", "out"}
+    assert prompts(build_trees(rows, same(tokenizer), SMALL, train=False).trees).keys() == {
+        "in",
+        "out",
+    }
 
 
 def test_a_training_answer_too_long_to_be_decoded_is_dropped_and_counted(tokenizer):
     context = " ".join(f"w{i}" for i in range(12))
-    built = build_trees([example(context, context)], tokenizer, SMALL, train=True)
+    built = build_trees([example(context, context)], same(tokenizer), SMALL, train=True)
     assert (built.trees, built.counts["dropped_long"]) == ([], 1)
 
 
@@ -243,12 +250,12 @@ def test_chunks_cover_the_whole_context_and_training_takes_the_one_that_holds_th
     chunk = replace(SMALL, overflow="chunk")
     words = [f"word{i}" for i in range(100)]
     context = " ".join(words)
-    windows = build_trees([example(context, "word7")], tokenizer, chunk, train=False).trees
+    windows = build_trees([example(context, "word7")], same(tokenizer), chunk, train=False).trees
     texts = [tokenizer.decode(tree.prefix_ids).partition("Context: ")[2] for tree in windows]
     assert len(windows) > 3
     assert all(any(word in text.split() for text in texts) for word in words)
     for word in ("word2", "word50", "word99"):
-        (tree,) = build_trees([example(context, word)], tokenizer, chunk, train=True).trees
+        (tree,) = build_trees([example(context, word)], same(tokenizer), chunk, train=True).trees
         assert word in tokenizer.decode(tree.prefix_ids)
 
 
@@ -302,7 +309,7 @@ def as_words(tokenizer, built) -> list[tuple[str, list[tuple[str, str]]]]:
 def windows(tokenizer, rows, window=BARE, train=False, **more) -> list[str]:
     """The words of the context that each tree's first question reads."""
     out = []
-    for prefix, branches in as_words(tokenizer, build_trees(rows, tokenizer, window, train=train, **more)):
+    for prefix, branches in as_words(tokenizer, build_trees(rows, same(tokenizer), window, train=train, **more)):
         kept = [word for word in f"{prefix} {branches[0][0]}".split() if word[0] == "w"]
         assert kept == some("w", int(kept[0][1:]), int(kept[-1][1:]) + 1).split()
         out.append(f"{kept[0]}-{kept[-1]}")
@@ -311,13 +318,13 @@ def windows(tokenizer, rows, window=BARE, train=False, **more) -> list[str]:
 
 def test_a_tree_has_the_paragraph_once_and_a_branch_each_question_with_its_answer(by_words):
     rows = [asks("w0 w1 w2", "q0 q1", "w1", id_="a"), asks("w0 w1 w2", "q0 q2", "w2", id_="b"), asks("w3", "q0", "w3")]
-    built = build_trees(rows, by_words, BARE, train=True)
+    built = build_trees(rows, same(by_words), BARE, train=True)
     assert as_words(by_words, built) == [
         ("<s> Context : w0 w1 w2 Question : q0", [("q1 Answer :", "w1 </s>"), ("q2 Answer :", "w2 </s>")]),
         ("<s> Context : w3 Question : q0 Answer", [(":", "w3 </s>")]),  # the last token is never the prefix's
     ]
     assert [[b.id for b in tree.branches] for tree in built.trees] == [["a", "b"], ["q"]]
-    asked = build_trees(rows, by_words, BARE, train=False)
+    asked = build_trees(rows, same(by_words), BARE, train=False)
     assert [answer for _, branches in as_words(by_words, asked) for _, answer in branches] == ["", "", ""]
     assert built.counts == {"questions": 3, "truncated": 0, "dropped_outside": 0, "dropped_long": 0}
     assert asked.counts == {"questions": 3, "truncated": 0}
@@ -344,17 +351,21 @@ def test_a_question_whose_ids_break_the_shared_prefix_gets_a_tree_of_its_own(by_
 
     monkeypatch.setattr(trees_module, "encode", one_odd)
     rows = [asks("w0", f"q{i}", id_=f"{i}") for i in range(3)]
-    trees = build_trees(rows, by_words, Window(), train=False, options=Prompt(before=before)).trees
+    trees = build_trees(rows, same(by_words), Window(), train=False, options=Prompt(before=before)).trees
     assert [[b.id for b in tree.branches] for tree in trees] == ([["0", "2"], ["1"]] if alone else [["0", "1", "2"]])
 
 
 @pytest.mark.parametrize("order", ["question", "both"])
 def test_a_question_that_comes_first_shares_its_tree_with_its_twin_alone(by_words, order):
     long = some("q", 1, 10)  # the same for longer than what questions behind a paragraph share
-    rows = [asks("w0 w1", f"{long} q10", "w0", id_="a"), asks("w0 w1", f"{long} q11", id_="b"),
-            asks("w0 w1", f"{long} q10", "w1", id_="c"), asks("w1", f"{long} q10", "w1", id_="d")]  # fmt: skip
+    rows = [
+        asks("w0 w1", f"{long} q10", "w0", id_="a"),
+        asks("w0 w1", f"{long} q11", id_="b"),
+        asks("w0 w1", f"{long} q10", "w1", id_="c"),
+        asks("w1", f"{long} q10", "w1", id_="d"),
+    ]
     for train in (True, False):
-        trees = build_trees(rows, by_words, Window(), train=train, options=Prompt(order)).trees
+        trees = build_trees(rows, same(by_words), Window(), train=train, options=Prompt(order)).trees
         assert [[b.id for b in tree.branches] for tree in trees] == [["a", "c"], ["b"], ["d"]]
 
 
@@ -370,14 +381,17 @@ def test_a_question_that_comes_first_shares_its_tree_with_its_twin_alone(by_word
 def test_a_window_holds_as_many_words_of_the_context_as_fit_with_bos(by_words, words, train, read, counts):
     rows = [asks(some("w", 0, words))]
     assert windows(by_words, rows, train=train) == read
-    assert build_trees(rows, by_words, BARE, train=train).counts == counts
+    assert build_trees(rows, same(by_words), BARE, train=train).counts == counts
 
 
 @pytest.mark.parametrize(("words", "kept"), [(12, 12), (13, 12), (40, 12)])
 def test_a_window_holds_as_many_words_of_the_question_as_fit_without_bos(by_words, words, kept):
-    ((_, [(branch, _), *_]),) = as_words(by_words, build_trees(
-        [asks("w0", some("q", 0, words)), asks("w0", "q50", id_="other")], by_words, BARE, train=False
-    ))  # fmt: skip
+    ((_, [(branch, _), *_]),) = as_words(
+        by_words,
+        build_trees(
+            [asks("w0", some("q", 0, words)), asks("w0", "q50", id_="other")], same(by_words), BARE, train=False
+        ),
+    )
     assert branch == f"{some('q', 0, kept)} Answer :"
 
 
@@ -427,11 +441,11 @@ def test_a_window_without_room_for_a_token_of_the_text_is_an_error():
 @pytest.mark.parametrize("indent", ["", " ", " \n "])
 def test_an_answer_is_in_the_window_if_its_words_are_whatever_spaces_it_has(by_words, indent, answer, start, held):
     row = asks(f"{indent}{some('w', 0, 14)} ", answer=answer, start=len(indent) + start)
-    built = build_trees([row], by_words, BARE, train=True)
+    built = build_trees([row], same(by_words), BARE, train=True)
     assert built.counts["dropped_outside"] == (not held)
     assert len(built.trees) == held
     assert not held or as_words(by_words, built)[0][1][0][1] == f"{answer.strip()} </s>"
-    assert len(build_trees([row], by_words, BARE, train=False).trees) == 1
+    assert len(build_trees([row], same(by_words), BARE, train=False).trees) == 1
 
 
 @pytest.mark.parametrize(("before", "held"), [(0, True), (4, False)])
@@ -439,21 +453,21 @@ def test_spaces_in_front_of_an_answer_are_not_the_answers(by_words, before, held
     context = f"{some('w', 0, 12)}    w12 w13 w14"  # read up to w12, which is at 41, and character 44
     row = asks(context, answer=" " * before + ("w12 w13" if before else "w12"), start=41 - before)
     assert context.startswith(row.answers[0].text, row.answers[0].start)
-    assert build_trees([row], by_words, BARE, train=True).counts["dropped_outside"] == (not held)
+    assert build_trees([row], same(by_words), BARE, train=True).counts["dropped_outside"] == (not held)
 
 
 def test_no_questions_have_all_counts_too(by_words):
-    assert build_trees([], by_words, BARE, train=True) == (
+    assert build_trees([], same(by_words), BARE, train=True) == (
         Trees([], {"questions": 0, "truncated": 0, "dropped_outside": 0, "dropped_long": 0})
     )
-    assert build_trees([], by_words, BARE, train=False).counts == {"questions": 0, "truncated": 0}
+    assert build_trees([], same(by_words), BARE, train=False).counts == {"questions": 0, "truncated": 0}
 
 
 def test_an_answer_of_as_many_tokens_as_are_decoded_is_kept_with_its_eos(by_words):
     window = replace(BARE, context=40)
     for words, kept in ((15, 1), (16, 0)):
         row = asks(some("w", 0, 20), answer=some("w", 0, words))
-        built = build_trees([row], by_words, window, train=True)
+        built = build_trees([row], same(by_words), window, train=True)
         assert (len(built.trees), built.counts["dropped_long"]) == (kept, 1 - kept)
 
 
@@ -462,14 +476,14 @@ def test_every_question_is_counted_for_what_became_of_it(by_words):
     answers = {"a": (long, "w1"), "b": (long, "w40"), "c": (long, some("w", 0, 16)), "d": (long, "w41 w42"),
                "e": (short, some("w", 2, 18)), "f": (short, "w2"), "g": (short, some("w", 0, 15))}  # fmt: skip
     rows = [asks(context, answer=answer, id_=id_) for id_, (context, answer) in answers.items()]
-    built = build_trees(rows, by_words, replace(BARE, context=40), train=True)
+    built = build_trees(rows, same(by_words), replace(BARE, context=40), train=True)
     assert [[b.id for b in tree.branches] for tree in built.trees] == [["a"], ["f", "g"]]
     assert built.counts == {"questions": 7, "truncated": 4, "dropped_outside": 2, "dropped_long": 2}
 
 
 def test_only_the_first_answer_is_trained_on(by_words):
     row = replace(asks("w0 w1 w2"), answers=(Answer("w2", 6), Answer("w0", 0)))
-    assert as_words(by_words, build_trees([row], by_words, BARE, train=True))[0][1] == [(":", "w2 </s>")]
+    assert as_words(by_words, build_trees([row], same(by_words), BARE, train=True))[0][1] == [(":", "w2 </s>")]
 
 
 @pytest.mark.parametrize(
@@ -489,7 +503,10 @@ def test_chunks_start_a_stride_apart_and_leave_no_gap(by_words, words, stride, r
     window = replace(BARE, stride=stride, overflow="chunk")
     rows = [asks(some("w", 0, words))]
     assert windows(by_words, rows, window) == read.split()
-    assert build_trees(rows, by_words, window, train=False).counts == {"questions": 1, "truncated": words > 13}
+    assert build_trees(rows, same(by_words), window, train=False).counts == {
+        "questions": 1,
+        "truncated": words > 13,
+    }
 
 
 def test_a_stride_is_at_most_the_window_that_an_order_leaves(by_words):
@@ -506,16 +523,19 @@ def test_training_reads_the_first_chunk_that_holds_the_answer(by_words, answer, 
     window = replace(BARE, overflow="chunk")
     rows = [asks(some("w", 0, 30), answer=answer)]
     assert windows(by_words, rows, window, train=True) == [read]
-    assert build_trees(rows, by_words, window, train=True).counts == (
+    assert build_trees(rows, same(by_words), window, train=True).counts == (
         {"questions": 1, "truncated": 1, "dropped_outside": 0, "dropped_long": 0}
     )
 
 
 def test_questions_of_one_chunk_share_it(by_words):
     window = replace(BARE, overflow="chunk")
-    rows = [asks(some("w", 0, 18), "q0", "w1", id_="a"), asks(some("w", 0, 18), "q1", "w2", id_="b"),
-            asks(some("w", 0, 18), "q1", "w17", id_="c")]  # fmt: skip
-    trained, asked = (build_trees(rows, by_words, window, train=train).trees for train in (True, False))
+    rows = [
+        asks(some("w", 0, 18), "q0", "w1", id_="a"),
+        asks(some("w", 0, 18), "q1", "w2", id_="b"),
+        asks(some("w", 0, 18), "q1", "w17", id_="c"),
+    ]
+    trained, asked = (build_trees(rows, same(by_words), window, train=train).trees for train in (True, False))
     assert [[b.id for b in tree.branches] for tree in trained] == [["a", "b"], ["c"]]
     assert [[b.id for b in tree.branches] for tree in asked] == [["a", "b", "c"]] * 2
 
@@ -529,7 +549,7 @@ def test_texts_are_the_prompts_that_trees_are_made_of(by_words):
         ("b", "q9 Context: w1\n\nQuestion: q0\n\nAnswer:"),
     ]
     assert counts == {"questions": 2, "truncated": 1}
-    trees = build_trees(rows, by_words, BARE, train=False, options=options).trees
+    trees = build_trees(rows, same(by_words), BARE, train=False, options=options).trees
     assert [tree.prefix_ids + tree.branches[0].prompt_ids for tree in trees] == [
         by_words(t).input_ids for _, t in found
     ]
@@ -568,7 +588,7 @@ def test_a_tree_counts_its_prefix_once_and_is_split_without_loss():
     ],
 )
 def test_a_prefix_is_the_longest_that_leaves_every_branch_a_token(rows, prefix, rests):
-    tree = _tree([Branch(str(i), list(row), ["0"]) for i, row in enumerate(rows)])
+    tree = tree_of([Branch(str(i), list(row), ["0"]) for i, row in enumerate(rows)])
     assert tree == Tree(list(prefix), tuple(Branch(str(i), list(rest), ["0"]) for i, rest in enumerate(rests)))
 
 
@@ -621,20 +641,19 @@ def test_many_texts_are_encoded_by_the_thousand_with_a_bar(monkeypatch, texts, p
 
     monkeypatch.setattr(tokens, "tqdm", Bar)
     tokenizer = SimpleNamespace(backend_tokenizer=SimpleNamespace(encode_batch=encode_batch))
-    found = list(encode(tokenizer, [str(i) for i in range(texts)], progress, special=False))
+    found = list(encode(tokenizer, [str(i) for i in range(texts)], progress=progress, special=False))
     assert found == [(str(i), False) for i in range(texts)]
     assert seen[0] == (texts, "tokenise", "text", shown)
     assert seen[1:] == [1000] * (texts // 1000) + [texts % 1000] * (texts % 1000 > 0)
 
 
-@pytest.mark.parametrize("progress", [True, False])
-def test_a_progress_bar_is_shown_where_trees_are_to_be_built_with_one(by_words, monkeypatch, progress):
+def test_a_progress_bar_is_shown_where_trees_are_built_and_not_where_texts_are_cut(by_words, monkeypatch):
     monkeypatch.setattr(tokens, "MANY", 2)
     shown = []
     bar = tokens.tqdm
     monkeypatch.setattr(tokens, "tqdm", lambda disable, **rest: shown.append(not disable) or bar(disable=True, **rest))
-    build_trees([asks("w0", id_="a"), asks("w0", "q1", id_="b")], by_words, BARE, train=False, progress=progress)
-    assert shown[-1] == progress
+    build_trees([asks("w0", id_="a"), asks("w0", "q1", id_="b")], same(by_words), BARE, train=False)
+    assert shown == [False] * (len(shown) - 1) + [True]
 
 
 # ---- controls ------------------------------------------------------------------------------------------------------
@@ -667,8 +686,8 @@ def test_shots_are_questions_of_different_articles_with_their_answers_before_eve
     assert len({prompt.fingerprint(replace(options, before=b)) for b in others}) == len(others)
     shown = [e for e in train if f"Question: {e.question}\n\nAnswer: {e.answers[0].text}\n\n" in options.before]
     assert len({e.title for e in shown}) >= 2
-    plain = build_trees(dev, tokenizer, Window(), train=False)
-    built = build_trees(dev, tokenizer, Window(), train=False, options=options)
+    plain = build_trees(dev, same(tokenizer), Window(), train=False)
+    built = build_trees(dev, same(tokenizer), Window(), train=False, options=options)
     assert len(built.trees) == len(plain.trees) == 6  # shots and paragraph are read once
     before = texts_of(plain, tokenizer)
     assert all(
@@ -676,7 +695,7 @@ def test_shots_are_questions_of_different_articles_with_their_answers_before_eve
         for id_, text in texts_of(built, tokenizer).items()
     )
     n = len(tokenizer(options.before).input_ids)
-    assert prompt.beside(tokenizer, options) == n
+    assert prompt.overhead(tokenizer, options) == n
     with pytest.raises(UserError, match="shots=4: train has 3 articles"):
         prompt.fill(Prompt(shots=4), train)
 
@@ -707,20 +726,10 @@ def test_shots_need_as_many_articles_with_short_paragraphs():
         prompt.fill(Prompt(shots=3), train)
 
 
-def test_a_configuration_is_filled_with_shots_of_its_train_set(tmp_path):
-    file = squad_file(tmp_path / "train.json", 6, 3)
-    config = load("raw7b", [f"data.train={json.dumps(str(file))}", "data.train_paragraphs=1", "prompt.shots=1"])
-    filled = prompt.filled(config)
-    assert filled == replace(config, prompt=prompt.fill(config.prompt, read(str(file), "train").examples[:3]))
-    assert filled.prompt.before.count("Answer:") == 1
-    bare = load("raw7b", ["data.train=absent.json"])
-    assert prompt.filled(bare) is bare
-
-
 def test_earlier_questions_of_a_paragraph_come_with_their_answers(asked):
     dev, _, tokenizer = asked
     options = Prompt(earlier=True)
-    found = texts_of(build_trees(dev, tokenizer, Window(), train=False, options=options), tokenizer)
+    found = texts_of(build_trees(dev, same(tokenizer), Window(), train=False, options=options), tokenizer)
     first, second, third = dev[:3]
     asked_as = "\n\nQuestion: {}\n\nAnswer:"
     one = f"<s>Context: {first.context}" + asked_as.format(first.question)
@@ -733,8 +742,11 @@ def test_earlier_questions_of_a_paragraph_come_with_their_answers(asked):
 
 
 def test_earlier_answers_stand_without_their_spaces_and_a_question_without_one_too(by_words):
-    rows = [asks(some("w", 0, 14), "q0", " w1 ", id_="a"), replace(asks(some("w", 0, 14), "q1", id_="b"), answers=()),
-            asks(some("w", 0, 14), "q2", id_="c")]  # fmt: skip
+    rows = [
+        asks(some("w", 0, 14), "q0", " w1 ", id_="a"),
+        replace(asks(some("w", 0, 14), "q1", id_="b"), answers=()),
+        asks(some("w", 0, 14), "q2", id_="c"),
+    ]
     found, _ = prompt_texts(rows, by_words, BARE, Prompt(earlier=True, before="q9 "))
     one = f"q9 Context: {some('w', 0, 13)}\n\nQuestion: q0\n\nAnswer:"
     two = f"{one} w1\n\nQuestion: q1\n\nAnswer:"
@@ -742,19 +754,23 @@ def test_earlier_answers_stand_without_their_spaces_and_a_question_without_one_t
 
 
 def test_what_stands_beside_the_window_is_counted(by_words):
-    assert prompt.beside(by_words, Prompt()) == 0
-    assert prompt.beside(by_words, Prompt(before="w1 w2\n\n")) == 3  # with BOS
+    assert prompt.overhead(by_words, Prompt()) == 0
+    assert prompt.overhead(by_words, Prompt(before="w1 w2\n\n")) == 3  # with BOS
     by_words = copy.copy(by_words)
     by_words.chat_template = TEMPLATE
     around = CHAT.removesuffix("{}").replace(",", " ,").replace(".", " .").split()
-    assert prompt.beside(by_words, Prompt(chat=True)) == len(["<s>", "user", *around, "w9"])
-    assert prompt.beside(by_words, Prompt(chat=True, before="w1 w2")) == len(["<s>", "user", *around, "w1", "w2", "w9"])
+    assert prompt.overhead(by_words, Prompt(chat=True)) == len(["<s>", "user", *around, "w9"])
+    assert prompt.overhead(by_words, Prompt(chat=True, before="w1 w2")) == len(
+        ["<s>", "user", *around, "w1", "w2", "w9"]
+    )
 
 
 def test_a_chat_has_one_message_of_the_user_and_asks_for_the_models(by_words):
     by_words = copy.copy(by_words)
     by_words.chat_template = TEMPLATE
-    (tree,) = build_trees([asks("w0")], by_words, BARE, train=False, options=Prompt(chat=True, before="w1 ")).trees
+    (tree,) = build_trees(
+        [asks("w0")], same(by_words), BARE, train=False, options=Prompt(chat=True, before="w1 ")
+    ).trees
     asked = f"user {CHAT.format('w1 Context: w0')}\n\nQuestion: q0\n\nAnswer: w9"
     assert tree.prefix_ids + tree.branches[0].prompt_ids == by_words(asked, add_special_tokens=False).input_ids
 
@@ -763,7 +779,7 @@ def test_a_template_that_changes_the_text_shares_nothing(by_words):
     by_words = copy.copy(by_words)
     by_words.chat_template = TEMPLATE.replace("m.content", "m.content | replace('Context', 'context')")
     rows = [asks("w0", f"q{i}", id_=f"{i}") for i in range(2)]
-    trees = build_trees(rows, by_words, BARE, train=False, options=Prompt(chat=True)).trees
+    trees = build_trees(rows, same(by_words), BARE, train=False, options=Prompt(chat=True)).trees
     assert [[b.id for b in tree.branches] for tree in trees] == [["0"], ["1"]]
 
 
@@ -771,16 +787,16 @@ def test_a_chat_is_in_the_models_own_template(asked):
     dev, _, tokenizer = asked
     options = Prompt(chat=True)
     with pytest.raises(UserError, match="no chat template"):
-        build_trees(dev, tokenizer, Window(), train=False, options=options)
+        build_trees(dev, same(tokenizer), Window(), train=False, options=options)
     tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %} [model]"
-    built = build_trees(dev, tokenizer, Window(), train=False, options=options)
+    built = build_trees(dev, same(tokenizer), Window(), train=False, options=options)
     found = texts_of(built, tokenizer)
     e = dev[0]
     plain = prompt.text(e.context, e.question)
     assert found[e.id] == f"<s>[user] {prompt.message(plain)} [model]"
     assert found[e.id].count("<s>") == 1
     assert len(built.trees) == 6  # each paragraph once here too
-    assert prompt.beside(tokenizer, options) > 10
+    assert prompt.overhead(tokenizer, options) > 10
 
 
 def test_controls_are_of_models_as_they_are():

@@ -247,8 +247,13 @@ def test_squad_dir_stands_in_for_the_hub_and_files_win_over_it(file, tmp_path, m
 
 def row_of(e: Example) -> dict:
     texts, starts = [a.text for a in e.answers], [a.start for a in e.answers]
-    return {"id": e.id, "title": e.title, "context": e.context, "question": e.question,
-            "answers": {"text": texts, "answer_start": starts}}  # fmt: skip
+    return {
+        "id": e.id,
+        "title": e.title,
+        "context": e.context,
+        "question": e.question,
+        "answers": {"text": texts, "answer_start": starts},
+    }
 
 
 @pytest.fixture
@@ -313,10 +318,12 @@ def test_whatever_is_valid_is_read_as_it_stands(rows):
     import tempfile
 
     qas = [
-        {"context": before + answer, "qas": [{"id": f"{i}", "question": question, "answers": [
-            {"text": answer, "answer_start": len(before)}]}]}
+        {
+            "context": before + answer,
+            "qas": [{"id": f"{i}", "question": question, "answers": [{"text": answer, "answer_start": len(before)}]}],
+        }
         for i, (before, answer, question) in enumerate(rows)
-    ]  # fmt: skip
+    ]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "any.json"
         path.write_text(json.dumps({"data": [{"title": "T", "paragraphs": qas}]}))
@@ -423,9 +430,15 @@ def test_a_paragraph_is_counted_once_an_article():
 )
 def test_data_cuts_train_by_paragraphs_and_dev_by_questions(tmp_path, settings, train, dev):
     for name in ("t", "d"):
-        paragraphs = [{"context": context, "qas": [
-            {"id": f"{name}{i}", "question": "?", "answers": [{"text": "One", "answer_start": 0}]} for i in ids
-        ]} for context, ids in (("One.", (0, 1)), ("One more.", (2, 3)))]  # fmt: skip
+        paragraphs = [
+            {
+                "context": context,
+                "qas": [
+                    {"id": f"{name}{i}", "question": "?", "answers": [{"text": "One", "answer_start": 0}]} for i in ids
+                ],
+            }
+            for context, ids in (("One.", (0, 1)), ("One more.", (2, 3)))
+        ]
         (tmp_path / name).write_text(json.dumps({"data": [{"title": "T", "paragraphs": paragraphs}]}))
     data = Data(str(tmp_path / "t"), str(tmp_path / "d"), **settings)
     for split, source, ids in (("train", data.train, train), ("dev", data.dev, dev)):

@@ -1,13 +1,15 @@
-"""The stream answers what each question alone would answer, whatever its passes and its arena hold."""
+"""Batched decoding answers as each question alone, whatever the sizes of its passes and its KV cache."""
 
 import gc
 import random
 import weakref
 
+from common.config import Eval
 from common.data.trees import Branch, Tree
 from common.decode import batched
+from common.decode.answers import Task
 from common.decode.forward import Decoder, NextTokens, Pass
-from common.decode.kv_cache import BlockAllocator
+from common.decode.kv_cache import Block, BlockAllocator
 from common.errors import UserError
 from common.model.pack import build_pack
 from tests.decode.test_predict import demo_trees, system
@@ -20,9 +22,9 @@ from hypothesis import strategies as st
 STOPS = [7, 8, 9]
 
 
-def answers_of(reader, trees, **more):
-    return {a.branch.id: a for a in batched.answers(reader, trees, more.pop("stops", STOPS), more.pop("limit", 6),
-                                                   more.pop("pass_tokens", 512), **more)}  # fmt: skip
+def answers_of(decoder, trees, stops=STOPS, limit=6, pass_tokens=512, forced=None, check=lambda: None):
+    task = Task(None, stops, limit, Eval(), check, forced or {}, "")
+    return {a.branch.id: a for a in batched.answers(decoder, trees, task, pass_tokens)}
 
 
 def tokens_of(answers) -> dict[str, list[int]]:
@@ -31,83 +33,95 @@ def tokens_of(answers) -> dict[str, list[int]]:
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Every pass that is read, as it is laid out."""
+    """Every pass that is computed."""
     seen: list[Pass] = []
-    read = Decoder.read
-    monkeypatch.setattr(Decoder, "read", lambda self, new, before=None: seen.append(new) or read(self, new, before))
+    forward = Decoder.forward
+    monkeypatch.setattr(
+        Decoder, "forward", lambda self, new, previous=None: seen.append(new) or forward(self, new, previous)
+    )
     return seen
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.booleans()), max_size=60))
-def test_stretches_never_overlap_and_all_come_back(orders):
-    arena, given_out = BlockAllocator(100), []
-    for length, back in orders:
-        if back and given_out:
-            arena.give_back(*given_out.pop(random.Random(length).randrange(len(given_out))))
-        elif (start := arena.take(length)) is not None:
-            given_out.append((start, length))
+def test_blocks_never_overlap_and_all_are_freed(orders):
+    cache, allocated = BlockAllocator(100), []
+    for length, free in orders:
+        if free and allocated:
+            cache.free(allocated.pop(random.Random(length).randrange(len(allocated))))
+        elif blocks := cache.allocate(length):
+            allocated += blocks
+            assert [block.length for block in blocks] == [length]
         else:
-            assert max((n for _, n in arena.free), default=0) < length
-        used = [slot for start, n in (*given_out, *arena.free) for slot in range(start, start + n)]
+            assert max((n for _, n in cache.gaps), default=0) < length
+        used = [slot for start, n in (*allocated, *cache.gaps) for slot in range(start, start + n)]
         assert sorted(used) == list(range(100))
-    for stretch in given_out:
-        arena.give_back(*stretch)
-    assert arena.free == [(0, 100)]
+    for block in allocated:
+        cache.free(block)
+    assert cache.gaps == [(0, 100)]
+
+
+def test_blocks_are_allocated_together_or_not_at_all():
+    cache = BlockAllocator(10)
+    assert cache.allocate(3, 4) == [(0, 3), (3, 4)]
+    cache.free(Block(0, 3))
+    assert cache.allocate(3, 4) is None
+    assert cache.gaps == [(0, 3), (7, 3)]
+    assert cache.allocate(2, 3, 1) == [(0, 2), (7, 3), (2, 1)], "each in the first gap that holds it"
+    assert cache.gaps == []
 
 
 @pytest.mark.parametrize(
-    ("pass_tokens", "arena_tokens", "padded"), [(64, 4096, 700), (900, 1500, 300), (4096, 500, 500), (1000, 8192, 1000)]
+    ("pass_tokens", "cache_tokens", "padded"), [(64, 4096, 700), (900, 1500, 300), (4096, 500, 500), (1000, 8192, 1000)]
 )
-def test_answers_do_not_depend_on_passes_and_arena(tiny_base, passes, pass_tokens, arena_tokens, padded):
-    """`padded`: up to as many tokens a pass is laid out as a GPU would record it."""
+def test_answers_do_not_depend_on_passes_and_cache(tiny_base, passes, pass_tokens, cache_tokens, padded):
+    """`padded`: passes of up to so many tokens are padded as for CUDA graphs."""
     model, tokenizer = system(tiny_base)
     trees = demo_trees(tokenizer, 8)
     expected = answers_of(Decoder(model, 8192), trees, pass_tokens=8192)
     assert len({tuple(ids) for ids in tokens_of(expected).values()}) > 3
     passes.clear()
-    reader = Decoder(model, arena_tokens, padded)
-    found = answers_of(reader, trees, pass_tokens=pass_tokens)
+    decoder = Decoder(model, cache_tokens, padded)
+    found = answers_of(decoder, trees, pass_tokens=pass_tokens)
     assert tokens_of(found) == tokens_of(expected)
     assert all(found[id_].logprob == pytest.approx(answer.logprob, abs=1e-4) for id_, answer in expected.items())
-    assert reader.recorded.met
+    assert decoder.captured.seen
     assert any(len(new.ids) > padded for new in passes) == (padded == 300)
     longest = max(len(t.prefix_ids) + len(b) for t in trees for b in t.branches)
     assert max(len(new.ids) for new in passes) <= max(pass_tokens, longest)
-    assert all(slot < arena_tokens for new in passes for slot in new.slot.tolist())
+    assert all(slot < cache_tokens for new in passes for slot in new.slot.tolist())
 
 
-def said_after(path: list[int]) -> int:
-    """A model of a kind: the next token is a function of all that a token sees, in order."""
+def next_after(path: list[int]) -> int:
+    """The next token, a function of all tokens that are attended to, in order."""
     return sum((i + 1) * (token + 3) for i, token in enumerate(path)) % 23
 
 
 class Paths:
-    """Stands for a reader: its arena holds tokens in place of keys, so that what each pass sees can be looked up."""
+    """A decoder whose cache holds tokens instead of keys, so that the tokens that each pass attends to can be read."""
 
     device = torch.device("cpu")
 
-    def __init__(self, arena_tokens: int):
-        self.arena_tokens, self.arena = arena_tokens, [-1] * arena_tokens
+    def __init__(self, cache_tokens: int):
+        self.cache_tokens, self.cache = cache_tokens, [-1] * cache_tokens
 
-    def read(self, new: Pass, before: torch.Tensor | None = None) -> NextTokens:
+    def forward(self, new: Pass, previous: torch.Tensor | None = None) -> NextTokens:
         ids = [
-            before[row].item() if row >= 0 else id_
-            for row, id_ in zip(new.drawn.tolist(), new.ids.tolist(), strict=True)
+            previous[row].item() if row >= 0 else id_
+            for row, id_ in zip(new.previous_row.tolist(), new.ids.tolist(), strict=True)
         ]
         slots, positions = new.slot.tolist(), new.position.tolist()
         for slot, id_ in zip(slots, ids, strict=True):
-            self.arena[slot] = id_
+            self.cache[slot] = id_
         own, start, used, trees, prefix, prefix_used = new.reach.host
         token = []
         for row in new.keep.tolist():
             at = next(i for i in range(len(used)) if own[i] <= row < own[i + 1])
             tree = next(i for i in range(len(prefix_used)) if row - new.reach.first < trees[i + 1])
-            seen = self.arena[prefix[tree] : prefix[tree] + prefix_used[tree]] + self.arena[start[at] :][: used[at]]
+            seen = self.cache[prefix[tree] : prefix[tree] + prefix_used[tree]] + self.cache[start[at] :][: used[at]]
             assert slots[row] == start[at] + used[at] - 1
             assert positions[row] == len(seen) - 1
-            token.append(said_after(seen))
-        drawn = torch.tensor(token)
-        return NextTokens(drawn, torch.zeros(len(token)), torch.zeros(len(token), dtype=torch.bool))
+            token.append(next_after(seen))
+        return NextTokens(torch.tensor(token), torch.zeros(len(token)), torch.zeros(len(token), dtype=torch.bool))
 
 
 tokens = st.integers(0, 22)
@@ -122,27 +136,27 @@ some_trees = st.lists(
 
 
 @given(some_trees, st.integers(1, 60), st.integers(25, 90), st.integers(1, 9), st.sets(tokens, max_size=8))
-def test_any_schedule_answers_as_each_question_alone_would(shapes, pass_tokens, arena_tokens, limit, stops):
+def test_any_schedule_answers_as_each_question_alone_would(shapes, pass_tokens, cache_tokens, limit, stops):
     trees = [
         Tree(prefix, tuple(Branch(f"{t}.{b}", prompt, []) for b, prompt in enumerate(prompts)))
         for t, (prefix, prompts) in enumerate(shapes)
     ]
-    found = answers_of(Paths(arena_tokens), trees, pass_tokens=pass_tokens, limit=limit, stops=sorted(stops))
+    found = answers_of(Paths(cache_tokens), trees, pass_tokens=pass_tokens, limit=limit, stops=sorted(stops))
     assert sorted(found) == sorted(branch.id for tree in trees for branch in tree.branches)
     for tree in trees:
         for branch in tree.branches:
             path = tree.prefix_ids + branch.prompt_ids
             expected: list[int] = []
             while len(expected) < limit and not set(expected) & stops:
-                expected.append(said_after(path + expected))
+                expected.append(next_after(path + expected))
             assert found[branch.id].token_ids == expected
 
 
-def test_what_is_read_and_what_is_decoded_share_passes(tiny_base, passes):
+def test_prefill_and_decode_share_passes(tiny_base, passes):
     model, tokenizer = system(tiny_base)
     trees = demo_trees(tokenizer, 8)
     found = answers_of(Decoder(model, 8192), trees, pass_tokens=1000, stops=[], limit=4)
-    assert any((new.drawn >= 0).any() and (new.drawn < 0).any() for new in passes)
+    assert any((new.previous_row >= 0).any() and (new.previous_row < 0).any() for new in passes)
     read = sum(len(new.ids) for new in passes)
     assert read == sum(map(len, trees)) + 3 * len(found), "each paragraph once, each token but the last once"
 
@@ -156,16 +170,16 @@ def test_an_answer_that_has_ended_costs_one_token_more_at_most(tiny_base, passes
     assert len(passes) <= 2
 
 
-def test_a_script_is_what_is_drawn_and_the_rest_is_the_models(tiny_base):
+def test_forced_tokens_are_generated_and_the_rest_is_the_models(tiny_base):
     model, tokenizer = system(tiny_base)
     trees = demo_trees(tokenizer, 3)
-    reader, some = Decoder(model, 4096), trees[0].branches[0].id
-    free = answers_of(reader, trees)
-    scripted = answers_of(reader, trees, scripts={some: [20, 21, 7]})
-    assert scripted[some].token_ids == [20, 21, 7]
-    assert tokens_of({**scripted, some: free[some]}) == tokens_of(free)
-    echo = answers_of(reader, trees, scripts={some: free[some].token_ids[:2]})
-    assert tokens_of(echo) == tokens_of(free), "what it would have drawn anyway changes nothing"
+    decoder, some = Decoder(model, 4096), trees[0].branches[0].id
+    free = answers_of(decoder, trees)
+    forced = answers_of(decoder, trees, forced={some: [20, 21, 7]})
+    assert forced[some].token_ids == [20, 21, 7]
+    assert tokens_of({**forced, some: free[some]}) == tokens_of(free)
+    echo = answers_of(decoder, trees, forced={some: free[some].token_ids[:2]})
+    assert tokens_of(echo) == tokens_of(free), "forcing the most probable tokens changes nothing"
 
 
 def test_ties_are_counted(tiny_base):
@@ -178,7 +192,7 @@ def test_ties_are_counted(tiny_base):
     assert all(a.ties == 3 for a in tied.values())
 
 
-def test_a_question_that_no_arena_holds_is_named(tiny_base):
+def test_a_question_that_exceeds_the_cache_is_named(tiny_base):
     model, _ = system(tiny_base)
     tree = Tree([5] * 20, (Branch("long", [6] * 30, []),))
     with pytest.raises(UserError, match="question long takes 55 tokens, and memory is for 54"):
@@ -186,16 +200,16 @@ def test_a_question_that_no_arena_holds_is_named(tiny_base):
     assert answers_of(Decoder(model, 55), [tree])["long"].token_ids
 
 
-def test_a_readers_memory_is_given_back_without_waiting_for_a_collector(tiny_base):
+def test_a_decoders_memory_is_freed_without_the_garbage_collector(tiny_base):
     model, tokenizer = system(tiny_base)
-    reader = Decoder(model, 2048, 512)
-    answers_of(reader, demo_trees(tokenizer, 2))
-    arena, between = weakref.ref(reader.layers.keys), weakref.ref(reader.recorded.x)
+    decoder = Decoder(model, 2048, 512)
+    answers_of(decoder, demo_trees(tokenizer, 2))
+    cache, buffer = weakref.ref(decoder.layers.keys), weakref.ref(decoder.captured.x)
     gc.collect()
     gc.disable()
     try:
-        del reader
-        assert arena() is between() is None
+        del decoder
+        assert cache() is buffer() is None
     finally:
         gc.enable()
 
@@ -212,16 +226,17 @@ def test_being_asked_to_stop_ends_it_between_passes(tiny_base, passes):
     assert len(passes) == 2
 
 
-def test_a_pass_draws_what_the_model_says(tiny_base):
+def test_a_pass_generates_the_models_next_tokens(tiny_base):
     model, tokenizer = system(tiny_base)
     (tree,) = demo_trees(tokenizer, 1)
-    reader, batch = Decoder(model, 2048), build_pack([tree])
-    asked, new = batched._lay_out(reader.device, [batched._admit(tree, BlockAllocator(2048), 6, {})], [], 6)
-    assert new.ids.tolist() == batch.input_ids.tolist()
-    assert new.position.tolist() == batch.layout.position.tolist()
-    drawn = reader.read(new)
-    for a, token, logprob in zip(asked, drawn.token, drawn.logprob, strict=True):
-        ids = torch.tensor([tree.prefix_ids + a.branch.prompt_ids])
+    decoder, pack = Decoder(model, 2048), build_pack([tree])
+    task = Task(tokenizer, STOPS, 6, Eval(), lambda: None, {}, "")
+    rows, batch = batched.build_batch([], [batched.schedule(tree, BlockAllocator(2048), task)])
+    assert batch.ids == pack.input_ids.tolist()
+    assert batch.position == pack.layout.position.tolist()
+    out = decoder.forward(batch.to(decoder.device))
+    for answer, token, logprob in zip(rows, out.token, out.logprob, strict=True):
+        ids = torch.tensor([tree.prefix_ids + answer.branch.prompt_ids])
         expected = torch.log_softmax(model(input_ids=ids).logits[0, -1].float(), -1)
         assert token == expected.argmax()
         assert logprob.item() == pytest.approx(expected.max().item(), abs=1e-4)

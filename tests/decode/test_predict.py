@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.model import memory
 from common.model.load import load_base, load_tokenizer
 from common.runs import ranks
-from tests.conftest import ROOT
+from tests.conftest import ROOT, same
 from tests.model.test_pack import lora_model, trees_of
 from tests.train.test_fused import adapter_weights, first_layers
 
@@ -35,7 +35,7 @@ def system(folder):
 
 def demo_trees(tokenizer, paragraphs: int, window: Window | None = None) -> list[Tree]:
     examples = squad.first_paragraphs(squad.read(str(ROOT / "demo" / "dev.json"), "dev").examples, paragraphs)
-    return build_trees(examples, tokenizer, window or Window(), train=False).trees
+    return build_trees(examples, same(tokenizer), window or Window(), train=False).trees
 
 
 def generated(model, tokenizer, tree: Tree, branch: Branch, stops: list[int]) -> list[int]:
@@ -92,18 +92,18 @@ def test_answers_do_not_depend_on_how_trees_are_packed(tiny_base, engine):
 
 
 @pytest.mark.parametrize("engine", ["auto", "plain"])
-def test_what_is_read_together_in_parts_is_so_whoever_takes_them(tiny_base, engine, monkeypatch):
+def test_passes_of_a_part_are_the_same_whichever_rank_takes_it(tiny_base, engine, monkeypatch):
     model, tokenizer = system(tiny_base)
     trees, stops = demo_trees(tokenizer, 9), stop_tokens(tokenizer)
 
-    def read(mine: Callable[[int], bool], parts: int | None = 3) -> list[tuple[int, ...]]:
+    def passes_of(mine: Callable[[int], bool], parts: int | None = 3) -> list[tuple[int, ...]]:
         """The tokens of each pass of a rank that takes the items whose numbers are `mine`."""
         passes: list[tuple[int, ...]] = []
-        read_pass, whole = forward.Decoder.read, plain.logits
+        forward_pass, whole = forward.Decoder.forward, plain.logits
 
-        def seen(self, new, before=None):
+        def seen(self, new, previous=None):
             passes.append(tuple(new.ids.tolist()))
-            return read_pass(self, new, before)
+            return forward_pass(self, new, previous)
 
         def seen_plain(model, ids, *args, **kwargs):
             passes.append(tuple(ids.tolist()))
@@ -111,19 +111,18 @@ def test_what_is_read_together_in_parts_is_so_whoever_takes_them(tiny_base, engi
 
         with monkeypatch.context() as changed:
             changed.setattr(ranks, "take", lambda items, _: (x for i, x in enumerate(items) if mine(i)))
-            changed.setattr(forward.Decoder, "read", seen)
+            changed.setattr(forward.Decoder, "forward", seen)
             changed.setattr(plain, "logits", seen_plain)
-            answer_trees(
-                model, tokenizer, trees, stops, LIMIT, Eval(engine, pass_tokens=700, parts=parts), progress=None
-            )
+            options = Eval(engine, pass_tokens=700, parts=parts)
+            answer_trees(model, tokenizer, trees, stops, LIMIT, options, progress=None)
         return passes
 
-    alone = read(lambda i: True)
-    assert sorted(alone) == sorted(read(lambda i: i == 1) + read(lambda i: i != 1))
+    alone = passes_of(lambda i: True)
+    assert sorted(alone) == sorted(passes_of(lambda i: i == 1) + passes_of(lambda i: i != 1))
     if engine == "auto":  # the plain engine's packs are parts already
-        together = read(lambda i: True, None)
+        together = passes_of(lambda i: True, None)
         assert len(together) < len(alone)
-        assert sorted(together) != sorted(read(lambda i: i == 1, None) + read(lambda i: i != 1, None))
+        assert sorted(together) != sorted(passes_of(lambda i: i == 1, None) + passes_of(lambda i: i != 1, None))
 
 
 def test_limit_is_kept_and_reported(tiny_base):
@@ -213,7 +212,7 @@ def test_an_adapter_answers_alike_by_either_engine_and_not_as_the_base(tiny_base
         assert answer.logprob == pytest.approx(found[1][id_].logprob, abs=1e-3)
 
 
-def test_a_model_that_is_no_llama_goes_the_plain_way(tiny_base, monkeypatch):
+def test_a_model_that_is_no_llama_is_answered_by_the_plain_engine(tiny_base, monkeypatch):
     model, tokenizer = system(tiny_base)
     trees = demo_trees(tokenizer, 2)
     expected = answer_trees(model, tokenizer, trees, [], 4, progress=None)
@@ -232,7 +231,7 @@ BOTH = pytest.mark.parametrize("engine", ["auto", "plain"])
 def notes(tokenizer, context: str = NOTE) -> list[Tree]:
     """Which animal, and which place: a token and EOS, and two and EOS."""
     asked = [Example(kind, "T", context, f"Which {kind} is meant?", ()) for kind in ("animal", "place")]
-    return build_trees(asked, tokenizer, Window(), train=False).trees
+    return build_trees(asked, same(tokenizer), Window(), train=False).trees
 
 
 @BOTH
@@ -270,7 +269,7 @@ def test_the_probability_of_an_answer_is_that_of_its_stop_token_too(answering_ba
         assert max(steps[-1], torch.stack(steps).prod()) < 0.9999
 
 
-def test_tokens_that_another_ties_with_are_counted_by_the_stream(answering_base):
+def test_tokens_that_another_ties_with_are_counted_in_batches(answering_base):
     model, tokenizer = system(answering_base)
     trees, stops = notes(tokenizer), stop_tokens(tokenizer)
     (gate,) = tokenizer(" gate", add_special_tokens=False).input_ids
@@ -284,19 +283,19 @@ def test_tokens_that_another_ties_with_are_counted_by_the_stream(answering_base)
     assert (found["animal"].ties, found["place"].ties) == (0, 1)
 
 
-def test_scripts_are_what_the_stream_draws_and_the_plain_engine_refuses_them(answering_base):
+def test_forced_tokens_are_generated_in_batches_and_refused_by_the_plain_engine(answering_base):
     model, tokenizer = system(answering_base)
     trees, stops = notes(tokenizer), stop_tokens(tokenizer)
-    script = gold_ids(tokenizer, "chisel", 9)
-    found = answer_trees(model, tokenizer, trees, stops, 9, progress=None, scripts={"animal": script})
-    assert (found["animal"].text, found["animal"].token_ids) == ("chisel", script)
+    ids = gold_ids(tokenizer, "chisel", 9)
+    found = answer_trees(model, tokenizer, trees, stops, 9, progress=None, forced={"animal": ids})
+    assert (found["animal"].text, found["animal"].token_ids) == ("chisel", ids)
     assert found["place"].text == "north gate"
     assert found["animal"].logprob < -1
-    with pytest.raises(ValueError, match="follows no scripts"):
-        answer_trees(model, tokenizer, trees, stops, 9, Eval("plain"), progress=None, scripts={"animal": script})
+    with pytest.raises(ValueError, match="forces no tokens"):
+        answer_trees(model, tokenizer, trees, stops, 9, Eval("plain"), progress=None, forced={"animal": ids})
 
 
-def test_a_gold_answer_as_a_script_ends_with_eos_within_the_limit(answering_base):
+def test_the_ids_of_a_gold_answer_end_with_eos_within_the_limit(answering_base):
     tokenizer = load_tokenizer(str(answering_base))
     north, gate = tokenizer(" north gate", add_special_tokens=False).input_ids
     assert gold_ids(tokenizer, "north gate", 9) == [north, gate, 1]
@@ -308,27 +307,31 @@ def test_a_gold_answer_as_a_script_ends_with_eos_within_the_limit(answering_base
 # ---- of several windows ----------------------------------------------------------------------------------------------
 
 
-def said(id_: str, text: str, logprob: float | None, *ids: int) -> Prediction:
+def answered(id_: str, text: str, logprob: float | None, *ids: int) -> Prediction:
     return Prediction(id_, text, list(ids), logprob, False)
 
 
 @pytest.mark.parametrize(
     ("answers", "kept"),
     [
-        ([said("q", "sure", -0.1, 5), said("q", "unsure", -2.0, 9)], "sure"),
-        ([said("q", "unsure", -2.0, 9), said("q", "sure", -0.1, 5)], "sure"),
-        ([said("q", "b", -2.0, 9), said("q", "sure", -0.1, 5), said("q", "c", -3.0, 7)], "sure"),
-        ([said("q", "low", -1.0, 4, 9), said("q", "high", -1.0, 5)], "high"),  # as likely: whatever came first
-        ([said("q", "high", -1.0, 5), said("q", "low", -1.0, 4, 9)], "high"),
-        ([said("q", "early", None), said("q", "late", None)], "late"),
-        ([said("q", "early", None), said("q", "late", -9.0)], "late"),
+        ([answered("q", "sure", -0.1, 5), answered("q", "unsure", -2.0, 9)], "sure"),
+        ([answered("q", "unsure", -2.0, 9), answered("q", "sure", -0.1, 5)], "sure"),
+        ([answered("q", "b", -2.0, 9), answered("q", "sure", -0.1, 5), answered("q", "c", -3.0, 7)], "sure"),
+        ([answered("q", "low", -1.0, 4, 9), answered("q", "high", -1.0, 5)], "high"),  # as likely: whatever came first
+        ([answered("q", "high", -1.0, 5), answered("q", "low", -1.0, 4, 9)], "high"),
     ],
 )
 def test_of_a_questions_answers_the_most_probable_stays_in_whatever_order_they_come(answers, kept):
-    others = [said("z", "z", -1.0, 1), said("a", "a", -5.0, 1)]
+    others = [answered("z", "z", -1.0, 1), answered("a", "a", -5.0, 1)]
     found = merge([others[0], *answers, others[1]])
     assert list(found) == ["a", "q", "z"]
     assert {id_: answer.text for id_, answer in found.items()} == {"a": "a", "q": kept, "z": "z"}
+
+
+def test_answers_without_a_probability_are_not_merged():
+    for other in (None, -9.0):
+        with pytest.raises(AssertionError, match="one window"):
+            merge([answered("q", "early", None), answered("q", "late", other)])
 
 
 @BOTH
@@ -363,9 +366,8 @@ def test_a_prompt_and_its_answer_may_take_all_positions_and_no_more():
 
 def test_the_longest_question_of_the_largest_paragraph_decides_whether_positions_suffice(tiny_base):
     model, tokenizer = system(tiny_base)
-    trees = [
-        Tree([5] * 30, (Branch("a", [5] * 10, []), Branch("b", [5] * 4, []))), Tree([5] * 36, (Branch("c", [5], []),)),
-    ]  # fmt: skip
+    two, one = (Branch("a", [5] * 10, []), Branch("b", [5] * 4, [])), (Branch("c", [5], []),)
+    trees = [Tree([5] * 30, two), Tree([5] * 36, one)]
     model.config.max_position_embeddings = 44
     assert len(answer_trees(model, tokenizer, trees, [], 4, progress=None)) == 3
     with pytest.raises(UserError, match="40 tokens of a prompt and up to 5 of its answer"):
@@ -416,32 +418,32 @@ def test_the_plain_engines_packs_have_as_many_tokens_as_asked_for(tiny_base, mon
 
 
 @pytest.mark.parametrize("flash", [True, False])
-def test_the_streams_sizes_are_of_this_model_and_recorded_where_there_is_flash_attention(tiny_base, monkeypatch, flash):
+def test_sizes_are_of_this_model_and_passes_are_captured_with_flash_attention(tiny_base, monkeypatch, flash):
     model, _ = system(tiny_base)
     options, asked = Eval(memory_budget_gib=3), []
     monkeypatch.setattr(predict, "has_flash_attention", lambda device, dtype: flash and dtype == torch.float32)
-    monkeypatch.setattr(predict.memory, "decoding", lambda *args, **record: asked.append((args, record)) or "sizes")
+    monkeypatch.setattr(predict.memory, "decoding", lambda *args, **capture: asked.append((args, capture)) or "sizes")
     assert predict.sizes_of(model, options) == "sizes"
-    assert asked == [((options, memory.Shapes.of(model), CPU), {"record": flash})]
+    assert asked == [((options, memory.Shapes.of(model), CPU), {"capture": flash})]
 
 
-@pytest.mark.parametrize(("record", "recorded"), [(True, 77), (False, 0)])
-def test_the_stream_reads_by_its_sizes(tiny_base, monkeypatch, record, recorded):
+@pytest.mark.parametrize(("capture", "capture_tokens"), [(True, 77), (False, 0)])
+def test_batched_decoding_has_its_sizes(tiny_base, monkeypatch, capture, capture_tokens):
     model, tokenizer = system(tiny_base)
     asked: list[tuple] = []
-    monkeypatch.setattr(predict, "sizes_of", lambda model, options: memory.Decoding(77, 3000, record))
+    monkeypatch.setattr(predict, "sizes_of", lambda model, options: memory.Decoding(77, 3000, capture))
     monkeypatch.setattr(predict, "Decoder", lambda *args: asked.append(args[1:]) or forward.Decoder(args[0], args[1]))
-    passes = predict.batched.answers
-    monkeypatch.setattr(predict.batched, "answers", lambda *args: asked.append(args[4]) or passes(*args))
+    answers = predict.batched.answers
+    monkeypatch.setattr(predict.batched, "answers", lambda *args: asked.append(args[3]) or answers(*args))
     assert len(answer_trees(model, tokenizer, demo_trees(tokenizer, 1), [], 1, progress=None)) == 5
-    assert asked == [(3000, recorded), 77]
+    assert asked == [(3000, capture_tokens), 77]
 
 
 def test_progress_is_of_questions_and_of_as_many_as_there_are(tiny_base, capsys):
     model, tokenizer = system(tiny_base)
     answer_trees(model, tokenizer, demo_trees(tokenizer, 2), [], 1, progress="some work")
-    assert "some work: 100%" in (said := capsys.readouterr().err)
-    assert "10/10" in said
+    assert "some work: 100%" in (shown := capsys.readouterr().err)
+    assert "10/10" in shown
     answer_trees(model, tokenizer, demo_trees(tokenizer, 2), [], 1, progress=None)
     assert capsys.readouterr().err == ""
 

@@ -26,10 +26,8 @@ def url(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     command = [str(Path(sys.executable).with_name("transformers")), "serve", "--host", "127.0.0.1", "--port", str(port)]
     with log.open("w") as file:
-        server = subprocess.Popen(
-            [*command, "--device", "cpu", "--dtype", "float32"], stdout=file, stderr=file,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
+        command += ["--device", "cpu", "--dtype", "float32"]
+        server = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:
         end = time.monotonic() + 120
         while True:
@@ -55,10 +53,8 @@ def predictions(capsys) -> tuple[dict, dict[str, str]]:
 
 @pytest.mark.parametrize("order", ["context", "both"])
 def test_a_server_answers_as_the_model_here_does(url, smollm2_base, tmp_path, capsys, order):
-    same = [
-        f"data.dev={ROOT / 'demo' / 'dev.json'}", "data.dev_questions=12", f"window.tokenizer={smollm2_base}",
-        f"prompt.order={order}", f"runs={tmp_path}",
-    ]  # fmt: skip
+    same = [f"data.dev={ROOT / 'demo' / 'dev.json'}", "data.dev_questions=12", f"window.tokenizer={smollm2_base}"]
+    same += [f"prompt.order={order}", f"runs={tmp_path}"]
     # its threads share one model, so one request at a time
     eval_loop.main(["api8b", f"api.url={url}", f"base.path={smollm2_base}", "api.concurrency=1", *same])
     there, texts_there = predictions(capsys)

@@ -5,14 +5,16 @@ from types import SimpleNamespace
 
 from common.config import Eval, Prompt, Window
 from common.data.squad import Example
+from common.data.tokens import Tokenizers
 from common.decode import single
 from common.decode.answers import Generation, stop_tokens
 from common.decode.drafts import draft_from
 from common.decode.forward import NextTokens, Pass
 from common.decode.plain import Plain
-from common.decode.single import DRAFT, Single
+from common.decode.single import DRAFT_TOKENS, Single
 from common.errors import UserError
 from common.model.load import load_tokenizer
+from tests.conftest import same
 from tests.decode.test_predict import LIMIT, NOTE, demo_trees, notes, system, truth
 
 import pytest
@@ -22,8 +24,8 @@ from hypothesis import strategies as st
 
 
 def questions(tokenizer, paragraphs: int):
-    return [(tree, branch, tree.prefix_ids + branch.prompt_ids) for tree in demo_trees(tokenizer, paragraphs)
-            for branch in tree.branches]  # fmt: skip
+    trees = demo_trees(tokenizer, paragraphs)
+    return [(tree, branch, tree.prefix_ids + branch.prompt_ids) for tree in trees for branch in tree.branches]
 
 
 def test_every_answer_equals_generate_token_for_token(tiny_base):
@@ -46,7 +48,7 @@ def test_log_probability_is_that_of_the_tokens_whatever_was_drafted(tiny_base):
         assert answer.logprob == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("draft", [[], [1] * DRAFT, "right", "half right"])
+@pytest.mark.parametrize("draft", [[], [1] * DRAFT_TOKENS, "right", "half right"])
 def test_drafts_change_the_number_of_passes_and_nothing_else(tiny_base, monkeypatch, draft):
     model, tokenizer = system(tiny_base)
     engine, limit = Single(model, [], 20, 600), 20
@@ -69,25 +71,25 @@ def test_drafts_change_the_number_of_passes_and_nothing_else(tiny_base, monkeypa
     assert len(ticks) == found.passes
     counts = found.passes, found.drafted, found.accepted
     if draft == "right":
-        assert counts == (3, 15 + 2, 15 + 2)  # a token; 15 and one more; with room for three, two and one more
+        assert counts == (3, 15 + 2, 15 + 2)  # a token; 15 and one more; then at most three: two and one more
     if draft == "half right":  # a draft is twice as long as what was right of the last one, and one more
         assert counts == (6, 15 + 7 + 7 + 6 + 2, 3 + 3 + 3 + 3 + 2)
-    if draft == [1] * DRAFT:
+    if draft == [1] * DRAFT_TOKENS:
         assert counts == (20, 15 + 17, 0)  # after one that was all wrong, one token is tried at a time
     if not draft:
         assert counts == (20, 0, 0)
 
 
-def test_a_script_is_what_is_drawn(tiny_base):
+def test_forced_tokens_are_generated(tiny_base):
     model, tokenizer = system(tiny_base)
     _, _, prompt = questions(tokenizer, 1)[0]
     stop = tokenizer.eos_token_id
     span = prompt[10:19]
-    found = Single(model, [stop], 32, 600).answer(prompt, script=[*span, stop])
+    found = Single(model, [stop], 32, 600).answer(prompt, forced=[*span, stop])
     assert found.token_ids == [*span, stop]
     assert found.passes < len(span), "spans of the prompt are drafted"
     assert found.accepted > 0
-    only_first = Single(model, [stop], 4, 600).answer(prompt, script=[77])
+    only_first = Single(model, [stop], 4, 600).answer(prompt, forced=[77])
     assert only_first.token_ids[0] == 77
     assert len(only_first.token_ids) <= 4
 
@@ -101,23 +103,24 @@ def test_a_prompt_that_is_too_long_is_refused(tiny_base):
             engine.answer([5] * length)
 
 
-def test_padding_changes_nothing_and_is_kept_apart(tiny_base):
-    """As a graph has it, on a CPU."""
+def test_padding_changes_nothing_and_has_a_slot_of_its_own(tiny_base):
+    """As in a graph, on a CPU."""
     model, tokenizer = system(tiny_base)
     _, _, prompt = questions(tokenizer, 1)[0]
     engine = Single(model, [], 4, len(prompt) + 60)
-    reader, unused = engine.reader, engine.reader.arena_tokens - 1
-    reader.layers.keys.fill_(torch.nan)
-    reader.layers.values.fill_(torch.nan)
-    n, drawn = len(prompt), []
-    for new, before, padded in ((prompt, 0, n), ([5, 6, 7], n, 3), (prompt, 0, n + 20), ([5, 6, 7], n, DRAFT + 1)):
-        lists = single._lists(new, before, [], padded, 3 if before else 1, unused)
-        drawn.append(reader.read(Pass.on(reader.device, lists, len(new))))
-    for plain, with_padding in zip(drawn[:2], drawn[2:], strict=True):
+    decoder, unused = engine.decoder, engine.decoder.cache_tokens - 1
+    decoder.layers.keys.fill_(torch.nan)
+    decoder.layers.values.fill_(torch.nan)
+    n, outputs = len(prompt), []
+    passes = ((prompt, 0, n), ([5, 6, 7], n, 3), (prompt, 0, n + 20), ([5, 6, 7], n, DRAFT_TOKENS + 1))
+    for new, cached, padded in passes:
+        batch = single._batch(new, cached, [], padded, 3 if cached else 1, unused)
+        outputs.append(decoder.forward(batch.to(decoder.device)))
+    for plain, with_padding in zip(outputs[:2], outputs[2:], strict=True):
         assert torch.equal(plain.token, with_padding.token)
         torch.testing.assert_close(plain.logprob, with_padding.logprob)
-    assert reader.layers.keys[:, n + 3 : unused].isnan().all()
-    assert not reader.layers.keys[:, : n + 3].isnan().any()
+    assert decoder.layers.keys[:, n + 3 : unused].isnan().all()
+    assert not decoder.layers.keys[:, : n + 3].isnan().any()
 
 
 ids = st.lists(st.integers(0, 6), min_size=1, max_size=40)
@@ -199,35 +202,39 @@ def test_single_queries_count_tokens_that_another_ties_with(answering_base):
     assert (engine.answer(animal).ties, engine.answer(place).ties) == (0, 1)
 
 
-def test_the_plain_engine_follows_no_script(answering_base):
+def test_the_plain_engine_forces_no_tokens(answering_base):
     model, tokenizer = system(answering_base)
-    with pytest.raises(ValueError, match="follows no scripts"):
-        Plain(model, [1], 4).answer(prompts(tokenizer)[0], script=[5])
+    with pytest.raises(ValueError, match="forces no tokens"):
+        Plain(model, [1], 4).answer(prompts(tokenizer)[0], forced=[5])
 
 
 @pytest.mark.parametrize(
-    ("window", "beside", "most"),
+    ("window", "overhead", "most"),
     [
         (Window(context=300, question=50, answer=16), 0, 366),
         (Window(context=300, question=50, answer=16), 7, 373),
         (Window(context=300, question=50, answer=16, tokenizer="another"), 7, 2 * 366 + 7),
     ],
 )
-def test_an_engine_has_room_for_its_window_and_what_stands_beside_it(tiny_base, window, beside, most):
+def test_an_engine_has_capacity_for_its_window_and_overhead(tiny_base, window, overhead, most):
     model, _ = system(tiny_base)
-    engine = single.engine(model, [1], window, Eval(), beside)
-    assert (engine.limit, engine.most_prompt, engine.stops) == (16, most - 16, {1})
-    assert engine.reader.arena_tokens == most + DRAFT + 1
-    assert isinstance(single.engine(model, [1], window, Eval("plain"), beside), Plain)
+    engine = single.engine(model, [1], window, Eval(), overhead)
+    assert (engine.limit, engine.most_prompt, engine.stop_tokens) == (16, most - 16, {1})
+    assert engine.decoder.cache_tokens == most + DRAFT_TOKENS + 1
+    assert isinstance(single.engine(model, [1], window, Eval("plain"), overhead), Plain)
     model.config.hidden_act = "gelu"
-    assert isinstance(single.engine(model, [1], window, Eval(), beside), Plain)
+    assert isinstance(single.engine(model, [1], window, Eval(), overhead), Plain)
 
 
 # ---- end to end ------------------------------------------------------------------------------------------------------
 
 
+def config_of(window: Window | None = None, prompt: Prompt = Prompt()) -> SimpleNamespace:
+    return SimpleNamespace(window=window or Window(), prompt=prompt)
+
+
 class Answers:
-    """An engine that answers what it is told to, one prompt after the other."""
+    """An engine with given answers, one prompt after the other."""
 
     def __init__(self, *answers: tuple[float, list[int]], positions: int = 1000):
         self.answers = [Generation(ids, logprob) for logprob, ids in answers]
@@ -244,7 +251,7 @@ class Answers:
     [
         ([(-3.0, [7]), (-0.5, [8]), (-2.0, [9])], [8, 9, 7]),
         ([(-0.5, [8]), (-2.0, [9]), (-3.0, [7])], [8, 9, 7]),
-        ([(-1.0, [7]), (-1.0, [9]), (-1.0, [8])], [9, 8, 7]),  # as likely: as `decode.merge` has it
+        ([(-1.0, [7]), (-1.0, [9]), (-1.0, [8])], [9, 8, 7]),  # as likely: as `chunks.merge` decides
     ],
 )
 def test_of_several_windows_the_most_probable_answer_comes_first(answering_base, answers, order):
@@ -253,7 +260,7 @@ def test_of_several_windows_the_most_probable_answer_comes_first(answering_base,
     example = Example("asked", "", context, "Which?", ())
     window = Window(context=64, stride=40, answer=16, overflow="chunk")
     engine = Answers(*answers, *[(-9.0, [5])] * 9)
-    text, found, cut = single.ask(engine, tokenizer, example, window)
+    text, found, cut = single.ask(engine, same(tokenizer), example, config_of(window))
     assert [answer.token_ids[0] for answer in found[:3]] == order
     assert len(found) == len(engine.asked) > 3
     assert text == tokenizer.decode([order[0]]).strip()
@@ -261,129 +268,126 @@ def test_of_several_windows_the_most_probable_answer_comes_first(answering_base,
 
 
 def test_a_query_is_its_prompt_and_is_answered_as_asked(answering_base):
-    tokenizer = load_tokenizer(str(answering_base))
+    tokenizers = same(load_tokenizer(str(answering_base)))
     example, engine = Example("asked", "", NOTE, "Which animal is meant?", ()), Answers((-1.0, [9]))
     tick = [].append
-    options = Prompt(before="Before. ")
-    said, (answer,), cut = single.ask(engine, tokenizer, example, Window(), None, [5], True, tick, options)
-    ((ids, script, to_the_limit, ticked),) = engine.asked
-    assert tokenizer.decode(ids) == f"<s>Before. Context: {NOTE}\n\nQuestion: Which animal is meant?\n\nAnswer:"
-    assert (script, to_the_limit, ticked) == ([5], True, tick)
-    assert (said, answer.token_ids, cut) == (tokenizer.decode([9]).strip(), [9], False)
-    single.ask(engine := Answers((-1.0, [9])), tokenizer, example, Window())
+    config = config_of(prompt=Prompt(before="Before. "))
+    text, (answer,), cut = single.ask(engine, tokenizers, example, config, [5], True, tick)
+    ((ids, forced, to_the_limit, ticked),) = engine.asked
+    assert tokenizers.own.decode(ids) == f"<s>Before. Context: {NOTE}\n\nQuestion: Which animal is meant?\n\nAnswer:"
+    assert (forced, to_the_limit, ticked) == ([5], True, tick)
+    assert (text, answer.token_ids, cut) == (tokenizers.own.decode([9]).strip(), [9], False)
+    single.ask(engine := Answers((-1.0, [9])), tokenizers, example, config_of())
     assert engine.asked[0][1:3] == (None, False)
 
 
 def test_the_windows_tokenizer_cuts_the_context(answering_base, tiny_base):
-    tokenizer, cutter = (load_tokenizer(str(base)) for base in (answering_base, tiny_base))
-    example, window = Example("asked", "", "zebra " * 30, "Which?", ()), Window(context=40, stride=40)
+    tokenizer, other = (load_tokenizer(str(base)) for base in (answering_base, tiny_base))
+    example, config = Example("asked", "", "zebra " * 30, "Which?", ()), config_of(Window(context=40, stride=40))
     by_own, by_other = Answers((-1.0, [9])), Answers((-1.0, [9]))
-    assert single.ask(by_own, tokenizer, example, window)[2]
-    assert single.ask(by_other, tokenizer, example, window, cutter)[2]
+    assert single.ask(by_own, same(tokenizer), example, config)[2]
+    assert single.ask(by_other, Tokenizers(tokenizer, other), example, config)[2]
     asked = [tokenizer.decode(engine.asked[0][0]).count("zebra") for engine in (by_own, by_other)]
     assert asked[0] != asked[1]
 
 
 def test_a_query_beyond_the_models_positions_is_refused(answering_base):
-    tokenizer = load_tokenizer(str(answering_base))
+    tokenizers = same(load_tokenizer(str(answering_base)))
     example = Example("asked", "", NOTE, "Which animal is meant?", ())
-    n = len(prompts(tokenizer)[0])
-    single.ask(Answers((-1.0, [9]), positions=n + 32), tokenizer, example, Window())
+    n = len(prompts(tokenizers.own)[0])
+    single.ask(Answers((-1.0, [9]), positions=n + 32), tokenizers, example, config_of())
     with pytest.raises(
         UserError, match=rf"^{n} tokens of a prompt and up to 32 of its answer.*: lower window\.context"
     ):
-        single.ask(Answers((-1.0, [9]), positions=n + 31), tokenizer, example, Window())
-    windows = Window(context=64, stride=40, answer=16, overflow="chunk")
-    example = Example(
-        "asked", "", " ".join(f"Sentence {i} says nothing." for i in range(14)), "Which animal is meant?", ()
-    )
-    single.ask(engine := Answers(*[(-1.0, [9])] * 9), tokenizer, example, windows)
+        single.ask(Answers((-1.0, [9]), positions=n + 31), tokenizers, example, config_of())
+    windows = config_of(Window(context=64, stride=40, answer=16, overflow="chunk"))
+    context = " ".join(f"Sentence {i} says nothing." for i in range(14))
+    example = Example("asked", "", context, "Which animal is meant?", ())
+    single.ask(engine := Answers(*[(-1.0, [9])] * 9), tokenizers, example, windows)
     n = max(len(ids) for ids, *_ in engine.asked)
     assert n > min(len(ids) for ids, *_ in engine.asked)
-    single.ask(Answers(*[(-1.0, [9])] * 9, positions=n + 16), tokenizer, example, windows)
+    single.ask(Answers(*[(-1.0, [9])] * 9, positions=n + 16), tokenizers, example, windows)
     with pytest.raises(UserError, match=rf"^{n} tokens of a prompt and up to 16"):
-        single.ask(Answers(*[(-1.0, [9])] * 9, positions=n + 15), tokenizer, example, windows)
+        single.ask(Answers(*[(-1.0, [9])] * 9, positions=n + 15), tokenizers, example, windows)
 
 
 # ---- graphs, imitated on a CPU ---------------------------------------------------------------------------------------
 
 
-def test_passes_are_recorded_for_a_few_lengths_the_largest_first_and_the_shortest_that_fits_is_replayed(
+def test_passes_are_captured_for_a_few_lengths_the_longest_first_and_the_shortest_that_fits_is_replayed(
     answering_base, monkeypatch
 ):
     model, tokenizer = system(answering_base)
     stops, used = stop_tokens(tokenizer), []
 
-    class Recorded:
-        """A pass as the graph has it: padded, with one draw or one after each token."""
+    class Captured:
+        """A pass as the graph computes it: padded, with the next token of the last token or of each."""
 
-        def __init__(self, reader, length, asks, pool):
-            self.reader, self.length, self.asks = reader, length, asks
-            self.graph = SimpleNamespace(pool=lambda: f"pool of {length}")
-            recorded.append((length, asks, pool))
+        def __init__(self, decoder, length, asks, capture):
+            self.decoder, self.length, self.asks = decoder, length, asks
+            assert capture.func is torch.cuda.graph
+            captured.append((length, asks, capture.keywords["pool"]))
 
-        def __call__(self, new, before, forced):
-            used.append((self.length, len(new), before > 0))
-            lists = single._lists(new, before, forced, self.length, self.asks, self.reader.arena_tokens - 1)
-            return self.reader.read(Pass.on(self.reader.device, lists, len(new))).to_host()
+        def __call__(self, new, cached, forced):
+            used.append((self.length, len(new), cached > 0))
+            batch = single._batch(new, cached, forced, self.length, self.asks, self.decoder.cache_tokens - 1)
+            return self.decoder.forward(batch.to(self.decoder.device)).to_host()
 
-    recorded: list[tuple] = []
-    monkeypatch.setattr(single, "_Recorded", Recorded)
+    captured: list[tuple] = []
+    monkeypatch.setattr(single, "_Captured", Captured)
     monkeypatch.setattr(single, "has_flash_attention", lambda device, dtype: True)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", iter(["one pool"]).__next__)
     engine = Single(model, stops, 9, 209)
-    assert recorded == [
-        (200, 1, None), (192, 1, "pool of 200"), (128, 1, "pool of 192"), (64, 1, "pool of 128"),
-        (1, 1, "pool of 64"), (16, 16, "pool of 64"),
-    ]  # fmt: skip
-    script = [*tokenizer(" north gate", add_special_tokens=False).input_ids, 1]
+    lengths = [(200, 1), (192, 1), (128, 1), (64, 1), (1, 1), (16, 16)]
+    assert captured == [(*length, "one pool") for length in lengths]
+    forced = [*tokenizer(" north gate", add_special_tokens=False).input_ids, 1]
     prompt = prompts(tokenizer)[1]
-    assert engine.answer(prompt).token_ids == script
+    assert engine.answer(prompt).token_ids == forced
     assert used[0] == (next(n for n in (64, 128, 192) if n >= len(prompt)), len(prompt), False)
-    assert all(length == (1 if n == 1 else 16) for length, n, before in used if before)
+    assert all(length == (1 if n == 1 else 16) for length, n, cached in used if cached)
     assert len(used) > 1
     used.clear()
     engine.answer([5] * 64)
     engine.answer([5] * 65)
     assert [n for n in used if not n[2]] == [(64, 64, False), (128, 65, False)]
     monkeypatch.setattr(single, "has_flash_attention", lambda device, dtype: False)
-    assert Single(model, stops, 9, 209).prompts == []
+    assert Single(model, stops, 9, 209).prompt_graphs == []
 
 
-def test_a_graph_is_recorded_of_a_padded_pass_and_replayed_with_another(monkeypatch):
+def test_a_graph_is_captured_of_a_padded_pass_and_replayed_with_another(monkeypatch):
     done: list[str] = []
     passes: list[Pass] = []
-    drawn = NextTokens(torch.tensor([7]), torch.tensor([-0.5]), torch.tensor([False]))
+    out = NextTokens(torch.tensor([7]), torch.tensor([-0.5]), torch.tensor([False]))
 
-    def read(new: Pass) -> NextTokens:
+    def forward(new: Pass) -> NextTokens:
         passes.append(new)
-        done.append("read")
-        return drawn
+        done.append("forward")
+        return out
 
-    def recording(graph, pool):
-        done.append(f"recording in {pool}")
+    def capture(graph):
+        done.append("capture")
         return contextlib.nullcontext()
 
-    reader = SimpleNamespace(arena_tokens=50, device=torch.device("cpu"), read=read)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("give back"))
+    decoder = SimpleNamespace(cache_tokens=50, device=torch.device("cpu"), forward=forward)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty cache"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: done.append("replay")))
-    monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    found = single._Recorded(reader, 4, 2, "a pool")
-    assert done == ["read", "wait", "give back", "recording in a pool", "read"]
+    captured = single._Captured(decoder, 4, 2, capture)
+    assert done == ["forward", "synchronize", "empty cache", "capture", "forward"]
     first, second = passes
     assert first is second
     assert first.ids.tolist() == [0] * 4
     assert first.position.tolist() == [0, 1, 2, 3]
     assert first.keep.tolist() == [0, 1]
     assert (first.reach.host[2], first.reach.first) == ([50], 4)  # as many keys as there may be
-    out = found([7, 8, 9], 5, [3])
+    found = captured([7, 8, 9], 5, [3])
     assert done[-1] == "replay"
-    assert first.ids.tolist() == [7, 8, 9, 0]  # what was recorded is of the same memory
+    assert first.ids.tolist() == [7, 8, 9, 0]  # the captured tensors hold the new pass
     assert first.position.tolist() == [5, 6, 7, 0]
     assert first.slot.tolist() == [5, 6, 7, 49]
     assert first.forced.tolist() == [3, -1]
-    assert (out.token.tolist(), out.logprob.tolist(), out.tie.tolist()) == ([7], [-0.5], [False])
+    assert (found.token.tolist(), found.logprob.tolist(), found.tie.tolist()) == ([7], [-0.5], [False])
 
 
 # ---- drafts, by hand -------------------------------------------------------------------------------------------------
@@ -409,7 +413,7 @@ def test_drafts_are_what_follows_the_longest_match_of_up_to_four_tokens(prompt, 
     assert draft_from(prompt, tokens, most) == draft
 
 
-def test_a_rare_word_of_the_question_says_more_than_a_common_one():
+def test_a_rare_word_of_the_question_weighs_more_than_a_common_one():
     common, rare, gap, asked = 30, 31, [0] * 60, [99] * 20
     by_common = [5, common, 1, 22]
     by_rare = [5, rare, 1, 23]
@@ -434,11 +438,12 @@ def test_tokens_near_a_place_are_those_of_24_on_either_side():
     assert draft_from(prompt(25), [1], 1) == [21]
 
 
-def test_a_pass_of_one_stretch_is_laid_out_by_hand():
-    assert single._lists([7, 8], 5, [9], 4, 2, 99) == {
-        "ids": [7, 8, 0, 0], "drawn": [-1] * 4, "position": [5, 6, 0, 0], "slot": [5, 6, 99, 99],
-        "keep": [0, 1], "forced": [9, -1], "own": [0, 2], "own_start": [0, 0], "own_used": [7],
-        "trees": [0], "prefix_start": [0], "prefix_used": [],
-    }  # fmt: skip
-    assert single._lists([7, 8, 9], 0, [], 3, 1, 99)["keep"] == [2]
-    assert single._lists([7, 8, 9], 0, [], 3, 1, 99)["forced"] == [-1]
+def test_a_pass_of_one_block_by_hand():
+    assert vars(single._batch([7, 8], 5, [9], 4, 2, 99)) == {
+        **{"ids": [7, 8, 0, 0], "previous_row": [-1] * 4, "position": [5, 6, 0, 0], "slot": [5, 6, 99, 99]},
+        **{"keep": [0, 1], "forced": [9, -1]},
+        **{"own": [0, 2], "own_start": [0, 0], "own_used": [7]},
+        **{"trees": [0], "prefix_start": [0], "prefix_used": []},
+    }
+    assert single._batch([7, 8, 9], 0, [], 3, 1, 99).keep == [2]
+    assert single._batch([7, 8, 9], 0, [], 3, 1, 99).forced == [-1]

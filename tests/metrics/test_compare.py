@@ -158,12 +158,20 @@ def dev(tmp_path):
     """Three questions of article P and two of article Q, which all ask for `red stone`."""
     context = "the red stone"
     data = [
-        {"title": title, "paragraphs": [{"context": context, "qas": [
-            {"id": f"{title}{i}", "question": "?", "answers": [{"text": "red stone", "answer_start": 4}]}
-            for i in range(n)
-        ]}]}
+        {
+            "title": title,
+            "paragraphs": [
+                {
+                    "context": context,
+                    "qas": [
+                        {"id": f"{title}{i}", "question": "?", "answers": [{"text": "red stone", "answer_start": 4}]}
+                        for i in range(n)
+                    ],
+                }
+            ],
+        }
         for title, n in (("P", 3), ("Q", 2))
-    ]  # fmt: skip
+    ]
     (tmp_path / "dev.json").write_text(json.dumps({"data": data}))
     return tmp_path / "dev.json"
 

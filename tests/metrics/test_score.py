@@ -97,9 +97,14 @@ def test_a_missing_id_scores_zero_and_stays_in_n_and_an_unknown_one_is_ignored()
     examples = [question("a", "one"), question("b", "two three"), question("c", "four")]
     result = score(examples, {"a": "One.", "b": "two", "x": "four", "y": "one", "z": ""})
     assert result == module.Score(
-        em=pytest.approx(100 / 3), f1=pytest.approx(100 * (1 + 2 / 3) / 3), n=3, missing=1, unknown=3,
-        correct={"a": True, "b": False, "c": False}, overlap={"a": 1.0, "b": pytest.approx(2 / 3), "c": 0.0},
-    )  # fmt: skip
+        em=pytest.approx(100 / 3),
+        f1=pytest.approx(100 * (1 + 2 / 3) / 3),
+        n=3,
+        missing=1,
+        unknown=3,
+        correct={"a": True, "b": False, "c": False},
+        overlap={"a": 1.0, "b": pytest.approx(2 / 3), "c": 0.0},
+    )
 
 
 def test_an_empty_prediction_of_an_article_matches_but_has_no_overlap_and_is_not_missing():

@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 from common.data.trees import Branch, Tree
-from common.device import has_flash_attention
+from common.device import has_flash_attention, has_nf4_kernels
 from common.model import attention
 from common.model.pack import build_pack
 from common.model.tree_mask import visible
@@ -53,7 +53,7 @@ def test_spans_are_where_the_tokens_are(shapes):
     batch = build_pack(trees_of(shapes))
     spans, layout = batch.spans, batch.layout
     assert spans.starts == tuple(x.tolist() for x in (spans.own, spans.prefix, spans.branches))
-    assert spans.shared.tolist() == (layout.branch == 0).tolist() == (~spans.shares).tolist()
+    assert spans.in_prefix.tolist() == (layout.branch == 0).tolist() == (~spans.in_branch).tolist()
     for starts, key in ((spans.own, layout.tree * 1000 + layout.branch), (spans.branches, layout.tree)):
         for a, b in pairwise(starts):
             assert len(key[a:b].unique()) == 1
@@ -61,7 +61,7 @@ def test_spans_are_where_the_tokens_are(shapes):
 
 
 @st.composite
-def stretches(draw):
+def cached_trees(draw):
     """Trees: tokens of the prefix, how many of them are new, and for each branch tokens before and new ones."""
     trees = []
     for _ in range(draw(st.integers(1, 4))):
@@ -73,7 +73,7 @@ def stretches(draw):
 
 
 def reach_of(trees) -> tuple[attention.Reach, torch.Tensor, torch.Tensor]:
-    """(reach, the slot [T] of every new token, whether it sees each of the arena's slots [T, A]); gaps between."""
+    """(reach, the slot [T] of every new token, whether it attends to each slot [T, S] of the cache); gaps between."""
     at, places = 3, []  # tree: start, then each branch's
     for prefix, _, branches in trees:
         starts = [at]
@@ -108,15 +108,15 @@ def reach_of(trees) -> tuple[attention.Reach, torch.Tensor, torch.Tensor]:
     return attention.Reach(*tensors, host, first), torch.tensor(slots), torch.tensor(seen)
 
 
-@given(stretches())
-def test_new_tokens_see_their_own_stretch_and_their_prefix(trees):
+@given(cached_trees())
+def test_new_tokens_attend_to_their_own_block_and_their_prefix(trees):
     reach, slots, seen = reach_of(trees)
     torch.manual_seed(0)
     keys, values = (torch.randn(seen.shape[1], 2, 8, dtype=torch.float64) for _ in range(2))
     q = torch.randn(len(slots), 4, 8, dtype=torch.float64)
     wide = (x.transpose(0, 1)[None] for x in (q, keys, values))
     expected = F.scaled_dot_product_attention(*wide, attn_mask=seen[None, None], enable_gqa=True)[0].transpose(0, 1)
-    torch.testing.assert_close(attention.over_arena(q, keys, values, reach), expected)
+    torch.testing.assert_close(attention.over_cache(q, keys, values, reach), expected)
 
 
 def halves() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
@@ -131,15 +131,15 @@ def halves() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
 
 def test_two_sets_of_keys_join_to_the_whole():
     parts, whole, _ = halves()
-    torch.testing.assert_close(attention._joined(*parts), whole)
+    torch.testing.assert_close(attention._join(*parts), whole)
 
 
 def test_two_parts_join_to_the_whole():
-    """`_join` with the log-sum-exps of each part is attention over both."""
+    """`_join_branches` with the log-sum-exps of each part is attention over both."""
     parts, whole, whole_lse = halves()
     some = torch.tensor([True, True, False, True, False])[:, None]
-    shared = torch.tensor([False, False, True, False, False])[:, None]
-    joined, both = attention._join(*parts, some, shared)
+    in_prefix = torch.tensor([False, False, True, False, False])[:, None]
+    joined, both = attention._join_branches(*parts, some, in_prefix)
     torch.testing.assert_close(joined[some[:, 0]], whole[some[:, 0]])
     torch.testing.assert_close(both[some[:, 0]], whole_lse[some[:, 0]])
     torch.testing.assert_close(joined[2], parts[0][2])
@@ -150,13 +150,25 @@ def test_two_parts_join_to_the_whole():
 def test_what_was_in_memory_under_padding_goes_nowhere(where):
     garbage = torch.full((3, 1, 2), torch.nan)
     good = torch.ones(3, 1, 2)
-    shares, shared = (torch.tensor(x)[:, None, None] for x in ([False, True, False], [True, False, False]))
-    own = torch.where(shares | shared, good, garbage)
-    over_q, over_k = torch.where(shares, good, garbage), torch.where(shared, good, garbage)
-    d_q, d_k, _ = attention._add_where(own, own, own, over_q, over_k, over_k, shares, shared)
+    in_branch, in_prefix = (torch.tensor(x)[:, None, None] for x in ([False, True, False], [True, False, False]))
+    own = torch.where(in_branch | in_prefix, good, garbage)
+    over_q, over_k = torch.where(in_branch, good, garbage), torch.where(in_prefix, good, garbage)
+    d_q, d_k, _ = attention._add_gradients(own, own, own, over_q, over_k, over_k, in_branch, in_prefix)
     expected = {"d_q": [1, 2, 0], "d_k": [2, 1, 0]}[where]
     assert {"d_q": d_q, "d_k": d_k}[where][:, 0, 0].tolist() == expected
 
 
-def test_flash_is_for_16_bit_numbers_on_a_gpu():
-    assert not has_flash_attention(torch.device("cpu"), torch.bfloat16)
+@pytest.mark.parametrize("has", [has_flash_attention, has_nf4_kernels])
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "expected"),
+    [
+        ("cpu", torch.bfloat16, (9, 0), False),
+        ("cuda", torch.float32, (9, 0), False),
+        ("cuda", torch.float16, (7, 5), False),
+        ("cuda", torch.float16, (8, 0), True),
+        ("cuda", torch.bfloat16, (8, 6), True),
+    ],
+)
+def test_kernels_are_for_16_bit_numbers_on_a_gpu_from_ampere_on(monkeypatch, has, device, dtype, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert has(torch.device(device), dtype) == expected

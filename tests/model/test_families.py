@@ -25,11 +25,21 @@ from transformers import (
 )
 
 SIZES = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 16,
     "initializer_range": 0.2,
-}  # fmt: skip
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 256}  # fmt: skip
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
 FAMILIES = {  # configuration, whether the tokenizer adds BOS, the engine
     "llama-2": (LlamaConfig(**SIZES, num_key_value_heads=4), True, "stream"),
     "llama-3": (LlamaConfig(**SIZES, num_key_value_heads=2, rope_parameters=LLAMA3), True, "stream"),

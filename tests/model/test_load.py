@@ -7,13 +7,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from common.config import Api, Base, Config, Lora, Window, load
+from common.data.tokens import Tokenizers
 from common.decode import predict
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.model import load as module
 from common.model.load import (
     PROBE,
     AutoTokenizer,
-    _first_line,
     add_lora,
     compute_dtype,
     load_adapter,
@@ -180,7 +180,7 @@ def test_a_base_is_quantised_as_configured_and_frozen(tiny_base, quant, double, 
 
 
 @pytest.mark.parametrize(
-    ("config", "loaded", "own", "cutter"),
+    ("config", "loaded", "own", "window"),
     [
         (Config("x", Base("b", revision="r")), [("b", "r")], 0, 0),
         (Config("x", Base("b", tokenizer="t")), [("t",)], 0, 0),
@@ -188,10 +188,10 @@ def test_a_base_is_quantised_as_configured_and_frozen(tiny_base, quant, double, 
         (Config("x", Base("b", quant="none"), window=Window(tokenizer="w"), api=Api("http://host/v1")), [("w",)], 0, 0),
     ],
 )
-def test_text_is_cut_by_the_systems_own_tokenizer_unless_another_is_named(monkeypatch, config, loaded, own, cutter):
+def test_text_is_cut_by_the_systems_own_tokenizer_unless_another_is_named(monkeypatch, config, loaded, own, window):
     asked: list[tuple] = []
     monkeypatch.setattr(module, "load_tokenizer", lambda *args: asked.append(args) or str(len(asked) - 1))
-    assert load_tokenizers(config) == (str(own), str(cutter))
+    assert load_tokenizers(config) == Tokenizers(str(own), str(window))
     assert asked == loaded
 
 
@@ -239,10 +239,9 @@ def test_the_shapes_of_gated_and_large_models_are_at_hand(name, size):
 
 
 def test_random_weights_are_normal_as_the_config_says_norms_one_and_biases_zero(tmp_path):
-    config = Qwen2Config(
-        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.125, tie_word_embeddings=True,
-    )  # fmt: skip
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen2Config(**sizes, **heads, initializer_range=0.125, tie_word_embeddings=True)
     config.architectures = ["Qwen2ForCausalLM"]
     config.save_pretrained(tmp_path)
     kind, found, weights = random_weights(Base(str(tmp_path)))
@@ -271,9 +270,9 @@ def test_a_tokenizers_fingerprint_is_the_hash_of_vocabulary_ids_text_and_eos(tin
     assert tokenizer_sha256(other) != before
     loaded = SimpleNamespace(config=SimpleNamespace(_commit_hash="c0ffee"))
     sums = {"tokenizer": before, "cutter": tokenizer_sha256(other)}
-    assert sources(loaded, tokenizer, other) == {**sums, "base_commit": "c0ffee"}
-    assert sources(SimpleNamespace(config=object()), tokenizer, other) == {**sums, "base_commit": None}
-    assert sources(None, tokenizer, other) == {**sums, "base_commit": None}
+    assert sources(loaded, Tokenizers(tokenizer, other)) == {**sums, "base_commit": "c0ffee"}
+    assert sources(SimpleNamespace(config=object()), Tokenizers(tokenizer, other)) == {**sums, "base_commit": None}
+    assert sources(None, Tokenizers(tokenizer, other)) == {**sums, "base_commit": None}
 
 
 def test_a_tokenizers_fingerprint_is_of_what_it_does_and_not_of_its_file(tiny_base):
@@ -420,9 +419,9 @@ def test_what_a_base_lacks_is_named_and_counted(tiny_base, tmp_path):
 
 
 def test_of_what_a_library_says_the_first_line_is_told():
-    assert _first_line(ValueError("\n one \ntwo")) == "one "
-    assert _first_line(ValueError("x" * 201)) == "x" * 200
-    assert _first_line(KeyError()) == "KeyError"
+    assert first_line(ValueError("\n one \ntwo")) == "one "
+    assert first_line(ValueError("x" * 201)) == "x" * 200
+    assert first_line(KeyError()) == "KeyError"
 
 
 def test_smollm2_ends_answers_with_its_own_eos_and_pads_with_another_token(smollm2_base):

@@ -10,7 +10,7 @@ from common.errors import UserError
 from common.model.load import add_lora, load_base, parameter_counts
 from common.model.memory import (
     GIB,
-    LEAST_ARENA_TOKENS,
+    LEAST_CACHE_TOKENS,
     LEAST_PASS_TOKENS,
     Decoding,
     Shapes,
@@ -40,8 +40,8 @@ def test_a_choice_fits_its_budget_and_uses_it(budget):
     one_more = LLAMA.kept_per_token * choice.pack_tokens / GIB
     assert choice.keep_layers == 32 or total(choice) + one_more > budget
     assert choice.hold_layers == 32 or total(choice) + LLAMA.layer_matrices / GIB > budget
-    assert f"{choice.keep_layers} of 32" in choice.sentence
-    assert str(choice.pack_tokens) in choice.sentence
+    assert f"{choice.keep_layers} of 32" in choice.description
+    assert str(choice.pack_tokens) in choice.description
 
 
 def test_more_memory_keeps_more():
@@ -75,8 +75,8 @@ def test_a_budget_beyond_what_is_free_is_what_is_free():
         choose(train, LLAMA, GPU, STEP, SHARE, free=3 * GIB)
 
 
-def test_matrices_are_not_held_in_the_room_of_an_evaluation_beside_graphs():
-    train, free, evaluation = Train(memory_budget_gib=24), int(20.8 * GIB), LLAMA.evaluation(256, 4096)
+def test_matrices_are_not_held_in_the_memory_of_an_evaluation_beside_graphs():
+    train, free, evaluation = Train(memory_budget_gib=24), int(20.8 * GIB), LLAMA.decoding_bytes(256, 4096)
     choice = choose(train, LLAMA, GPU, STEP, SHARE, free, evaluation)
     assert choice.keep_layers == 32
     assert sum(choice.counted.values()) + evaluation <= free
@@ -96,13 +96,13 @@ def test_a_step_is_one_pack_or_a_few_equal_ones(step, pack):
 def test_a_cpu_has_small_packs_and_no_budget():
     choice = choose(Train(fused=True, memory_budget_gib=0.001), LLAMA, CPU, STEP, SHARE)
     assert choice.pack_tokens <= 1024
-    assert "GiB" not in choice.sentence
+    assert "GiB" not in choice.description
 
 
 def test_logits_count_where_they_are_more_than_a_layers_work():
     kind = "logits or one layer's work"
-    few, many = (LLAMA.table(4096, answers, 32, 0)[kind] for answers in (100, 10_000))
-    assert few == LLAMA.table(4096, 0, 32, 0)[kind]
+    few, many = (LLAMA.training_bytes(4096, answers, 32, 0)[kind] for answers in (100, 10_000))
+    assert few == LLAMA.training_bytes(4096, 0, 32, 0)[kind]
     assert many == 14 * 32000 * 10_000
 
 
@@ -164,7 +164,7 @@ def test_a_layer_of_llama_2_7b_is_counted_by_its_published_shapes():
     weights = 4 * 4096 * 4096 + 3 * 4096 * 11008
     assert LLAMA.layer_matrices == 2 * weights == 404_750_336
     assert LLAMA.kept_per_token == 2 * (3 * 4096 + 4096 + 4096 + 2 * 11008) == 84_992  # q, k, v; out; middle; gate, up
-    assert LLAMA.kept_in_arena == 2 * 32 * 2 * 4096 == 524_288  # the well-known half MiB a token
+    assert LLAMA.cache_per_token == 2 * 32 * 2 * 4096 == 524_288  # the well-known half MiB a token
 
 
 @pytest.mark.parametrize(
@@ -192,11 +192,11 @@ def test_every_term_of_training_is_as_counted_by_hand(answers, keep, hold, avera
         "small tensors": (5600 + 13_000) // 50,
         "logits or one layer's work": 100 * 2 * (4 * 11 + 4 * 7) + 966 + 100 * 130,
     }
-    assert SMALL.table(100, answers, keep, hold, average) == plain | changed
+    assert SMALL.training_bytes(100, answers, keep, hold, average) == plain | changed
 
 
 @pytest.mark.parametrize(
-    ("pass_tokens", "arena", "vocabulary", "record", "bytes_"),
+    ("pass_tokens", "cache", "vocabulary", "capture", "bytes_"),
     [
         (8, 0, 101, False, 308 + 10 * 101 * 2 + 30),  # a matrix of gate and up; logits of a quarter; the adapter's copy
         (8, 20, 101, False, 308 + 10 * 101 * 2 + 30 + 20 * 80),
@@ -205,9 +205,9 @@ def test_every_term_of_training_is_as_counted_by_hand(answers, keep, hold, avera
         (8, 20, 101, True, 308 + 2020 + 30 + 1600 + (308 + 1552 + 8 * 2 * (7 + 13 + 13) + 80)),
     ],
 )
-def test_every_term_of_decoding_is_as_counted_by_hand(pass_tokens, arena, vocabulary, record, bytes_):
-    assert SMALL.kept_in_arena == 2 * 4 * 5 * 2
-    assert replace(SMALL, vocabulary=vocabulary).evaluation(pass_tokens, arena, record) == bytes_
+def test_every_term_of_decoding_is_as_counted_by_hand(pass_tokens, cache, vocabulary, capture, bytes_):
+    assert SMALL.cache_per_token == 2 * 4 * 5 * 2
+    assert replace(SMALL, vocabulary=vocabulary).decoding_bytes(pass_tokens, cache, capture) == bytes_
 
 
 def test_bytes_free_are_what_nobody_has_and_what_is_ours_less_a_tenth(monkeypatch):
@@ -217,89 +217,88 @@ def test_bytes_free_are_what_nobody_has_and_what_is_ours_less_a_tenth(monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("budget", "unused", "reserved", "allocated", "room"),
+    ("budget", "unused", "reserved", "allocated", "available"),
     [(6, 90, 10, 2, 4), (60, 8, 2, 1, 7), (60, 90, 10, 2, 58), (60, 8, 4, 4, 0.9 * 12 - 4)],  # GiB
 )
 def test_decoding_has_the_budget_less_what_is_allocated_or_what_is_free(
-    monkeypatch, budget, unused, reserved, allocated, room
+    monkeypatch, budget, unused, reserved, allocated, available
 ):
     emptied = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
     monkeypatch.setattr(torch.cuda, "mem_get_info", {GPU: (unused * GIB, 0)}.get)
     monkeypatch.setattr(torch.cuda, "memory_reserved", {GPU: reserved * GIB}.get)
     monkeypatch.setattr(torch.cuda, "memory_allocated", {GPU: allocated * GIB}.get)
-    for record in (False, True):
+    for capture in (False, True):
         options = Eval(memory_budget_gib=budget)
-        assert decoding(options, LLAMA, GPU, record) == fit(options, LLAMA, int(room * GIB), record)
+        assert decoding(options, LLAMA, GPU, capture) == fit(options, LLAMA, int(available * GIB), capture)
     assert emptied
-    assert decoding(Eval(), LLAMA, CPU, record=True) == Decoding(1024, 16384, False)
-    assert decoding(Eval(pass_tokens=77), LLAMA, CPU, record=True) == Decoding(77, 16384, False)
+    assert decoding(Eval(), LLAMA, CPU, capture=True) == Decoding(1024, 16384, False)
+    assert decoding(Eval(pass_tokens=77), LLAMA, CPU, capture=True) == Decoding(77, 16384, False)
 
 
-@pytest.mark.parametrize("record", [False, True])
-@pytest.mark.parametrize("room", [2.2, 3, 4.7, 6, 45, 60])  # GiB
-def test_passes_are_the_largest_beside_which_ten_times_as_many_tokens_have_room(room, record):
-    def fits(pass_tokens: int, arena: int) -> bool:
-        return LLAMA.evaluation(pass_tokens, arena, record) <= room * GIB
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize("available", [2.2, 3, 4.7, 6, 45, 60])  # GiB
+def test_passes_are_the_largest_beside_which_the_cache_holds_ten_times_as_many_tokens(available, capture):
+    def fits(pass_tokens: int, cache: int) -> bool:
+        return LLAMA.decoding_bytes(pass_tokens, cache, capture) <= available * GIB
 
-    found = fit(Eval(), LLAMA, int(room * GIB), record)
+    found = fit(Eval(), LLAMA, int(available * GIB), capture)
     passes = max((n for n in range(512, 8193, 128) if fits(n, 10 * n)), default=512)
-    assert (found.pass_tokens, found.record) == (passes, record)
-    assert fits(passes, found.arena_tokens)
-    assert found.arena_tokens == 81_920 or not fits(passes, found.arena_tokens + 1)
-    given = fit(Eval(pass_tokens=600), LLAMA, int(room * GIB), record)
-    assert (given.pass_tokens, given.record) == (600, record)
-    assert given.arena_tokens == 81_920 or not fits(600, given.arena_tokens + 1)
+    assert (found.pass_tokens, found.capture) == (passes, capture)
+    assert fits(passes, found.cache_tokens)
+    assert found.cache_tokens == 81_920 or not fits(passes, found.cache_tokens + 1)
+    given = fit(Eval(pass_tokens=600), LLAMA, int(available * GIB), capture)
+    assert (given.pass_tokens, given.capture) == (600, capture)
+    assert given.cache_tokens == 81_920 or not fits(600, given.cache_tokens + 1)
 
 
 def test_the_figures_used_here_are_those_of_7bs_config():
     c = json.loads((ROOT / "configs" / "shapes" / "llama-2-7b" / "config.json").read_text())
-    assert (c["num_hidden_layers"], c["hidden_size"], c["intermediate_size"], c["vocab_size"]) == (
-        LLAMA.layers, LLAMA.hidden, LLAMA.intermediate, LLAMA.vocabulary,
-    )  # fmt: skip
+    ours = LLAMA.layers, LLAMA.hidden, LLAMA.intermediate, LLAMA.vocabulary
+    assert (c["num_hidden_layers"], c["hidden_size"], c["intermediate_size"], c["vocab_size"]) == ours
 
 
-@pytest.mark.parametrize("record", [False, True])
-@pytest.mark.parametrize("room", [3, 4, 8, 40])
-def test_decoding_fits_what_there_is_and_uses_it(room, record):
-    sizes = fit(Eval(), LLAMA, room * GIB, record)
-    assert sizes.record == record
-    assert LLAMA.evaluation(sizes.pass_tokens, sizes.arena_tokens, record) <= room * GIB
-    assert sizes.arena_tokens >= LEAST_ARENA_TOKENS
-    larger = fit(Eval(), LLAMA, (room + 1) * GIB, record)
-    assert larger.pass_tokens > sizes.pass_tokens or larger == fit(Eval(), LLAMA, 80 * GIB, record)
-    assert fit(Eval(pass_tokens=700), LLAMA, room * GIB, record).pass_tokens == 700
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize("available", [3, 4, 8, 40])
+def test_decoding_fits_what_there_is_and_uses_it(available, capture):
+    sizes = fit(Eval(), LLAMA, available * GIB, capture)
+    assert sizes.capture == capture
+    assert LLAMA.decoding_bytes(sizes.pass_tokens, sizes.cache_tokens, capture) <= available * GIB
+    assert sizes.cache_tokens >= LEAST_CACHE_TOKENS
+    larger = fit(Eval(), LLAMA, (available + 1) * GIB, capture)
+    assert larger.pass_tokens > sizes.pass_tokens or larger == fit(Eval(), LLAMA, 80 * GIB, capture)
+    assert fit(Eval(pass_tokens=700), LLAMA, available * GIB, capture).pass_tokens == 700
 
 
-def test_passes_are_not_recorded_where_that_leaves_no_arena():
-    least = LLAMA.evaluation(LEAST_PASS_TOKENS, LEAST_ARENA_TOKENS)
-    assert fit(Eval(), LLAMA, least, record=True) == fit(Eval(), LLAMA, least)
-    recorded = LLAMA.evaluation(LEAST_PASS_TOKENS, LEAST_ARENA_TOKENS, record=True)
-    assert not fit(Eval(), LLAMA, recorded - 1, record=True).record
-    assert fit(Eval(), LLAMA, recorded, record=True).record
+def test_passes_are_not_captured_where_that_leaves_no_cache():
+    least = LLAMA.decoding_bytes(LEAST_PASS_TOKENS, LEAST_CACHE_TOKENS)
+    assert fit(Eval(), LLAMA, least, capture=True) == fit(Eval(), LLAMA, least)
+    captured = LLAMA.decoding_bytes(LEAST_PASS_TOKENS, LEAST_CACHE_TOKENS, capture=True)
+    assert not fit(Eval(), LLAMA, captured - 1, capture=True).capture
+    assert fit(Eval(), LLAMA, captured, capture=True).capture
 
 
-def test_too_little_for_decoding_is_said():
+def test_too_little_for_decoding_is_an_error():
     with pytest.raises(UserError, match=r"decoding takes 1\.\d GiB beside the base, and 12 GiB leave 0\.9: raise eval"):
         fit(Eval(), LLAMA, int(0.9 * GIB))
-    assert fit(Eval(), LLAMA, 2 * GIB).arena_tokens >= LEAST_ARENA_TOKENS
-    assert decoding(Eval(memory_budget_gib=0.1), LLAMA, CPU, record=False).arena_tokens > 0, "a CPU has no such budget"
+    assert fit(Eval(), LLAMA, 2 * GIB).cache_tokens >= LEAST_CACHE_TOKENS
+    assert decoding(Eval(memory_budget_gib=0.1), LLAMA, CPU, capture=False).cache_tokens > 0, "a CPU has no such budget"
 
 
 @pytest.mark.parametrize("step", [STEP, 200.0])
 @pytest.mark.parametrize("budget", [6.5, 8, 14, 24, 25.5, 30, 40, 60])
 def test_an_evaluation_fits_between_two_steps(budget, step):
     """Beside what stays: base, held matrices, adapter, optimizer; or nothing is chosen."""
-    evaluation = LLAMA.evaluation(LEAST_PASS_TOKENS, LEAST_ARENA_TOKENS)
+    evaluation = LLAMA.decoding_bytes(LEAST_PASS_TOKENS, LEAST_CACHE_TOKENS)
     choice = choose(Train(memory_budget_gib=budget), LLAMA, GPU, step, SHARE, 70 * GIB, evaluation)
     static = sum(choice.counted[name] for name in ("base", "held matrices", "adapter", "optimizer"))
     assert static + evaluation <= budget * GIB
     sizes = fit(Eval(memory_budget_gib=budget), LLAMA, int(budget * GIB) - static)
-    assert sizes.arena_tokens >= LEAST_ARENA_TOKENS
+    assert sizes.cache_tokens >= LEAST_CACHE_TOKENS
 
 
-def test_a_budget_without_room_for_an_evaluation_is_refused_before_the_first_step():
-    evaluation = LLAMA.evaluation(LEAST_PASS_TOKENS, LEAST_ARENA_TOKENS)
+def test_a_budget_that_does_not_hold_an_evaluation_is_refused_before_the_first_step():
+    evaluation = LLAMA.decoding_bytes(LEAST_PASS_TOKENS, LEAST_CACHE_TOKENS)
     with pytest.raises(UserError, match=r"memory_budget_gib=4\.9, .* an evaluation between two steps takes 5\.\d GiB"):
         choose(Train(memory_budget_gib=4.9), LLAMA, GPU, STEP, SHARE, 70 * GIB, evaluation)
 
@@ -309,7 +308,7 @@ def brute_force(budget: float, pack: int, evaluation: int, free: int, average: b
     answers = math.ceil(1.15 * SHARE * pack)
 
     def total(keep: int, hold: int) -> int:
-        return sum(LLAMA.table(pack, answers, keep, hold, average).values())
+        return sum(LLAMA.training_bytes(pack, answers, keep, hold, average).values())
 
     keep = max((n for n in range(33) if total(n, 0) <= budget * GIB), default=0)
     hold = max((n for n in range(33) if total(keep, n) <= min(budget * GIB, free - evaluation)), default=0)
@@ -320,7 +319,7 @@ def brute_force(budget: float, pack: int, evaluation: int, free: int, average: b
 @pytest.mark.parametrize("budget", [7, 9.3, 17, 23.7, 26, 28, 41])
 @pytest.mark.parametrize("free_gib", [24, 80])
 def test_kept_and_held_layers_are_the_most_that_fit(budget, free_gib, average):
-    evaluation = LLAMA.evaluation(LEAST_PASS_TOKENS, LEAST_ARENA_TOKENS)
+    evaluation = LLAMA.decoding_bytes(LEAST_PASS_TOKENS, LEAST_CACHE_TOKENS)
     train = Train(memory_budget_gib=budget, average=average)
     budget = min(budget, free_gib)
     found = choose(train, LLAMA, GPU, STEP, SHARE, free_gib * GIB, evaluation)
@@ -328,14 +327,14 @@ def test_kept_and_held_layers_are_the_most_that_fit(budget, free_gib, average):
     truth = brute_force(budget, 4608, evaluation, free_gib * GIB, average > 0)
     assert (found.keep_layers, found.hold_layers) == truth
     answers = math.ceil(1.15 * SHARE * 4608)
-    assert found.counted == LLAMA.table(4608, answers, *truth, average > 0)
+    assert found.counted == LLAMA.training_bytes(4608, answers, *truth, average > 0)
 
 
 def test_packs_shrink_by_256_tokens_until_they_fit_and_no_further():
     found = choose(Train(memory_budget_gib=5), LLAMA, GPU, STEP, SHARE)
 
     def total(pack: int) -> int:
-        return sum(LLAMA.table(pack, math.ceil(1.15 * SHARE * pack), 0, 0).values())
+        return sum(LLAMA.training_bytes(pack, math.ceil(1.15 * SHARE * pack), 0, 0).values())
 
     assert total(found.pack_tokens) <= 5 * GIB < total(found.pack_tokens + 256)
     assert (4608 - found.pack_tokens) % 256 == 0
@@ -345,16 +344,16 @@ def test_packs_shrink_by_256_tokens_until_they_fit_and_no_further():
     assert choose(given, LLAMA, GPU, STEP, SHARE).pack_tokens == 700
 
 
-def test_the_choice_is_said_in_one_sentence():
+def test_the_choice_is_described_in_one_sentence():
     found = choose(Train(memory_budget_gib=8), LLAMA, GPU, STEP, SHARE)
     gib = ", ".join(f"{name} {n / 2**30:.2f}" for name, n in found.counted.items())
-    assert found.sentence == (
+    assert found.description == (
         f"fused layers, {found.keep_layers} of 32 keep their activations, packs of 4608 tokens, about "
         f"{sum(found.counted.values()) / 2**30:.1f} GiB at the peak: {gib}"
     )
     assert "kept activations " in gib
     held = choose(Train(gradient_checkpointing=False), replace(LLAMA, layers=2), CPU, STEP, SHARE)
-    assert held.sentence == (
+    assert held.description == (
         "fused layers, 2 of 2 keep their activations and 2 their dequantised matrices, packs of 1024 tokens"
     )
 
@@ -364,7 +363,7 @@ def test_matrices_are_held_whatever_the_budget_up_to_a_gib(monkeypatch, spare, h
     monkeypatch.setattr("common.model.memory.HELD_BYTES", 5 * LLAMA.layer_matrices + spare)
     few = replace(LLAMA, layers=5)
     assert choose(Train(), few, GPU, STEP, SHARE).hold_layers == held
-    everything = sum(few.table(4608, math.ceil(1.15 * SHARE * 4608), 0, 5).values())
+    everything = sum(few.training_bytes(4608, math.ceil(1.15 * SHARE * 4608), 0, 5).values())
     assert choose(Train(memory_budget_gib=everything / GIB), few, GPU, STEP, SHARE).hold_layers == held
     assert choose(Train(memory_budget_gib=(everything - 1) / GIB), few, GPU, STEP, SHARE).hold_layers < 5
 

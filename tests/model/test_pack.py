@@ -12,7 +12,7 @@ from common.model import tree_mask
 from common.model.load import add_lora, load_base, load_tokenizer
 from common.model.pack import Layout, PadSizes, build_pack
 from common.model.tree_mask import by_tree, logits, pack_logits, visible
-from tests.conftest import ROOT
+from tests.conftest import ROOT, same
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 def trees_of(base, n: int, train: bool = True) -> tuple[list[Tree], object]:
     tokenizer = load_tokenizer(str(base))
     examples = squad.first_paragraphs(squad.read(str(ROOT / "demo" / "train.json"), "train").examples, n)
-    return build_trees(examples, tokenizer, Window(), train=train).trees, tokenizer
+    return build_trees(examples, same(tokenizer), Window(), train=train).trees, tokenizer
 
 
 def short_trees(base, paragraphs: int) -> tuple[list[Tree], object]:
@@ -37,10 +37,15 @@ def short_trees(base, paragraphs: int) -> tuple[list[Tree], object]:
         Example(f"p{p}q{q}", "T", context, question, (Answer(answer, context.index(answer)),))
         for p in range(paragraphs)
         for context in [f"Canal {p}: the amber bridge over the granite canal is {p + 7} miles from the harbour."]
-        for q, (question, answer) in enumerate([("What colour is the bridge?", "amber"), ("What is below it?",
-                                               "granite canal"), ("How many miles away?", str(p + 7))])
-    ]  # fmt: skip
-    return build_trees(examples, tokenizer, Window(), train=True).trees, tokenizer
+        for q, (question, answer) in enumerate(
+            [
+                ("What colour is the bridge?", "amber"),
+                ("What is below it?", "granite canal"),
+                ("How many miles away?", str(p + 7)),
+            ]
+        )
+    ]
+    return build_trees(examples, same(tokenizer), Window(), train=True).trees, tokenizer
 
 
 def lora_model(base, quant: str = "none", dtype: str = "fp32", device: torch.device = CPU):
@@ -241,10 +246,12 @@ def test_visibility_is_the_prefix_and_the_own_branch_up_to_oneself():
 
 def tokens(tree: int, prefix: int, *branches: tuple[int, int]) -> Tree:
     """A tree whose prefix has so many tokens, and whose branches so many of the prompt and of the answer."""
-    return Tree([100 * tree + 90] * prefix, tuple(
-        Branch(f"{tree}{b}", [100 * tree + 10 * b] * n, [100 * tree + 10 * b + k for k in range(1, m + 1)])
-        for b, (n, m) in enumerate(branches)
-    ))  # fmt: skip
+
+    def branch(b: int, n: int, m: int) -> Branch:
+        first = 100 * tree + 10 * b
+        return Branch(f"{tree}{b}", [first] * n, [first + k for k in range(1, m + 1)])
+
+    return Tree([100 * tree + 90] * prefix, tuple(branch(b, n, m) for b, (n, m) in enumerate(branches)))
 
 
 TWO = [tokens(1, 3, (2, 3), (1, 1)), tokens(2, 1, (3, 2))]
@@ -266,9 +273,14 @@ def test_a_pack_is_laid_out_like_this():
     }
     starts = [0, 3, 4, 8, 9, 13], [0, 3, 4], [4, 9, 13]
     assert lists(vars(batch.spans)) == {
-        "own": starts[0], "prefix": starts[1], "branches": starts[2], "shared": [True] * 4 + [False] * 9,
-        "shares": [False] * 4 + [True] * 9, "longest": (4, 3, 5), "starts": starts,
-    }  # fmt: skip
+        "own": starts[0],
+        "prefix": starts[1],
+        "branches": starts[2],
+        "in_prefix": [True] * 4 + [False] * 9,
+        "in_branch": [False] * 4 + [True] * 9,
+        "longest": (4, 3, 5),
+        "starts": starts,
+    }
     assert batch.prompt_ends.tolist() == [5, 8, 11]
     assert batch.target_index.tolist() == [5, 6, 7, 8, 11, 12]
     assert batch.target_ids.tolist() == [101, 102, 103, 111, 201, 202]
@@ -312,21 +324,25 @@ def test_a_pack_moves_to_a_device_whole():
 
 # ---- padding -------------------------------------------------------------------------------------------------------
 
-ROOM = PadSizes(tokens=(8, 16, 32), trees=3, spans=7, answers=9, longest=(6, 4, 9))  # TWO has 13, 2, 5, 6, (4, 3, 5)
+PADS = PadSizes(tokens=(8, 16, 32), trees=3, spans=7, answers=9, longest=(6, 4, 9))  # TWO has 13, 2, 5, 6, (4, 3, 5)
 
 
-def test_padding_is_seen_by_no_token_and_asks_for_nothing():
+def test_no_token_attends_to_padding_and_it_has_no_loss():
     batch = build_pack(TWO)
-    padded = ROOM.pad(batch)
+    padded = PADS.pad(batch)
     assert padded.input_ids.tolist() == [*TWO_IDS, 0, 0, 0]
-    for name, before, more in (("tree", batch.layout.tree, -1), ("branch", batch.layout.branch, 0),
-                               ("position", batch.layout.position, 0)):  # fmt: skip
+    for name, more in (("tree", -1), ("branch", 0), ("position", 0)):
+        before = getattr(batch.layout, name)
         assert getattr(padded.layout, name).tolist() == [*before.tolist(), more, more, more]
     assert lists(vars(padded.spans)) == {
-        "own": [0, 3, 4, 8, 9, 13, 13, 13], "prefix": [0, 3, 4, 4], "branches": [4, 9, 13, 13],
-        "shared": [True] * 4 + [False] * 12, "shares": [False] * 4 + [True] * 9 + [False] * 3,
-        "longest": (6, 4, 9), "starts": batch.spans.starts,
-    }  # fmt: skip
+        "own": [0, 3, 4, 8, 9, 13, 13, 13],
+        "prefix": [0, 3, 4, 4],
+        "branches": [4, 9, 13, 13],
+        "in_prefix": [True] * 4 + [False] * 12,
+        "in_branch": [False] * 4 + [True] * 9 + [False] * 3,
+        "longest": (6, 4, 9),
+        "starts": batch.spans.starts,
+    }
     assert padded.prompt_ends.tolist() == []
     assert padded.target_index.tolist() == [5, 6, 7, 8, 11, 12, 0, 0, 0]
     assert padded.target_ids.tolist() == [101, 102, 103, 111, 201, 202, -100, -100, -100]
@@ -351,31 +367,35 @@ def test_padding_is_seen_by_no_token_and_asks_for_nothing():
 )
 def test_what_does_not_fit_is_not_padded(change):
     fits = change.pop("fits")
-    assert replace(ROOM, **change).pad(build_pack(TWO)) is None
-    assert replace(ROOM, **fits).pad(build_pack(TWO)) is not None
+    assert replace(PADS, **change).pad(build_pack(TWO)) is None
+    assert replace(PADS, **fits).pad(build_pack(TWO)) is not None
 
 
 def test_a_pack_is_padded_to_the_least_size_that_holds_it_or_the_one_asked_for():
     batch = build_pack(TWO)
     for sizes, size, length in (
-        ((8, 16, 32), None, 16), ((8, 13, 16), None, 13), ((8, 16, 32), 32, 32), ((8,), 13, 13), ((8,), 21, 21),
-    ):  # fmt: skip
-        assert len(replace(ROOM, tokens=sizes).pad(batch, size).input_ids) == length
-    assert ROOM.pad(batch, 12) is None
+        ((8, 16, 32), None, 16),
+        ((8, 13, 16), None, 13),
+        ((8, 16, 32), 32, 32),
+        ((8,), 13, 13),
+        ((8,), 21, 21),
+    ):
+        assert len(replace(PADS, tokens=sizes).pad(batch, size).input_ids) == length
+    assert PADS.pad(batch, 12) is None
 
 
 def test_trees_that_fit_no_pack_together_are_shared_out():
     trees = [tokens(i, 3, (2, 1)) for i in range(5)]  # 5 tokens each
-    room = PadSizes(tokens=(8, 16), trees=3, spans=7, answers=9, longest=(6, 4, 9))
-    packs = room.packs(trees)
+    pads = PadSizes(tokens=(8, 16), trees=3, spans=7, answers=9, longest=(6, 4, 9))
+    packs = pads.packs(trees)
     assert [p.ids for p in packs] == [["00", "20", "40"], ["10", "30"]]
     assert [len(p.input_ids) for p in packs] == [16, 16]
-    assert [p.ids for p in room.packs(trees[:3])] == [["00", "10", "20"]]
-    (whole,) = room.packs([tokens(0, 5, (2, 1))])  # its prefix is too long
+    assert [p.ids for p in pads.packs(trees[:3])] == [["00", "10", "20"]]
+    (whole,) = pads.packs([tokens(0, 5, (2, 1))])  # its prefix is too long
     assert (len(whole.input_ids), whole.prompt_ends.tolist()) == (7, [6])
 
 
-def test_a_room_holds_its_packs_and_some_more():
+def test_pad_sizes_hold_their_packs_and_some_more():
     packs = [
         build_pack([tokens(1, 300, (40, 9), (5, 80)), tokens(2, 20, (8, 3))]),
         build_pack([tokens(3, 100, (30, 40))]),
@@ -404,7 +424,7 @@ def test_a_room_holds_its_packs_and_some_more():
     assert (PadSizes.of([many], 64).trees, PadSizes.of([many], 64).spans) == (16, 56)  # 8.05 and 48.3
 
 
-def test_a_room_has_at_most_twelve_sizes_of_tokens():
+def test_there_are_at_most_twelve_padded_numbers_of_tokens():
     def packs(sizes):
         return [build_pack([tokens(1, size - 1, (1, 1))]) for size in sizes]
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from common import files
 from common.errors import UserError
 from common.files import SUMS, beside, recover, replacing
-from common.runs.checkpoint import load_state, load_training, save, unchanged, verified, verify, weights_sha256
+from common.runs.checkpoint import State, load_state, load_training, save, unchanged, verified, verify, weights_sha256
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_a_failed_write_leaves_the_previous_folder(tmp_path):
     with pytest.raises(OSError, match="disk"), replacing(tmp_path / "last") as new:
         (new / "state.json").write_text('{"step": 2}')
         raise OSError("disk full")
-    assert load_state(tmp_path / "last") == {"step": 1}
+    assert load_state(tmp_path / "last") == State(step=1)
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
 
 
@@ -43,13 +43,13 @@ def test_a_rename_that_fails_brings_the_previous_folder_back(tmp_path, monkeypat
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OSError, match="no"):
         write(tmp_path / "last", '{"step": 2}')
-    assert load_state(tmp_path / "last") == {"step": 1}
+    assert load_state(tmp_path / "last") == State(step=1)
 
 
 def test_a_crash_between_the_renames_is_mended(tmp_path):
     write(tmp_path / "last", '{"step": 1}')
     (tmp_path / "last").rename(tmp_path / "last.old")
-    assert load_state(tmp_path / "last") == {"step": 1}
+    assert load_state(tmp_path / "last") == State(step=1)
 
 
 def test_what_lies_deeper_is_summed_too(tmp_path):
@@ -72,7 +72,7 @@ def test_a_crash_after_the_renames_keeps_the_new_folder(tmp_path, then):
     else:
         write(tmp_path / "last", '{"step": 3}')
     assert not (tmp_path / "last.old").exists()
-    assert load_state(tmp_path / "last") == {"step": 2 if then == "read" else 3}
+    assert load_state(tmp_path / "last") == State(step=2 if then == "read" else 3)
 
 
 def test_only_the_training_mends_its_folder(tmp_path):
@@ -155,7 +155,7 @@ def test_an_interrupt_leaves_the_previous_folder_and_nothing_half_written(tmp_pa
         (new / "state.json").write_text("{}")
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
-    assert load_state(tmp_path / "last") == {"step": 1}
+    assert load_state(tmp_path / "last") == State(step=1)
 
 
 def test_what_failed_is_told_and_not_that_nothing_is_left_to_remove(tmp_path):
@@ -242,12 +242,17 @@ def parts() -> dict[str, torch.nn.Module]:
 
 @pytest.mark.parametrize("readme", [True, False])
 def test_a_saved_training_has_all_that_is_needed_to_go_on(tmp_path, readme):
-    state, training, others = {"step": 3, "best_em": None}, parts(), parts()
+    state, training, others = State({"config": "c0ffee"}, step=3, best_em=0.0), parts(), parts()
     save(tmp_path / "last", adapter(readme=readme), state, training)
     names = {"SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "state.json", "training.pt"}
     assert {path.name for path in (tmp_path / "last").iterdir()} == names
     assert json.loads((tmp_path / "last" / "adapter_config.json").read_text()) == {"save_embedding_layers": False}
-    assert (tmp_path / "last" / "state.json").read_text() == '{\n "step": 3,\n "best_em": null\n}\n'
+    saved = json.loads((tmp_path / "last" / "state.json").read_text())
+    assert saved == {
+        "identity": {"config": "c0ffee"}, "step": 3, "evaluated": 0, "best_em": 0.0, "best_f1": None,
+        "best_step": None, "waited": 0, "seconds": 0.0, "evaluation_seconds": 0.0, "peak": {},
+    }  # fmt: skip
+    assert (tmp_path / "last" / "state.json").read_text() == json.dumps(saved, indent=1) + "\n"
     assert load_state(tmp_path / "last") == state
     load_training(tmp_path / "last", others)
     for name, part in training.items():
@@ -260,7 +265,7 @@ def test_a_saved_training_has_all_that_is_needed_to_go_on(tmp_path, readme):
 
 
 def test_a_training_of_another_kind_is_not_gone_on_with(tmp_path):
-    save(tmp_path / "last", adapter(), {}, parts())
+    save(tmp_path / "last", adapter(), State(), parts())
     for training, other in (
         ({**parts(), "scaler": torch.nn.Linear(1, 1)}, "scaler"),
         ({"optimizer": torch.nn.Linear(2, 1)}, "average"),
@@ -283,16 +288,16 @@ def test_an_optimizers_state_is_read_to_the_host_and_runs_no_code(tmp_path, monk
     "error", [OSError("No space left\non this device"), SafetensorError("No space left"), RuntimeError("No space left")]
 )
 def test_what_cannot_be_saved_is_one_line_and_leaves_what_was_there(tmp_path, error):
-    save(tmp_path / "last", adapter(), {"step": 1})
+    save(tmp_path / "last", adapter(), State(step=1))
     with pytest.raises(
         UserError, match=r"last: could not be saved \(No space left\); its last whole state is untouched"
     ):
-        save(tmp_path / "last", adapter(fails=error), {"step": 2})
-    assert load_state(tmp_path / "last") == {"step": 1}
+        save(tmp_path / "last", adapter(fails=error), State(step=2))
+    assert load_state(tmp_path / "last") == State(step=1)
     with pytest.raises(UserError, match=rf"\({'x' * 120}\)"):
-        save(tmp_path / "last", adapter(fails=OSError("x" * 130)), {})
+        save(tmp_path / "last", adapter(fails=OSError("x" * 130)), State())
     with pytest.raises(ValueError, match="a mistake of ours"):
-        save(tmp_path / "last", adapter(fails=ValueError("a mistake of ours")), {})
+        save(tmp_path / "last", adapter(fails=ValueError("a mistake of ours")), State())
 
 
 def test_an_adapters_weights_are_known_by_their_sum_and_a_change_of_them_is_noticed(tmp_path):

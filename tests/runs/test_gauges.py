@@ -400,7 +400,7 @@ def test_the_sampler_outlives_what_it_watches_and_writes_every_second(gpu, monke
     path, at = tmp_path / "gauges.json", []
 
     def replace(partial, file):
-        assert (partial, file) == (f"{path}.partial", str(path))
+        assert (str(partial), file) == (f"{path}.partial", path)
         os.rename(partial, file)
         at.append((gpu.sample, list(json.loads(path.read_text()))))
 

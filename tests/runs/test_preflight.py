@@ -1,6 +1,9 @@
 """What stands in the way is said before anything is downloaded, with what to do."""
 
+import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,9 +11,11 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 from common.config import Api, Base, Config, Window, load
+from common.data import prompt
+from common.data.squad import read
 from common.errors import UserError
 from common.runs import preflight
-from tests.conftest import ROOT
+from tests.conftest import ROOT, squad_file
 
 import httpx2
 import huggingface_hub
@@ -247,3 +252,52 @@ def test_the_tokenizer_that_cuts_the_text_must_be_had_too(hub, tmp_path, tiny_ba
     with pytest.raises(UserError, match=r"cannot be reached.*set window\.tokenizer to its folder"):
         preflight.check(config)
     preflight.check(replace(config, window=Window(tokenizer=str(tiny_base))))
+
+
+def test_a_configuration_gets_the_shots_of_its_train_set(tmp_path):
+    file = squad_file(tmp_path / "train.json", 6, 3)
+    config = load("raw7b", [f"data.train={json.dumps(str(file))}", "data.train_paragraphs=1", "prompt.shots=1"])
+    complete = preflight.with_shots(config)
+    assert complete == replace(config, prompt=prompt.fill(config.prompt, read(str(file), "train").examples[:3]))
+    assert complete.prompt.before.count("Answer:") == 1
+    bare = load("raw7b", ["data.train=absent.json"])
+    assert preflight.with_shots(bare) is bare
+
+
+TYPED = [  # script, its words, what is said
+    ("train_loop", "raw7b", "has no lora section"),
+    ("train_loop", "qlora7b data.train=absent.json", "absent.json: no such file (data.train)"),
+    ("train_loop", "qlora7b adapter=x", "a training makes its own"),
+    ("eval_loop", "raw7", 'unknown MODEL "raw7" — did you mean "raw7b"?'),
+    ("eval_loop", "raw7b evl.parts=3", 'unknown key "evl" — did you mean "eval"?'),
+    ("eval_loop", "raw7b data.dev=absent.json", "absent.json: no such file (data.dev)"),
+    ("eval_loop", "raw7b base.path=./absent data.dev=demo/dev.json", "./absent: no such model folder"),
+    ("bench_latency", "qlora7b adapter=absent data.dev=demo/dev.json", "adapter=absent: no such folder"),
+    ("bench_latency", "qlora7b runs=absent data.dev=demo/dev.json", "has no finished training under absent/"),
+    ("ask", "qlora7b adapter=absent", "adapter=absent: no such folder"),
+    ("export", "qlora7b /", "no folder to write is named"),
+    ("export", "qlora7b tests", "tests is there already"),
+]
+
+
+@pytest.mark.parametrize(("script", "words", "said"), TYPED)
+def test_what_was_typed_is_checked_without_torch(script, words, said, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(sys.modules, "torch", None)  # to import it would fail
+    with pytest.raises(UserError, match=re.escape(said)):
+        preflight.typed(script, words.split())
+
+
+def test_what_was_typed_right_is_let_through(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    preflight.typed("train_loop", ["qlora7b", "data.train=demo/train.json", "data.dev=demo/dev.json", "--fresh"])
+    preflight.typed("eval_loop", ["raw7b", "data.dev=demo/dev.json"])
+    preflight.typed("export", ["qlora7b", str(tmp_path / "out"), f"adapter={tmp_path}", "data.dev=demo/dev.json"])
+
+
+def test_a_mistake_is_one_line_of_the_check_too(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["preflight", "train_loop", "absent"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(preflight.__file__, run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith('error: unknown MODEL "absent"')

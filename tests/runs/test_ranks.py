@@ -292,7 +292,7 @@ def test_one_process_keeps_its_gradients_and_numbers():
 def test_whoever_asks_takes_the_next_item_and_each_item_is_of_one(monkeypatch, turns):
     monkeypatch.setattr(ranks, "count", lambda: 2)
     store = torch.distributed.HashStore()
-    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(ranks.torch_private, "default_store", lambda: store)
     both = {name: ranks.take("vwxyz", "a round") for name in "ab"}
     taken = [item for name in turns for item in [next(both[name], None)] if item]
     rest = [*both["b"], *both["a"]]

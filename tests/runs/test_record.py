@@ -295,7 +295,7 @@ def test_a_copy_of_a_run_under_another_name_is_not_taken_for_it(config):
 
 def test_a_run_is_of_one_process_at_a_time(config):
     run = record.new_run(config(), "train")
-    locks = "import fcntl, sys; file = open(sys.argv[1], 'r+'); fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB); "
+    locks = "import fcntl, sys; file = open(sys.argv[1], 'r+'); fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB); "
     locks += "print(flush=True); sys.stdin.read()"
     command = [sys.executable, "-S", "-c", locks, str(run / "config.yaml")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

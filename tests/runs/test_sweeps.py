@@ -1,10 +1,9 @@
 """A sweep's runs are what its file says, each once, and what is done is what records say."""
 
 from common.config import Rules, Sweep
-from common.data import prompt
 from common.data.squad import Dataset
 from common.errors import UserError
-from common.runs import record, sweeps
+from common.runs import preflight, record, sweeps
 from tests.conftest import ROOT
 
 import pytest
@@ -58,7 +57,7 @@ def test_shots_are_filled_in_as_the_scripts_do(sweep, tmp_path, train_file):
     )
     (job,), chosen = sweeps.plan(file)
     assert "Answer:" in job.config.prompt.before
-    finish(prompt.filled(sweeps.load(job.system, job.overrides)), "eval")
+    finish(preflight.with_shots(sweeps.load(job.system, job.overrides)), "eval")
     assert sweeps.left(job, chosen.kinds) == []
 
 

@@ -126,10 +126,8 @@ def test_the_second_query_is_timed_and_its_best_window_told(
     assert result["context_cut"] == (overflow == "truncate")
     first, second = queries
     assert first == second
-    (_, _, example, window, _), options = first
-    assert (example.context, example.question, window, options) == (
-        "a context", "a question", config.window, {"prompt": config.prompt},
-    )  # fmt: skip
+    (_, _, example, given), options = first
+    assert (example.context, example.question, given, options) == ("a context", "a question", config, {})
 
 
 def test_a_context_of_several_windows_is_read_whole_where_that_is_asked_for(answering_config, capsys):

@@ -57,8 +57,9 @@ def test_what_is_packed_arrives_byte_for_byte(packed, tiny_base, tmp_path):
     assert (into / "wheels" / "some-1.0-py3-none-any.whl").read_bytes() == b"wheel" * 1000
     assert not list(into.rglob("*.part"))
     assert {p.relative_to(into).as_posix() for p in into.rglob("*") if p.is_file()} == {
-        bundle.LIST, *json.loads((into / bundle.LIST).read_text())["sha256"]
-    }  # fmt: skip
+        bundle.LIST,
+        *json.loads((into / bundle.LIST).read_text())["sha256"],
+    }
 
 
 def test_random_weights_leave_the_real_ones_at_home(packed, tmp_path):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import eval_loop
 import train_loop
 from common.data import prompt
+from common.data.tokens import Tokenizers
 from common.errors import UserError
 from scripts import certify
 from tests.conftest import squad_file
@@ -146,12 +147,11 @@ def test_as_many_answers_may_differ_as_would_by_chance_and_in_fp32_none(run, tmp
     texts = json.loads((run / "predictions.json").read_text())
     wrong: int
 
-    def answers(*args) -> dict[str, str]:
-        some = [e.id for e in args[-1]]
-        assert len(set(some)) == n
-        return {id_: texts[id_] + "!" * (i < wrong) for i, id_ in enumerate(some)}
+    def answers(*args, only) -> dict[str, SimpleNamespace]:
+        assert len(set(only)) == n
+        return {id_: SimpleNamespace(text=texts[id_] + "!" * (i < wrong)) for i, id_ in enumerate(only)}
 
-    monkeypatch.setattr(certify, "answered_again", answers)
+    monkeypatch.setattr(certify.predict, "answers", answers)
     monkeypatch.setattr(certify, "in_fp32", lambda was: exact)
     for wrong in {may, min(may + 1, n)}:
         sure, misfits, out = certified(capsys, run, f"--questions={n}")
@@ -180,7 +180,8 @@ def test_what_was_computed_in_fp32_is_known(dtype, device, exact):
 
 def test_a_certificate_is_of_both_computations_in_fp32(run, capsys, monkeypatch):
     texts = json.loads((run / "predictions.json").read_text())
-    monkeypatch.setattr(certify, "answered_again", lambda *args: {**texts, "p0q0": "else"})
+    other = {id_: SimpleNamespace(text=text) for id_, text in {**texts, "p0q0": "else"}.items()}
+    monkeypatch.setattr(certify.predict, "answers", lambda *args, only: other)
     assert not certified(capsys, run)[0]
     monkeypatch.setattr(certify, "compute_dtype", lambda base, device: torch.bfloat16)
     assert certified(capsys, run)[0]
@@ -221,7 +222,9 @@ def test_a_hosted_models_answers_are_replayed_from_the_transcript_that_was_score
     monkeypatch.setattr(certify.hosted, "Client", lambda c, *args, **kw: client("config", *args, **kw))
     for stated, misfit in ((sha256, None), ("other", f"sha256 {sha256}, was other")):
         result, found = {"replayed": str(other) if elsewhere else None, "transcript_sha256": stated}, {}
-        assert certify.replayed(config, "cutter", run, result, ["example"], found) == {"q": "PROMPT BY CUTTER"}
+        assert certify.replayed(config, Tokenizers("own", "cutter"), run, result, ["example"], found) == {
+            "q": "PROMPT BY CUTTER"
+        }
         assert found == {"transcript": misfit}
     assert len(closed) == 2
     (folder / "transcript.jsonl").unlink()

@@ -87,8 +87,9 @@ def test_a_bitsandbytes_that_computes_nonsense_is_wrong(monkeypatch):
     monkeypatch.setattr(doctor, "_nvidia_smi", list)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert {about: state for about, (state, _) in states(doctor.torch_and_cuda).items()} == {
-        "torch": "ok", "bitsandbytes": "ok",
-    }  # fmt: skip
+        "torch": "ok",
+        "bitsandbytes": "ok",
+    }
     monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda packed, state: torch.zeros(64, 64) + 9)
     assert states(doctor.torch_and_cuda)["bitsandbytes"][0] == "wrong"
 

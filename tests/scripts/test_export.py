@@ -97,7 +97,7 @@ def test_a_merge_that_answers_worse_for_sure_is_said_and_fails(
                 for i, (id_, text) in enumerate(right.items())}  # fmt: skip
 
     asked: list = []
-    monkeypatch.setattr(export, "answers", answers)
+    monkeypatch.setattr(export, "texts", answers)
     with pytest.raises(SystemExit) as ended:
         export.main([str(tiny_config), str(tmp_path / "merged"), "train.lr=5e-2"])
     *_, line, last = capsys.readouterr().out.strip().splitlines()
@@ -196,7 +196,7 @@ def test_a_merged_weight_is_the_dequantised_one_and_the_scaled_product(tiny_base
 def test_as_many_questions_as_asked_for_are_answered_before_and_after(
     tiny_config, trained, tmp_path, capsys, monkeypatch, asked, n
 ):
-    monkeypatch.setattr(export, "answers", lambda *args: {e.id: "" for e in args[-1]})
+    monkeypatch.setattr(export, "texts", lambda *args: {e.id: "" for e in args[-1]})
     assert exported(tiny_config, tmp_path / "merged", capsys, f"--questions={asked}")["n"] == n
     with pytest.raises(UserError, match="--questions must be 1 or more"):
         export.main([str(tiny_config), str(tmp_path / "other"), "--questions=0"])

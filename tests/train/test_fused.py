@@ -108,8 +108,8 @@ def test_padding_changes_nothing(tiny_base):
 def test_what_fits_no_graph_in_one_is_split_and_adds_up(tiny_base):
     trees, _ = trees_of(tiny_base, 4)
     model = lora_model(tiny_base)
-    room, fused = PadSizes.of([build_pack(trees[:1])], most_tokens=len(build_pack(trees[:1]).input_ids)), Fused(model)
-    whole, packs = build_pack(trees), room.packs(trees)
+    pads, fused = PadSizes.of([build_pack(trees[:1])], most_tokens=len(build_pack(trees[:1]).input_ids)), Fused(model)
+    whole, packs = build_pack(trees), pads.packs(trees)
     assert len(packs) >= 3
     assert sum(p.n_tokens for p in packs) == whole.n_tokens == len(whole.input_ids)
     padded = [p for p in packs if len(p.input_ids) > p.n_tokens]
@@ -124,7 +124,7 @@ def test_the_modules_weights_are_views_of_the_flat_one(tiny_base):
     model = lora_model(tiny_base)
     before = [w.detach().clone() for w in adapter_weights(model)]
     flat, adapters = flatten(model)
-    assert flat.numel() == sum(w.numel() for w in before) == sum(adapter.size for adapter in adapters)
+    assert flat.numel() == sum(w.numel() for w in before) == sum(sum(adapter.sizes) for adapter in adapters)
     assert all(torch.equal(a, b) for a, b in zip(before, adapter_weights(model), strict=True))
     assert not any(w.requires_grad for w in model.parameters())
     with torch.no_grad():

@@ -1,0 +1,41 @@
+"""The command lines of the scripts that take MODEL and `key=value` overrides. Imports no torch."""
+
+import argparse
+from pathlib import Path
+
+from common.config import Config, load
+
+SCRIPTS = {
+    "train_loop": "Train one system's LoRA adapter on SQuAD, stop early on exact match, keep `best/` and `last/`.",
+    "eval_loop": "Official EM and F1 of one system, by greedy decoding with the one prompt and window.",
+    "bench_latency": "Latency and memory of single queries, one at a time, end to end. The method: docs/latency.md.",
+    "ask": "One question about one context, answered by any system.",
+    "export": "Merge an adapter into its base as a folder that any tool loads, and check that it answers as well.",
+}
+
+
+def parse(script: str, argv: list[str]) -> tuple[Config, argparse.Namespace]:
+    """(the system's configuration, the script's own flags). Raises `UserError` for what is wrong with either."""
+    args = parser(script).parse_intermixed_args(argv)
+    return load(args.model, args.overrides), args
+
+
+def parser(script: str) -> argparse.ArgumentParser:
+    """The parser of one of `SCRIPTS`."""
+    out = argparse.ArgumentParser(prog=script, description=SCRIPTS[script])
+    out.add_argument("model", help="a name in configs/, a YAML file, a folder or a hub id")
+    if script == "export":
+        out.add_argument("folder", type=Path, help="where the merged model goes; must not exist")
+        out.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the stored weights")
+        out.add_argument("--questions", type=int, default=500, help="of dev, answered before and after")
+    out.add_argument("overrides", nargs="*", metavar="key=value")
+    if script in ("train_loop", "eval_loop"):
+        out.add_argument("--fresh", action="store_true", help="start a new run instead of resuming one")
+    if script == "eval_loop":
+        out.add_argument("--replay", metavar="RUN", type=Path, help="take the answers from this run's transcript")
+    if script == "bench_latency":
+        out.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # one of its processes: writes there
+    if script == "ask":
+        out.add_argument("--context", help="default: the environment's CONTEXT, else stdin")
+        out.add_argument("--question", help="default: the environment's QUESTION, else stdin's last line")
+    return out

@@ -1,0 +1,140 @@
+"""Forward and backward of packs: by fused layers within a memory budget, or by transformers' and PEFT's modules."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from common.config import Train
+from common.data.plan import Plan
+from common.data.trees import Tree
+from common.device import has_flash_attention, out_of_memory
+from common.errors import UserError
+from common.model import memory
+from common.model.llama import adapter_size
+from common.model.load import parameter_counts
+from common.model.pack import IGNORED, Pack, PadSizes, build_pack
+from common.model.tree_mask import pack_logits
+from common.train.cuda_graphs import CapturedPacks
+from common.train.fused import Fused, untrainable_reason
+
+import torch.nn.functional as F
+from torch import Tensor
+
+CPU_PACK_TOKENS, GPU_PACK_TOKENS = 1024, 4096  # of layers that are not fused: logits and activations fit a 16 GB card
+SAMPLE_STEPS = 32  # steps whose packs decide the sizes that packs are padded to
+
+
+class Engine:
+    """Adds a pack's gradient to `weights`. Chosen once, before training.
+
+    Raises `UserError` where the budget does not hold the least that training takes, or the model cannot have one.
+    """
+
+    def __init__(self, model: Any, plan: Plan, train: Train, backward: Callable[[Tensor], None], rank: int, ranks: int):
+        self.train, self.backward, self.device = train, backward, next(model.parameters()).device
+        self.plan, self.rank, self.ranks, self.dtype = plan, rank, ranks, model.dtype
+        self.pads: PadSizes | None = None  # packs are padded where CUDA graphs replay
+        self.counted_bytes: dict[str, int] | None = None  # at the peak, by what they are for; GPUs alone
+        self._captured: CapturedPacks | None = None
+        self.trained_weights, self.frozen_weights = parameter_counts(model)
+        reason = "train.fused=false" if not train.fused else untrainable_reason(model)
+        if reason:
+            self._use_modules(model, reason)
+        else:
+            self._use_fused_layers(model)
+
+    def prepare(self, step: int) -> tuple[list[Tree], list[Pack]]:
+        """(all trees of a step, this rank's share of them in packs on the host). Pure, so it may run ahead."""
+        trees = self.plan.step(step)
+        return trees, self._packs(trees, self.rank)
+
+    def __call__(self, pack: Pack, weight: float) -> Tensor:
+        """The pack's loss [] on the device, each answer token (or question) times `weight`; adds to the gradients."""
+        if self._captured:
+            return self._captured(pack, weight)
+        return self._forward_backward(pack.to(self.device), weight)
+
+    def result(self) -> dict[str, Any]:
+        """Fields of the training's record."""
+        return {
+            "pack_tokens": self.pack_tokens,
+            "kept_layers": self.keep_layers,
+            "recomputed": self.recomputed,
+            "counted_bytes": self.counted_bytes,
+            "trained_weights": self.trained_weights,
+            "frozen_weights": self.frozen_weights,
+        }
+
+    def _packs(self, trees: list[Tree], rank: int) -> list[Pack]:
+        parts = self.plan.share(trees, rank, self.ranks, self.pack_tokens)
+        return [pack for part in parts for pack in (self.pads.packs(part) if self.pads else [build_pack(part)])]
+
+    def _use_modules(self, model: Any, reason: str) -> None:
+        train = self.train
+        if train.memory_budget_gib:
+            raise UserError(
+                f"train.memory_budget_gib needs the fused layers; not with {reason}: set train.memory_budget_gib=null, "
+                "and train.pack_tokens and train.gradient_checkpointing by hand"
+            )
+        self.keep_layers, self.recomputed = model.config.num_hidden_layers, 0.0
+        if train.gradient_checkpointing:
+            self.keep_layers, self.recomputed = 0, 1.0
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.pack_tokens = train.pack_tokens or (CPU_PACK_TOKENS if self.device.type == "cpu" else GPU_PACK_TOKENS)
+        self.description = f"layers by transformers and PEFT ({reason}), packs of {self.pack_tokens} tokens"
+        self.memory_advice = f"lower train.pack_tokens (now {self.pack_tokens})"
+        if not train.gradient_checkpointing:
+            self.memory_advice += ", or set train.gradient_checkpointing=true"
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self._logits: Callable[[Pack, Tensor], Tensor] = functools.partial(pack_logits, model)
+
+    def _use_fused_layers(self, model: Any) -> None:
+        train, plan, device = self.train, self.plan, self.device
+        n_tokens = sum(map(len, plan.rows(plan.trees)))
+        answer_share = sum(len(b.answer_ids) for tree in plan.trees for b in tree.branches) / n_tokens
+        step_tokens = n_tokens / plan.steps_per_epoch / self.ranks
+        free = memory.available_bytes(device) if device.type == "cuda" else None
+        shapes = memory.Shapes.of(model, adapter_size(model))
+        # an evaluation runs between two steps, and the graphs' memory is not free for it
+        evaluation = shapes.decoding_bytes(memory.LEAST_PASS_TOKENS, memory.LEAST_CACHE_TOKENS)
+        choice = memory.choose(train, shapes, device, step_tokens, answer_share, free, evaluation)
+        self.pack_tokens, self.keep_layers, self.description = (
+            choice.pack_tokens,
+            choice.keep_layers,
+            choice.description,
+        )
+        self.counted_bytes = choice.counted if device.type == "cuda" else None
+        self.memory_advice = f"lower train.pack_tokens (now {self.pack_tokens}), or "
+        self.memory_advice += f"{'lower' if train.memory_budget_gib else 'set'} train.memory_budget_gib"
+        layers = Fused(model, choice.keep_layers, choice.hold_layers)
+        self.weights, self._logits, self.recomputed = [layers.flat], layers.logits, layers.recomputed
+        if free is not None and has_flash_attention(device, model.dtype):
+            if sum(choice.counted.values()) + evaluation <= free:
+                self.description += ", CUDA graphs"
+                self._capture()
+            else:
+                self.description += ", no CUDA graphs (an evaluation would not fit beside them)"
+
+    def _capture(self) -> None:
+        """Capture one graph per padded size, from the packs of the first steps."""
+        steps = [self.plan.step(i) for i in range(min(SAMPLE_STEPS, self.plan.steps_per_epoch))]
+        packs = [pack for trees in steps for pack in self._packs(trees, self.rank)]
+        packs = packs or [pack for trees in steps for pack in self._packs(trees, 0)]  # rank 0 always has a share
+        self.pads = PadSizes.of(packs, self.pack_tokens)
+        smallest = min(packs, key=lambda pack: pack.n_tokens)
+        with out_of_memory(self.memory_advice):
+            self._captured = CapturedPacks(self._forward_backward, self.weights, self.pads, smallest)
+
+    def _forward_backward(self, pack: Pack, weight: Tensor | float) -> Tensor:
+        """Loss [] of a pack on the device, times `weight`; its gradient is added."""
+        logits = self._logits(pack, pack.target_index).float()
+        by_token = F.cross_entropy(
+            logits,
+            pack.target_ids,
+            reduction="none",
+            ignore_index=IGNORED,
+            label_smoothing=self.train.label_smoothing,
+        )
+        loss = (by_token if self.train.loss == "token" else by_token * pack.target_share).sum() * weight
+        self.backward(loss)
+        return loss.detach()
