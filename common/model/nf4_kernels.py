@@ -23,12 +23,11 @@ BLOCK = tl.constexpr(64)  # weights per absmax, and columns per step: bitsandbyt
 BLOCK_BYTES = tl.constexpr(32)  # of a block of weights; also the int32s that hold 64 numbers of 16 bits in pairs
 NESTED = tl.constexpr(ABSMAX_BLOCK)
 TOKENS = tl.constexpr(MATMUL_TOKENS)
-# sizes of tiles and splits: the fastest of 351 variants on an H100 (docs/log.md)
-TILE_ROWS = tl.constexpr(64)  # rows of w, or of a, per program
-SPLITS = 8  # programs per row, at most: fewer would leave an H100 idle
+TILE_ROWS = tl.constexpr(64)  # rows of w, or of a, per program: the fastest of 351 variants on an H100 (docs/log.md)
+SPLITS = 8  # programs that divide a row, at most: 4,096 rows alone are too few programs for an H100 (docs/log.md)
 SUM_ROWS = tl.constexpr(32)  # rows of w per program that adds up
-RANK_STEP = tl.constexpr(32)  # of R
-DEQUANTISE_BLOCKS = tl.constexpr(32)  # per program
+RANK_STEP = tl.constexpr(32)  # columns of b per step of that program; a matrix product needs 16 at least
+DEQUANTISE_BLOCKS = tl.constexpr(32)  # blocks per program
 
 
 def supports(w: NF4Weight, shape: tuple[int, int]) -> bool:

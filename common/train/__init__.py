@@ -1,1 +1,1 @@
-"""What training has and decoding has not: backward passes, their CUDA graphs, the weights' EMA."""
+"""Training: forward and backward passes of packs, their CUDA graphs, EMA, early stopping."""

@@ -1,11 +1,12 @@
 """Attention over trees is attention under the tree mask, whatever the shape of the trees."""
 
+from contextlib import contextmanager
 from itertools import pairwise
 
 from common.data.trees import Branch, Tree
 from common.device import has_flash_attention, has_nf4_kernels
 from common.model import attention
-from common.model.pack import build_pack
+from common.model.pack import PadSizes, build_pack
 from common.model.tree_mask import visible
 
 import pytest
@@ -108,8 +109,7 @@ def reach_of(trees) -> tuple[attention.Reach, torch.Tensor, torch.Tensor]:
     return attention.Reach(*tensors, host, first), torch.tensor(slots), torch.tensor(seen)
 
 
-@given(cached_trees())
-def test_new_tokens_attend_to_their_own_block_and_their_prefix(trees):
+def check_over_cache(trees) -> None:
     reach, slots, seen = reach_of(trees)
     torch.manual_seed(0)
     keys, values = (torch.randn(seen.shape[1], 2, 8, dtype=torch.float64) for _ in range(2))
@@ -117,6 +117,86 @@ def test_new_tokens_attend_to_their_own_block_and_their_prefix(trees):
     wide = (x.transpose(0, 1)[None] for x in (q, keys, values))
     expected = F.scaled_dot_product_attention(*wide, attn_mask=seen[None, None], enable_gqa=True)[0].transpose(0, 1)
     torch.testing.assert_close(attention.over_cache(q, keys, values, reach), expected)
+
+
+@given(cached_trees())
+def test_new_tokens_attend_to_their_own_block_and_their_prefix(trees):
+    check_over_cache(trees)
+
+
+# ---- the varlen calls of a GPU, in place of which a CPU computes what they are documented to -----------------------
+
+
+def varlen(q, k, v, sequences, d_out=None, out=None, lse=None):
+    """`torch_private.flash_attention`, and with `d_out` its backward; rows of no sequence are NaN."""
+    group, nan = q.shape[1] // k.shape[1], float("nan")
+    if d_out is None:
+        found = [torch.full_like(q, nan), torch.full((q.shape[1], len(q)), nan, dtype=q.dtype)]
+    else:
+        found = [torch.full_like(x, nan) for x in (q, k, v)]
+    for i, (a, b) in enumerate(pairwise(sequences.q_starts.tolist())):
+        start = int(sequences.k_starts[i])
+        keys = slice(
+            start, start + int(sequences.k_used[i]) if sequences.k_used is not None else int(sequences.k_starts[i + 1])
+        )
+        assert b - a <= sequences.longest_q
+        assert keys.stop - start <= sequences.longest_k
+        mine, ours, theirs = (x.transpose(0, 1) for x in (q[a:b], k[keys], v[keys]))  # [heads, tokens, D]
+        ours, theirs = (x.repeat_interleave(group, 0) for x in (ours, theirs))
+        scores = mine @ ours.transpose(1, 2) * q.shape[2] ** -0.5
+        if sequences.causal:
+            mask = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
+            scores = scores.masked_fill(~mask, -torch.inf)
+        if d_out is None:
+            found[0][a:b] = (scores.softmax(-1) @ theirs).transpose(0, 1)
+            found[1][:, a:b] = scores.logsumexp(-1)
+            continue
+        d, o = d_out[a:b].transpose(0, 1), out[a:b].transpose(0, 1)
+        p = (scores - lse[:, a:b, None]).exp()
+        d_scores = p * (d @ theirs.transpose(1, 2) - (d * o).sum(-1, keepdim=True)) * q.shape[2] ** -0.5
+        found[0][a:b] = (d_scores @ ours).transpose(0, 1)
+        for x, per_head in ((found[1], d_scores.transpose(1, 2) @ mine), (found[2], p.transpose(1, 2) @ d)):
+            x[keys] = per_head.unflatten(0, (-1, group)).sum(1).transpose(0, 1)
+    return tuple(found)
+
+
+@contextmanager
+def flash():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "has_flash_attention", lambda device, dtype: True)
+        patch.setattr(attention, "flash_attention", varlen)
+        patch.setattr(
+            attention,
+            "flash_attention_backward",
+            lambda d_out, q, k, v, out, lse, sequences: varlen(q, k, v, sequences, d_out, out, lse),
+        )
+        yield
+
+
+@given(sizes)
+def test_varlen_calls_and_their_join_are_attention_under_the_mask(shapes):
+    batch = build_pack(trees_of(shapes))
+    padded = PadSizes.of([batch], 200).pad(batch)
+    torch.manual_seed(0)
+    n, total = batch.n_tokens, len(padded.input_ids)
+    q, k, v, d_out = heads(total, 4), heads(total, 2), heads(total, 2), torch.randn(total, 4, 8, dtype=torch.float64)
+    wide = (x[:n].transpose(0, 1)[None] for x in (q, k, v))
+    mask = visible(batch.layout, batch.layout)
+    expected = F.scaled_dot_product_attention(*wide, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+    gradients = torch.autograd.grad(expected, (q, k, v), d_out[:n])
+    with torch.no_grad(), flash():
+        out, lse = attention.forward(q, k, v, padded.spans)
+        found = attention.backward(d_out, q, k, v, out, lse, padded.spans)
+    torch.testing.assert_close(out[:n], expected)
+    assert not out[n:].any(), "padding"
+    for ours, theirs in zip(found, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@given(cached_trees())
+def test_varlen_calls_over_a_cache_attend_to_the_own_block_and_the_prefix(trees):
+    with flash():
+        check_over_cache(trees)
 
 
 def halves() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
