@@ -3,6 +3,7 @@
 A block has the length that its sequence may reach, so attention needs its start alone and no table of pages.
 """
 
+import bisect
 from typing import NamedTuple
 
 
@@ -31,9 +32,11 @@ class BlockAllocator:
         return blocks
 
     def free(self, block: Block) -> None:
-        """Turns the block into a gap and merges adjacent gaps."""
-        gaps, self.gaps = sorted([*self.gaps, block]), []
-        for start, length in gaps:
-            if self.gaps and sum(self.gaps[-1]) == start:
-                start, length = self.gaps[-1].start, self.gaps.pop().length + length
-            self.gaps.append(Block(start, length))
+        """Turns the block into a gap, one with the gaps that it touches."""
+        i, (start, length) = bisect.bisect(self.gaps, block), block
+        if i < len(self.gaps) and self.gaps[i].start == start + length:
+            length += self.gaps.pop(i).length
+        if i and sum(self.gaps[i - 1]) == start:
+            i, before = i - 1, self.gaps.pop(i - 1)
+            start, length = before.start, before.length + length
+        self.gaps.insert(i, Block(start, length))
