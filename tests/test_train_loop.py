@@ -23,13 +23,14 @@ from common.errors import UserError
 from common.files import SUMS
 from common.model.load import add_lora, load_base, load_tokenizer
 from common.model.pack import build_pack
-from common.runs import checkpoint, gauges
+from common.runs import checkpoint, gauges, ranks
 from common.train import engine
 from tests.conftest import answering_yaml, same, squad_file
 from tests.model.test_pack import rows_loss
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 
@@ -678,3 +679,88 @@ def test_the_rate_rises_then_falls_to_nothing():
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert rates[-1] < 0.001
     assert train_loop.learning_rate(0, total=1, warmup=0.0, peak=1.0) == 1.0
+
+
+class Scaler:
+    """fp16's loss scale, at its least or above it."""
+
+    def __init__(self, scale: float):
+        self.least = scale
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss
+
+    def get_scale(self) -> float:
+        return self.least
+
+    def step(self, *_) -> None:
+        """Skips the optimizer's step, as after an overflow."""
+
+    def update(self) -> None:
+        pass
+
+    def state_dict(self) -> dict:
+        return {}
+
+
+@pytest.mark.parametrize(("scale", "ends"), [(0.5, True), (1.0, False)])
+def test_a_step_that_fp16_skips_is_none_of_ours_to_stop_until_no_scale_helps(
+    tiny_config, tmp_path, monkeypatch, scale, ends
+):
+    make = ranks.accelerator
+
+    def accelerator(*args):
+        made = make(*args)
+        made.clip_grad_norm_ = lambda *_: torch.tensor(math.inf)  # the scaler's to notice
+        made.scaler = Scaler(scale)
+        return made
+
+    monkeypatch.setattr(ranks, "accelerator", accelerator)
+    words = [str(tiny_config), "train.max_steps=2", "train.eval_every=2"]
+    if ends:
+        with pytest.raises(UserError, match=r"^step 1: gradients overflow fp16 at any scale; try base.dtype=bf16 or"):
+            train_loop.main(words)
+    else:
+        train_loop.main(words)
+        rows = [row for row in metrics(only_run(tmp_path)) if "loss" in row]
+        assert [row["grad_norm"] for row in rows] == [None, None]
+
+
+def test_a_norm_that_is_not_finite_stops_where_nothing_scales_the_loss(tiny_config, monkeypatch):
+    make = ranks.accelerator
+
+    def accelerator(*args):
+        made = make(*args)
+        made.clip_grad_norm_ = lambda *_: torch.tensor(math.inf)
+        return made
+
+    monkeypatch.setattr(ranks, "accelerator", accelerator)
+    with pytest.raises(UserError, match=r"^step 1: loss \d+\.\d+, gradient norm inf; stopped"):
+        train_loop.main([str(tiny_config)])
+
+
+def test_progress_is_of_steps_and_evaluations_have_a_row(tiny_config, tmp_path, capsys):
+    train_loop.main([str(tiny_config), "train.max_steps=2", "train.eval_every=1", "early_stop.questions=5"])
+    said = capsys.readouterr().err
+    assert "train: 100%" in said
+    assert "step/s" in said or "s/step" in said
+    rows = [row for row in metrics(only_run(tmp_path)) if "em" in row]
+    assert [(row["step"], row["n"], sorted(row)) for row in rows] == [(s, 5, ["em", "f1", "n", "step"]) for s in (1, 2)]
+
+
+def test_trackers_are_ended_whether_a_training_ends_or_is_stopped(tiny_config, tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr(Accelerator, "end_training", lambda self: ended.append("ended"))
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda self: ended.append("waited"))
+    train_loop.main([str(tiny_config), "train.max_steps=1"])
+    assert ended == ["ended"]
+
+    def signalled(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return learning_rate(*_)
+
+    learning_rate = train_loop.learning_rate
+    monkeypatch.setattr(train_loop, "learning_rate", signalled)
+    with pytest.raises(SystemExit):
+        train_loop.main([str(tiny_config), "train.max_steps=2", f"runs={tmp_path / 'stopped'}"])
+    assert ended == ["ended", "waited", "ended"]

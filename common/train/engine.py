@@ -17,6 +17,7 @@ from common.model.tree_mask import pack_logits
 from common.train.cuda_graphs import CapturedPacks
 from common.train.fused import Fused, untrainable_reason
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -93,17 +94,13 @@ class Engine:
         n_tokens = sum(map(len, plan.rows(plan.trees)))
         answer_share = sum(len(b.answer_ids) for tree in plan.trees for b in tree.branches) / n_tokens
         step_tokens = n_tokens / plan.steps_per_epoch / self.ranks
-        free = memory.available_bytes(device) if device.type == "cuda" else None
+        free = _free_bytes(device)
         shapes = memory.Shapes.of(model, adapter_size(model))
         # an evaluation runs between two steps, and the graphs' memory is not free for it
         evaluation = shapes.decoding_bytes(memory.LEAST_PASS_TOKENS, memory.LEAST_CACHE_TOKENS)
         choice = memory.choose(train, shapes, device, step_tokens, answer_share, free, evaluation)
-        self.pack_tokens, self.keep_layers, self.description = (
-            choice.pack_tokens,
-            choice.keep_layers,
-            choice.description,
-        )
-        self.counted_bytes = choice.counted if device.type == "cuda" else None
+        self.pack_tokens, self.keep_layers = choice.pack_tokens, choice.keep_layers
+        self.description, self.counted_bytes = choice.description, None if free is None else choice.counted
         self.memory_advice = f"lower train.pack_tokens (now {self.pack_tokens}), or "
         self.memory_advice += f"{'lower' if train.memory_budget_gib else 'set'} train.memory_budget_gib"
         layers = Fused(model, choice.keep_layers, choice.hold_layers)
@@ -138,3 +135,8 @@ class Engine:
         loss = (by_token if self.train.loss == "token" else by_token * pack.target_share).sum() * weight
         self.backward(loss)
         return loss.detach()
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Bytes that training may take; None on a CPU, where nothing is counted."""
+    return memory.available_bytes(device) if device.type == "cuda" else None

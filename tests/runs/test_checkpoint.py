@@ -314,3 +314,20 @@ def test_an_adapters_weights_are_known_by_their_sum_and_a_change_of_them_is_noti
     (tmp_path / "adapter_model.safetensors").unlink()
     (tmp_path / "adapter_model.safetensors").mkdir()
     assert weights_sha256(tmp_path) is None
+
+
+def test_a_record_gets_a_states_figures_rounded():
+    state = State(
+        {"config": "c"}, step=40, best_em=70.25, best_f1=80.5, best_step=30, seconds=100.26, peak={"rss_bytes": 7}
+    )
+    state.evaluation_seconds = 20.06
+    assert state.result(questions=2560) == {
+        "identity": {"config": "c"}, "em": 70.25, "f1": 80.5, "best_step": 30, "steps": 40, "questions": 2560,
+        "seconds": 100.3, "evaluation_seconds": 20.1, "questions_per_s": 31.92, "peak": {"rss_bytes": 7},
+    }  # fmt: skip
+
+
+def test_a_state_of_another_version_is_refused(tmp_path):
+    write(tmp_path / "last", '{"step": 1, "of_the_future": 2}')
+    with pytest.raises(UserError, match=r"last: saved by another version of this code \(.*of_the_future.*FRESH=1"):
+        load_state(tmp_path / "last")

@@ -1,0 +1,138 @@
+"""The engine chooses layers, packs and graphs once, and each pack's gradient is the loss's. GPUs are made up."""
+
+import functools
+
+from common.config import Train
+from common.data.plan import Plan
+from common.errors import UserError
+from common.model import memory
+from common.train import engine as module
+from common.train.engine import Engine
+from tests.model.test_pack import lora_model, trees_of
+
+import pytest
+import torch
+
+GIB = 2**30
+
+
+class Captured:
+    """In place of `CapturedPacks`: computes, and notes what it was made with."""
+
+    def __init__(self, work, weights, pads, example):
+        self.work, self.weights, self.pads, self.example, self.seen = work, weights, pads, example, []
+
+    def __call__(self, pack, weight):
+        self.seen.append(pack)
+        return self.work(pack, torch.full((), weight))
+
+
+@pytest.fixture
+def make(tiny_base, monkeypatch):
+    """Engines of the tiny model; `free`: bytes on a GPU that is made up; None: a CPU."""
+    trees, _ = trees_of(tiny_base, 8)
+
+    def make(free: int | None = None, flash: bool = True, rank: int = 0, ranks: int = 1, **train) -> Engine:
+        monkeypatch.setattr(module, "_free_bytes", lambda device: free)
+        monkeypatch.setattr(module, "has_flash_attention", lambda device, dtype: flash and dtype == torch.float32)
+        monkeypatch.setattr(module, "CapturedPacks", Captured)
+        options = Train(**{"questions_per_step": 8, **train})
+        plan = Plan(trees, options, 0)
+        return Engine(lora_model(tiny_base), plan, options, torch.Tensor.backward, rank, ranks)
+
+    return make
+
+
+def test_graphs_are_captured_where_an_evaluation_fits_beside_them(make):
+    plain = make()
+    assert (plain.pads, plain.counted_bytes, plain._captured) == (None, None, None)
+    assert "CUDA graphs" not in plain.description
+    roomy = make(free=8 * GIB)
+    evaluation = memory.Shapes.of(lora_model_of(roomy), roomy.trained_weights).decoding_bytes(512, 1536)
+    needs = sum(roomy.counted_bytes.values()) + evaluation
+    assert roomy.description.endswith(" GiB, CUDA graphs") or roomy.description.endswith(", CUDA graphs")
+    assert roomy.description.startswith("fused layers, ")
+    assert isinstance(make(free=needs)._captured, Captured)
+    tight = make(free=needs - 1)
+    assert tight._captured is None
+    assert tight.pads is None
+    assert tight.description.endswith(", no CUDA graphs (an evaluation would not fit beside them)")
+    without = make(free=8 * GIB, flash=False)
+    assert without._captured is None
+    assert "CUDA graphs" not in without.description
+
+
+def lora_model_of(engine: Engine):
+    return engine._logits.__self__.base
+
+
+def test_sizes_are_of_the_packs_of_the_first_steps_and_the_example_is_the_smallest(make, monkeypatch):
+    monkeypatch.setattr(module, "SAMPLE_STEPS", 2)
+    made = make(free=8 * GIB)
+    unpadded = make()
+    packs = [pack for step in range(2) for pack in unpadded.prepare(step)[1]]
+    assert made.pads == module.PadSizes.of(packs, made.pack_tokens)
+    assert made._captured.pads == made.pads
+    assert made._captured.weights is made.weights
+    assert made._captured.example.n_tokens == min(pack.n_tokens for pack in packs)
+    trees, (padded, *_) = made.prepare(0)
+    assert trees == unpadded.prepare(0)[0]
+    assert len(padded.input_ids) in made.pads.tokens
+    assert len(padded.input_ids) > padded.n_tokens
+
+
+def test_a_rank_without_a_share_takes_the_sizes_of_the_first(make):
+    first, last = (make(free=8 * GIB, rank=rank, ranks=64, questions_per_step=4) for rank in (0, 63))
+    assert first.prepare(0)[1]
+    assert last.prepare(0)[1] == []
+    assert last.pads.tokens
+    assert last._captured.example.n_tokens > 0
+
+
+@pytest.mark.parametrize("loss", ["token", "question"])
+def test_padded_or_not_a_steps_loss_and_gradient_are_the_same(make, loss):
+    found = []
+    for free in (None, 8 * GIB):
+        made = make(free=free, loss=loss, label_smoothing=0.1)
+        total = sum(made(pack, 0.25).item() for pack in made.prepare(0)[1])
+        found.append((total, made.weights[0].grad.clone()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert (found[0][1] - found[1][1]).norm() < 1e-5 * found[0][1].norm()
+
+
+def test_layers_that_are_not_fused_have_packs_by_device_or_as_asked(make):
+    given, checked = make(fused=False, pack_tokens=512), make(fused=False)
+    assert (given.pack_tokens, checked.pack_tokens) == (512, 1024)
+    assert (checked.keep_layers, checked.recomputed) == (0, 1.0)
+    kept = make(fused=False, gradient_checkpointing=False)
+    assert (kept.keep_layers, kept.recomputed) == (2, 0.0)
+    assert checked.memory_advice == "lower train.pack_tokens (now 1024)"
+    assert kept.memory_advice == "lower train.pack_tokens (now 1024), or set train.gradient_checkpointing=true"
+    assert checked.description == "layers by transformers and PEFT (train.fused=false), packs of 1024 tokens"
+    with pytest.raises(UserError, match="needs the fused layers; not with train"):
+        make(fused=False, memory_budget_gib=8.0)
+
+
+def test_the_advice_names_the_setting_that_holds_the_memory(make):
+    tokens = make().pack_tokens
+    assert make().memory_advice == f"lower train.pack_tokens (now {tokens}), or set train.memory_budget_gib"
+    budgeted = make(memory_budget_gib=8.0).memory_advice
+    assert budgeted == f"lower train.pack_tokens (now {tokens}), or lower train.memory_budget_gib"
+
+
+def test_the_record_gets_what_was_chosen(make):
+    made = make(free=8 * GIB)
+    result = made.result()
+    assert result.keys() == {
+        "pack_tokens", "kept_layers", "recomputed", "counted_bytes", "trained_weights", "frozen_weights",
+    }  # fmt: skip
+    assert result["counted_bytes"] == made.counted_bytes
+    assert result["trained_weights"] == sum(map(torch.numel, made.weights))
+
+
+def test_a_step_is_shared_out_by_tokens(make):
+    ranks = [make(rank=rank, ranks=2) for rank in range(2)]
+    whole = {branch.id for tree in ranks[0].prepare(1)[0] for branch in tree.branches}
+    parts = [{id_ for pack in made.prepare(1)[1] for id_ in pack.ids} for made in ranks]
+    assert functools.reduce(set.union, parts) == whole
+    assert not parts[0] & parts[1]
