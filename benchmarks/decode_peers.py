@@ -65,9 +65,15 @@ def row(
     """`batch`: None for a stream of all. Latencies only where one question is asked at a time."""
     latency = {f"p{q}_ms": 1000 * float(np.percentile(seconds, q)) for q in (50, 95)} if batch == 1 else {}
     return {
-        "kind": kind, "batch": batch, "questions": n, "seconds": sum(seconds), "questions_per_s": n / sum(seconds),
-        "allocated_gib": allocated, **latency, **more,
-    }  # fmt: skip
+        "kind": kind,
+        "batch": batch,
+        "questions": n,
+        "seconds": sum(seconds),
+        "questions_per_s": n / sum(seconds),
+        "allocated_gib": allocated,
+        **latency,
+        **more,
+    }
 
 
 # ---- the stacks ----------------------------------------------------------------------------------------------------
@@ -138,9 +144,14 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
             answers_alone = {q["id"]: a.token_ids for q, a in zip(job["alone"], alone, strict=True)}
         del engine
     return {
-        "rows": rows, "answers": answers, "answers_alone": answers_alone, "ties": ties, "start": start, "sizes": sizes,
+        "rows": rows,
+        "answers": answers,
+        "answers_alone": answers_alone,
+        "ties": ties,
+        "start": start,
+        "sizes": sizes,
         "versions": versions(),
-    }  # fmt: skip
+    }
 
 
 def hf(job: dict[str, Any]) -> dict[str, Any]:
@@ -155,10 +166,15 @@ def hf(job: dict[str, Any]) -> dict[str, Any]:
     if job["adapter"]:
         model = PeftModel.from_pretrained(model, job["adapter"])
     elif job["lora"]:
-        model = get_peft_model(model, LoraConfig(
-            r=job["lora"]["rank"], lora_alpha=job["lora"]["alpha"], target_modules=job["lora"]["targets"],
-            task_type="CAUSAL_LM",
-        ))  # fmt: skip
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=job["lora"]["rank"],
+                lora_alpha=job["lora"]["alpha"],
+                target_modules=job["lora"]["targets"],
+                task_type="CAUSAL_LM",
+            ),
+        )
     return generate(torch, model.eval(), job, began)
 
 
@@ -198,9 +214,14 @@ def generate(torch: Any, model: Any, job: dict[str, Any], began: float) -> dict[
             return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)
 
         out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, pad_token_id=eos,
-            eos_token_id=job["stops"], logits_processor=LogitsProcessorList([forced] if scripts[0] else []),
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=limit,
+            do_sample=False,
+            pad_token_id=eos,
+            eos_token_id=job["stops"],
+            logits_processor=LogitsProcessorList([forced] if scripts[0] else []),
+        )
         stops, answers = set(job["stops"]), []
         for tokens in out[:, width:].tolist():
             end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
@@ -243,9 +264,12 @@ def vllm(job: dict[str, Any]) -> dict[str, Any]:
     from vllm.lora.request import LoRARequest
 
     engine = LLM(
-        job["model"], quantization="bitsandbytes", enable_lora=bool(job["adapter"]), max_model_len=job["window"],
+        job["model"],
+        quantization="bitsandbytes",
+        enable_lora=bool(job["adapter"]),
+        max_model_len=job["window"],
         enable_prefix_caching=True,
-    )  # fmt: skip
+    )
     lora = LoRARequest("adapter", 1, job["adapter"]) if job["adapter"] else None
     start, rows = {"load_s": time.perf_counter() - began}, []
     for kind in job["kinds"]:

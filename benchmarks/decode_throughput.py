@@ -78,16 +78,22 @@ def main(argv: list[str]) -> None:
     print(f"\n{config.title} on {device}: {len(job['questions'])} questions in a stream, {len(job['alone'])} alone")
     print(table(rows))
     result = {
-        "model": config.title, "overrides": args.overrides, "device": device, "rows": rows,
-        "start": {s: f.get("start") for s, f in found.items()}, "sizes": found.get("ours", {}).get("sizes"),
+        "model": config.title,
+        "overrides": args.overrides,
+        "device": device,
+        "rows": rows,
+        "start": {s: f.get("start") for s, f in found.items()},
+        "sizes": found.get("ours", {}).get("sizes"),
         "versions": next((f["versions"] for f in found.values() if "versions" in f), None),
         "equal": equal(examples, found, config),
-    }  # fmt: skip
+    }
     if result["equal"]:
         e = result["equal"]
-        print(f"of {e['n']} answers {e['same']} (alone: {e['same_alone']}) have the token ids that `generate` gives at "
-              f"batch 1; EM {e['em']:.2f} against {e['em_generate']:.2f} (McNemar p = {e['p']:.2g}); {e['ties']} of "
-              "the stream's tokens were ties")  # fmt: skip
+        print(
+            f"of {e['n']} answers {e['same']} (alone: {e['same_alone']}) have the token ids that `generate` gives at "
+            f"batch 1; EM {e['em']:.2f} against {e['em_generate']:.2f} (McNemar p = {e['p']:.2g}); {e['ties']} of "
+            "the stream's tokens were ties"
+        )
     print(json.dumps(result))
 
 
@@ -127,14 +133,22 @@ def job_of(config: Config, args: argparse.Namespace, kinds: list[str], folder: P
     base = config.to_dict()["base"]
     counts = {b: (args.peers_alone or len(alone)) if b == 1 else args.peers_batched for b in args.batches}
     return {
-        "base": base, "model": str(folder / "base") if config.base.random_weights else config.base.path,
+        "base": base,
+        "model": str(folder / "base") if config.base.random_weights else config.base.path,
         "adapter": str(adapter.resolve()) if adapter else None,
-        "lora": config.to_dict()["lora"], "eval": config.to_dict()["eval"],
+        "lora": config.to_dict()["lora"],
+        "eval": config.to_dict()["eval"],
         "window": max(len(q["prefix"] + q["prompt"]) for q in questions) + config.window.answer,
-        "limit": config.window.answer, "stops": stop_tokens(tokenizer), "eos": tokenizer.eos_token_id,
-        "kinds": kinds, "batches": args.batches, "counts": {str(b): n for b, n in counts.items()},
-        "questions": questions, "alone": alone, "batched": batched,
-    }, examples  # fmt: skip
+        "limit": config.window.answer,
+        "stops": stop_tokens(tokenizer),
+        "eos": tokenizer.eos_token_id,
+        "kinds": kinds,
+        "batches": args.batches,
+        "counts": {str(b): n for b, n in counts.items()},
+        "questions": questions,
+        "alone": alone,
+        "batched": batched,
+    }, examples
 
 
 def equal(examples: Any, found: dict[str, Any], config: Config) -> dict[str, Any] | None:
@@ -148,11 +162,14 @@ def equal(examples: Any, found: dict[str, Any], config: Config) -> dict[str, Any
     scores = [score(both, side) for side in texts]
     alone = found["ours"]["answers_alone"]
     return {
-        "n": len(both), "same": sum(ours[e.id] == theirs[e.id] for e in both),
+        "n": len(both),
+        "same": sum(ours[e.id] == theirs[e.id] for e in both),
         "same_alone": sum(alone[e.id] == theirs[e.id] for e in both),
-        "ties": found["ours"]["ties"], "em": scores[0].em, "em_generate": scores[1].em,
+        "ties": found["ours"]["ties"],
+        "em": scores[0].em,
+        "em_generate": scores[1].em,
         "p": mcnemar(scores[0].correct, scores[1].correct)[2],
-    }  # fmt: skip
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -166,11 +183,19 @@ def table(rows: list[dict[str, Any]]) -> str:
             return f"{r[key]:.1f} ×" if r[key] else ""
 
         memory = f"{r['allocated_gib']:.2f} GiB" if r["allocated_gib"] else "–"
-        lines.append((
-            SYSTEMS[r["system"]], WHAT[r["kind"]], str(r["batch"] or "stream"), f"{r['questions_per_s']:.4g}",
-            ratio("ours_is_questions_per_s"), *(f"{r[p]:.1f}" if p in r else "" for p in ("p50_ms", "p95_ms")),
-            ratio("ours_is_p95_ms"), memory, str(r["questions"]),
-        ))  # fmt: skip
+        lines.append(
+            (
+                SYSTEMS[r["system"]],
+                WHAT[r["kind"]],
+                str(r["batch"] or "stream"),
+                f"{r['questions_per_s']:.4g}",
+                ratio("ours_is_questions_per_s"),
+                *(f"{r[p]:.1f}" if p in r else "" for p in ("p50_ms", "p95_ms")),
+                ratio("ours_is_p95_ms"),
+                memory,
+                str(r["questions"]),
+            )
+        )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

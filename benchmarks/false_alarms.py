@@ -37,9 +37,15 @@ CASES = {  # shares of answers that flip, and that turn wrong; processes apart; 
 
 
 def alarmed(
-    rng: np.random.Generator, rules: Rules, queries: int,
-    flips: float, lost: float, apart: float, slowdown: float, busy: float,
-) -> bool:  # fmt: skip
+    rng: np.random.Generator,
+    rules: Rules,
+    queries: int,
+    flips: float,
+    lost: float,
+    apart: float,
+    slowdown: float,
+    busy: float,
+) -> bool:
     """One revalidation: whether any test of any system raises an alarm."""
     alpha = rules.false_alarms / (SYSTEMS * TESTS)
     article = {str(i): str(a) for i, a in enumerate(np.sort(rng.integers(ARTICLES, size=QUESTIONS)))}

@@ -102,11 +102,15 @@ def timed_steps(torch: Any, peer: Any, job: dict[str, Any], batch: int, warmup: 
     tokens = sum(len(row["input_ids"]) for row in rows[warmup * batch :])
     gib = 2.0**30
     return {
-        "batch": batch, "steps": steps, "questions": len(rows), "seconds": round(seconds, 3),
-        "questions_per_s": batch * steps / seconds, "tokens_per_s": tokens / seconds,
+        "batch": batch,
+        "steps": steps,
+        "questions": len(rows),
+        "seconds": round(seconds, 3),
+        "questions_per_s": batch * steps / seconds,
+        "tokens_per_s": tokens / seconds,
         "allocated_gib": torch.cuda.max_memory_allocated() / gib if cuda else 0.0,
         "reserved_gib": torch.cuda.max_memory_reserved() / gib if cuda else 0.0,
-    }  # fmt: skip
+    }
 
 
 def rows_of(job: dict[str, Any], batch: int, steps: int) -> Rows:
@@ -196,10 +200,15 @@ class Trl:
     def train(self, rows: Rows, batch: int, mark: Any) -> None:
         checkpointing = self.job["checkpointing"]
         self.model = train_sft(
-            self.model, self.job, rows, batch, mark, self.adapter,
+            self.model,
+            self.job,
+            rows,
+            batch,
+            mark,
+            self.adapter,
             gradient_checkpointing=checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
-        )  # fmt: skip
+        )
         self.adapter = {}  # it is on the model now
 
 
@@ -250,17 +259,34 @@ def train_sft(
 
     cuda = torch.cuda.is_available()
     arguments = SFTConfig(
-        output_dir=job["work"], per_device_train_batch_size=batch, gradient_accumulation_steps=1,
-        max_steps=len(rows) // batch, train_sampling_strategy="sequential", learning_rate=job["lr"],
-        optim="paged_adamw_8bit", bf16=cuda, use_cpu=not cuda,
-        max_grad_norm=job["max_grad_norm"], weight_decay=job["weight_decay"], max_length=job["window"],
-        dataset_kwargs={"skip_prepare_dataset": True}, save_strategy="no", report_to="none", logging_steps=1000,
-        disable_tqdm=True, seed=job["seed"], **more,
-    )  # fmt: skip
+        output_dir=job["work"],
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=1,
+        max_steps=len(rows) // batch,
+        train_sampling_strategy="sequential",
+        learning_rate=job["lr"],
+        optim="paged_adamw_8bit",
+        bf16=cuda,
+        use_cpu=not cuda,
+        max_grad_norm=job["max_grad_norm"],
+        weight_decay=job["weight_decay"],
+        max_length=job["window"],
+        dataset_kwargs={"skip_prepare_dataset": True},
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1000,
+        disable_tqdm=True,
+        seed=job["seed"],
+        **more,
+    )
     trainer = SFTTrainer(
-        model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=padding_tokenizer(job),
-        callbacks=[Marks()], **trainer_takes,
-    )  # fmt: skip
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=padding_tokenizer(job),
+        callbacks=[Marks()],
+        **trainer_takes,
+    )
     trainer.train()
     return trainer.model
 

@@ -50,10 +50,16 @@ def main(argv: list[str]) -> None:
     total = WARMUP + STEPS
     with tempfile.TemporaryDirectory(prefix="profile-") as runs:
         model, *overrides = argv or ["qlora7b"]
-        train_loop.main([
-            model, *overrides, f"train.max_steps={total}", f"train.eval_every={total}", "early_stop.questions=1",
-            f"runs={runs}",
-        ])  # fmt: skip
+        train_loop.main(
+            [
+                model,
+                *overrides,
+                f"train.max_steps={total}",
+                f"train.eval_every={total}",
+                "early_stop.questions=1",
+                f"runs={runs}",
+            ]
+        )
     hook.remove()
     if len(marks) < total:
         raise UserError(f"{len(marks)} optimizer steps are in this data, and {total} are needed")

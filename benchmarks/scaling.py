@@ -156,10 +156,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         differs = f"{r['losses_differ']:.2%} of a loss" if "losses_differ" in r else ""
         differs = differs or f"{r['answers_differ']} of {r['answers']:,} answers"
-        lines.append((
-            r["work"], str(r["processes"]), f"{r['questions_per_s']:.4g}", f"{r['efficiency']:.1%}",
-            f"{r['idle_share']:.1%}" if "idle_share" in r else "", differs,
-        ))  # fmt: skip
+        lines.append(
+            (
+                r["work"],
+                str(r["processes"]),
+                f"{r['questions_per_s']:.4g}",
+                f"{r['efficiency']:.1%}",
+                f"{r['idle_share']:.1%}" if "idle_share" in r else "",
+                differs,
+            )
+        )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -116,19 +116,30 @@ def main(argv: list[str]) -> None:
                 for key in ("questions_per_s", "whole_questions_per_s", "tokens_per_s", "allocated_gib", "reserved_gib")
             }
             tflops = medians["tokens_per_s"] * flops_per_token(config.base.path, middle["recomputed"]) / 1e12
-            rows.append({
-                **middle, **medians, "rounds": [run[speed] for run in mine], "tflops": tflops,
-                "of_ceiling": tflops / ceiling["tflops"], "epoch_minutes": TRAIN_QUESTIONS / medians[speed] / 60,
-            })  # fmt: skip
+            rows.append(
+                {
+                    **middle,
+                    **medians,
+                    "rounds": [run[speed] for run in mine],
+                    "tflops": tflops,
+                    "of_ceiling": tflops / ceiling["tflops"],
+                    "epoch_minutes": TRAIN_QUESTIONS / medians[speed] / 60,
+                }
+            )
     for row in rows:
         ours = next((r for r in rows if r["system"] == "ours" and r["budget"] == row["budget"]), {})
         row["ours_is"] = ours[speed] / row[speed] if speed in ours and speed in row else None
     print(f"\n{config.title} on {ceiling['device']}; matrix products reach {ceiling['tflops']:.3g} TFLOP/s")
     print(table(rows, speed))
     result = {
-        "model": config.title, "overrides": args.overrides, "device": ceiling["device"],
-        "versions": ceiling["versions"], "matmul_tflops": ceiling["tflops"], "compared": speed, "rows": rows,
-    }  # fmt: skip
+        "model": config.title,
+        "overrides": args.overrides,
+        "device": ceiling["device"],
+        "versions": ceiling["versions"],
+        "matmul_tflops": ceiling["tflops"],
+        "compared": speed,
+        "rows": rows,
+    }
     print(json.dumps(result))
 
 
@@ -175,14 +186,28 @@ def job_of(config: Config, args: argparse.Namespace, work: Path) -> dict[str, An
     ]
     local = Path(config.base.path).is_dir() and not config.base.random_weights
     return {
-        "model": str(Path(config.base.path).resolve()) if local else str(work / "base") if config.base.random_weights
+        "model": str(Path(config.base.path).resolve())
+        if local
+        else str(work / "base")
+        if config.base.random_weights
         else config.base.path,
-        "rows": rows, "questions": args.questions, "seed": config.seed, "lr": config.train.lr,
-        "weight_decay": config.train.weight_decay, "max_grad_norm": config.train.max_grad_norm,
-        "window": config.window.tokens, "checkpointing": config.train.gradient_checkpointing, "work": str(work / "out"),
-        "lora": {"r": config.lora.rank, "lora_alpha": config.lora.alpha, "lora_dropout": 0.0,
-                              "bias": "none", "target_modules": list(config.lora.targets)},
-    }  # fmt: skip
+        "rows": rows,
+        "questions": args.questions,
+        "seed": config.seed,
+        "lr": config.train.lr,
+        "weight_decay": config.train.weight_decay,
+        "max_grad_norm": config.train.max_grad_norm,
+        "window": config.window.tokens,
+        "checkpointing": config.train.gradient_checkpointing,
+        "work": str(work / "out"),
+        "lora": {
+            "r": config.lora.rank,
+            "lora_alpha": config.lora.alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": list(config.lora.targets),
+        },
+    }
 
 
 def one(system: str, job: dict[str, Any], args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
@@ -196,15 +221,24 @@ def one(system: str, job: dict[str, Any], args: argparse.Namespace, work: Path) 
         print(f"{SYSTEMS[system]}: {answer['failed']}", file=sys.stderr)
         return [{"system": system, "failed": answer["failed"], "budget": None, "batch": None}]
     for figures in answer["searched"]:
-        print(f"{SYSTEMS[system]}, batch {figures['batch']}: {figures['questions_per_s']:.1f} questions/s, "
-              f"{figures['allocated_gib']:.2f} GiB", file=sys.stderr)  # fmt: skip
+        print(
+            f"{SYSTEMS[system]}, batch {figures['batch']}: {figures['questions_per_s']:.1f} questions/s, "
+            f"{figures['allocated_gib']:.2f} GiB",
+            file=sys.stderr,
+        )
     recomputed = 1.0 if job["checkpointing"] else 0.0
     return [
-        {"system": system, "budget": float(budget), "recomputed": recomputed, "versions": answer["versions"],
-         "searched": answer["searched"],
-         "whole_questions_per_s": figures["questions"] / wall, **figures}
+        {
+            "system": system,
+            "budget": float(budget),
+            "recomputed": recomputed,
+            "versions": answer["versions"],
+            "searched": answer["searched"],
+            "whole_questions_per_s": figures["questions"] / wall,
+            **figures,
+        }
         for budget, figures in answer["timed"].items()
-    ]  # fmt: skip
+    ]
 
 
 def ours(budget: float, args: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -212,9 +246,15 @@ def ours(budget: float, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     runs = tempfile.mkdtemp(prefix="ours-", dir=work)
     total = args.warmup + args.steps
     command = [
-        sys.executable, str(ROOT / "train_loop.py"), args.model, *args.overrides, f"train.max_steps={total}",
-        f"train.eval_every={total}", "early_stop.questions=1", f"runs={runs}",
-    ]  # fmt: skip
+        sys.executable,
+        str(ROOT / "train_loop.py"),
+        args.model,
+        *args.overrides,
+        f"train.max_steps={total}",
+        f"train.eval_every={total}",
+        "early_stop.questions=1",
+        f"runs={runs}",
+    ]
     command += [f"train.memory_budget_gib={budget:g}"] if budget < NO_BUDGET else []
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
@@ -229,18 +269,27 @@ def ours(budget: float, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     timed = steps[args.warmup :]
     seconds = timed[-1]["seconds"] - steps[args.warmup - 1]["seconds"]
     questions = sum(row["questions"] for row in timed)
-    print(f"{SYSTEMS['ours']}: {questions / seconds:.1f} questions/s; first step after "
-          f"{result['start_seconds'] + steps[0]['seconds']:.1f} s", file=sys.stderr)  # fmt: skip
+    print(
+        f"{SYSTEMS['ours']}: {questions / seconds:.1f} questions/s; first step after "
+        f"{result['start_seconds'] + steps[0]['seconds']:.1f} s",
+        file=sys.stderr,
+    )
     return {
-        "system": "ours", "budget": budget, "batch": round(questions / len(timed)), "seconds": seconds,
-        "questions_per_s": questions / seconds, "tokens_per_s": sum(row["tokens"] for row in timed) / seconds,
+        "system": "ours",
+        "budget": budget,
+        "batch": round(questions / len(timed)),
+        "seconds": seconds,
+        "questions_per_s": questions / seconds,
+        "tokens_per_s": sum(row["tokens"] for row in timed) / seconds,
         "whole_questions_per_s": sum(row["questions"] for row in steps) / wall,
         "first_step_s": result["start_seconds"] + steps[0]["seconds"],
         "allocated_gib": (result["peak"]["allocated_bytes"] or 0) / GIB,
         "reserved_gib": (result["peak"]["reserved_bytes"] or 0) / GIB,
-        "pack_tokens": result["pack_tokens"], "kept_layers": result["kept_layers"],
-        "counted_bytes": result["counted_bytes"], "recomputed": result["recomputed"],
-    }  # fmt: skip
+        "pack_tokens": result["pack_tokens"],
+        "kept_layers": result["kept_layers"],
+        "counted_bytes": result["counted_bytes"],
+        "recomputed": result["recomputed"],
+    }
 
 
 def flops_per_token(base: str, recomputed: float) -> float:
@@ -262,12 +311,21 @@ def table(rows: list[dict[str, Any]], speed: str) -> str:
         if "failed" in r:
             lines.append((SYSTEMS[r["system"]], budget, r["failed"], *[""] * (len(COLUMNS) - 3)))
             continue
-        lines.append((
-            SYSTEMS[r["system"]], budget, str(r["batch"]), f"{r[speed]:.4g}",
-            f"{r['ours_is']:.2f} ×" if r["ours_is"] else "–", f"{r['tokens_per_s']:,.0f}",
-            f"{r['epoch_minutes']:.1f} min", f"{r['allocated_gib']:.2f} GiB", f"{r['reserved_gib']:.2f} GiB",
-            f"{r['tflops']:.3g}", f"{r['of_ceiling']:.0%}",
-        ))  # fmt: skip
+        lines.append(
+            (
+                SYSTEMS[r["system"]],
+                budget,
+                str(r["batch"]),
+                f"{r[speed]:.4g}",
+                f"{r['ours_is']:.2f} ×" if r["ours_is"] else "–",
+                f"{r['tokens_per_s']:,.0f}",
+                f"{r['epoch_minutes']:.1f} min",
+                f"{r['allocated_gib']:.2f} GiB",
+                f"{r['reserved_gib']:.2f} GiB",
+                f"{r['tflops']:.3g}",
+                f"{r['of_ceiling']:.0%}",
+            )
+        )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

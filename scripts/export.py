@@ -26,6 +26,7 @@ from common.metrics import score
 from common.metrics.stats import mcnemar
 from common.model import memory
 from common.model.linears import dense
+from common.model.llama import Model
 from common.model.load import DTYPES, load_base, load_system, load_tokenizers
 from common.runs import checkpoint, preflight, record
 
@@ -123,7 +124,7 @@ def main(argv: list[str]) -> None:
     sys.exit(bool(worse))
 
 
-def merged(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def merged(model: Model, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The base's state dict on the host, dequantised, the adapter's products added."""
     out: dict[str, torch.Tensor] = {}
     settings = model.peft_config[model.active_adapter]
@@ -145,7 +146,7 @@ def merged(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return out
 
 
-def texts(model: Any, tokenizers: Tokenizers, config: Config, some: list[squad.Example]) -> dict[str, str]:
+def texts(model: Model, tokenizers: Tokenizers, config: Config, some: list[squad.Example]) -> dict[str, str]:
     return {id_: answer.text for id_, answer in predict.answers(model, tokenizers, some, config).items()}
 
 

@@ -9,7 +9,6 @@ two layers, which depend on the size alone. Attention is launched, because its s
 
 import functools
 from dataclasses import dataclass, fields
-from typing import TypeAlias
 
 from common.data.tokens import Ids
 from common.model import attention, llama
@@ -17,12 +16,9 @@ from common.model.attention import Reach
 from common.model.nf4 import MATMUL_TOKENS
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-Model: TypeAlias = PreTrainedModel | PeftModel
 # tokens: as many as NF4 products take, then four sizes per octave, so that padding adds a quarter at most
 CAPTURE_SIZES = (MATMUL_TOKENS, *(n * 2**k for k in range(1, 12) for n in (16, 20, 24, 28)))
 _REACH = ("own", "own_start", "own_used", "trees", "prefix_start", "prefix_used")
@@ -135,7 +131,7 @@ class Layer:
 class Layers:
     """A model's decoder layers, and their KV cache: keys and values [layers, `cache_tokens`, G, D]."""
 
-    def __init__(self, model: Model, cache_tokens: int):
+    def __init__(self, model: llama.Model, cache_tokens: int):
         self.model, dtype, self.device = llama.causal_of(model).model, model.dtype, next(model.parameters()).device
         self.layers = [Layer(module, dtype) for module in llama.layers_of(model)]
         shape = (len(self.layers), cache_tokens, model.config.num_key_value_heads, self.layers[0].head_dim)
@@ -238,7 +234,7 @@ class Decoder:
     Llama (`llama.unsupported_reason`).
     """
 
-    def __init__(self, model: Model, cache_tokens: int, capture_tokens: int = 0):
+    def __init__(self, model: llama.Model, cache_tokens: int, capture_tokens: int = 0):
         if reason := llama.unsupported_reason(model):
             raise ValueError(reason)
         self.base, self.cache_tokens = llama.causal_of(model), cache_tokens

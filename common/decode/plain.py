@@ -1,13 +1,13 @@
 """Greedy decoding by transformers' and PEFT's own modules: the reference, and the engine of all that is no Llama."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from common.data import plan
 from common.data.tokens import Ids
 from common.data.trees import Branch, Tree
 from common.decode.answers import Generation, Prediction, Task, to_text
 from common.device import out_of_memory
+from common.model.llama import Model
 from common.model.pack import Pack, build_pack
 from common.model.tree_mask import logits, pack_logits
 from common.runs import ranks
@@ -20,7 +20,7 @@ CPU_PACK_TOKENS, GPU_PACK_TOKENS = 8192, 4096  # prompts of one pack: the logits
 
 
 @torch.inference_mode()
-def greedy(model: Any, pack: Pack, stops: Tensor, max_new_tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def greedy(model: Model, pack: Pack, stops: Tensor, max_new_tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Per step (branch numbers [L], token ids [L], log-probabilities [L]) of the L branches that have not ended.
 
     A branch's last token is its stop token, unless the limit came first. New keys and values are appended to the
@@ -42,7 +42,7 @@ def greedy(model: Any, pack: Pack, stops: Tensor, max_new_tokens: int) -> Iterat
         out = logits(model, token, at, layout, cache=cache)  # [L, V]
 
 
-def answer_packs(model: Any, trees: Sequence[Tree], task: Task) -> Iterator[Prediction]:
+def answer_packs(model: Model, trees: Sequence[Tree], task: Task) -> Iterator[Prediction]:
     """Answers pack by pack; ranks take packs as they go."""
     if task.forced:
         raise ValueError("the plain engine forces no tokens")
@@ -55,7 +55,7 @@ def answer_packs(model: Any, trees: Sequence[Tree], task: Task) -> Iterator[Pred
             yield from _answers(model, build_pack(members).to(device), stops, task)
 
 
-def _answers(model: Any, pack: Pack, stops: Tensor, task: Task) -> list[Prediction]:
+def _answers(model: Model, pack: Pack, stops: Tensor, task: Task) -> list[Prediction]:
     tokens: list[Ids] = [[] for _ in pack.ids]
     logprob = [0.0] * len(pack.ids)
     for live, step_tokens, step_logprob in greedy(model, pack, stops, task.max_new_tokens):
@@ -73,7 +73,7 @@ class Plain:
 
     name = "plain"
 
-    def __init__(self, model: Any, stops: Sequence[int], limit: int):
+    def __init__(self, model: Model, stops: Sequence[int], limit: int):
         self.model, self.limit = model, limit
         self.stops = torch.tensor(stops, device=next(model.parameters()).device)
 

@@ -7,7 +7,7 @@ adapter or without, are decoded by `common.decode.batched`; all other models, an
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from common.config import Config, Eval
 from common.data import plan
@@ -22,7 +22,7 @@ from common.decode.plain import answer_packs
 from common.device import has_flash_attention, out_of_memory
 from common.errors import UserError
 from common.model import memory
-from common.model.llama import adapter_size, unsupported_reason
+from common.model.llama import Model, adapter_size, unsupported_reason
 from common.runs import ranks, signals
 
 from accelerate import PartialState
@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 def answers(
-    model: Any, tokenizers: Tokenizers, examples: Sequence[Example], config: Config, only: Iterable[str] | None = None
+    model: Model, tokenizers: Tokenizers, examples: Sequence[Example], config: Config, only: Iterable[str] | None = None
 ) -> dict[str, Prediction]:
     """Answers by id to `examples`, as `config` cuts, asks and decodes; `only`: of these ids alone.
 
@@ -47,7 +47,7 @@ def answers(
 
 
 def answer_trees(
-    model: Any,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     trees: Sequence[Tree],
     stops: Sequence[int],
@@ -85,7 +85,7 @@ def answer_trees(
 
 
 def by_all_ranks(
-    model: Any,
+    model: Model,
     tokenizers: Tokenizers,
     trees: Sequence[Tree],
     config: Config,
@@ -107,7 +107,7 @@ def by_all_ranks(
     return None if None in parts else merge(answer for part in parts for answer in part.values())
 
 
-def check_positions(model: Any, prompt_tokens: int, answer_tokens: int) -> None:
+def check_positions(model: Model, prompt_tokens: int, answer_tokens: int) -> None:
     """Raises `UserError` where a prompt and its longest answer take more tokens than the model has positions."""
     most = getattr(model.config, "max_position_embeddings", None)
     if most and prompt_tokens + answer_tokens > most:
@@ -118,18 +118,18 @@ def check_positions(model: Any, prompt_tokens: int, answer_tokens: int) -> None:
         )
 
 
-def engine_of(model: Any, options: Eval) -> Literal["plain", "stream"]:
+def engine_of(model: Model, options: Eval) -> Literal["plain", "stream"]:
     """The name of the engine that `answer_trees` uses, as it stands in records."""
     return "plain" if options.engine == "plain" or unsupported_reason(model) else "stream"
 
 
-def sizes_of(model: Any, options: Eval) -> memory.Decoding:
+def sizes_of(model: Model, options: Eval) -> memory.Decoding:
     """Tokens of a pass and of the KV cache. Raises `UserError` where memory is too little."""
     device, shapes = next(model.parameters()).device, memory.Shapes.of(model, adapter_size(model))
     return memory.decoding(options, shapes, device, capture=has_flash_attention(device, model.dtype))
 
 
-def _answer_batched(model: Any, trees: Sequence[Tree], task: Task) -> Iterator[Prediction]:
+def _answer_batched(model: Model, trees: Sequence[Tree], task: Task) -> Iterator[Prediction]:
     sizes, stops, options = sizes_of(model, task.options), set(task.stop_tokens), task.options
     with out_of_memory(f"lower {memory.BUDGET} (now {options.memory_budget_gib:g})"):
         decoder = Decoder(model, sizes.cache_tokens, sizes.pass_tokens if sizes.capture else 0)

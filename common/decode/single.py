@@ -18,10 +18,11 @@ from common.decode import predict
 from common.decode.answers import Generation, to_text
 from common.decode.chunks import by_probability
 from common.decode.drafts import draft_from
-from common.decode.forward import Batch, Decoder, Model, NextTokens
+from common.decode.forward import Batch, Decoder, NextTokens
 from common.decode.plain import Plain
 from common.device import has_flash_attention
 from common.errors import UserError
+from common.model.llama import Model
 from common.model.nf4 import MATMUL_TOKENS
 
 import torch

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from common.files import ROOT
 
@@ -43,7 +42,10 @@ def peaks(device: torch.device, before: dict[str, int | None] | None = None) -> 
     return {name: max(value, (before or {}).get(name) or 0) if value else None for name, value in found.items()}
 
 
-def mark(device: torch.device) -> Any:
+Mark = float | torch.cuda.Event  # seconds of the host's clock, or an event of the device
+
+
+def mark(device: torch.device) -> Mark:
     """A point in what the device computes, which the host does not wait for: see `between`."""
     if device.type != "cuda":
         return time.perf_counter()
@@ -52,9 +54,13 @@ def mark(device: torch.device) -> Any:
     return event
 
 
-def between(began: Any, ended: Any) -> float:
+def between(began: Mark, ended: Mark) -> float:
     """Seconds from one mark to another, both of which the device has passed."""
-    return float(ended - began) if isinstance(began, float) else began.elapsed_time(ended) / 1000
+    if isinstance(began, float) and isinstance(ended, float):
+        return ended - began
+    assert isinstance(began, torch.cuda.Event)
+    assert isinstance(ended, torch.cuda.Event)
+    return began.elapsed_time(ended) / 1000
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from common.data.trees import Tree
 from common.device import has_flash_attention, out_of_memory
 from common.errors import UserError
 from common.model import memory
-from common.model.llama import adapter_size
+from common.model.llama import Model, adapter_size
 from common.model.load import parameter_counts
 from common.model.pack import IGNORED, Pack, PadSizes, build_pack
 from common.model.tree_mask import pack_logits
@@ -31,7 +31,9 @@ class Engine:
     Raises `UserError` where the budget does not hold the least that training takes, or the model cannot have one.
     """
 
-    def __init__(self, model: Any, plan: Plan, train: Train, backward: Callable[[Tensor], None], rank: int, ranks: int):
+    def __init__(
+        self, model: Model, plan: Plan, train: Train, backward: Callable[[Tensor], None], rank: int, ranks: int
+    ):
         self.train, self.backward, self.device = train, backward, next(model.parameters()).device
         self.plan, self.rank, self.ranks, self.dtype = plan, rank, ranks, model.dtype
         self.pads: PadSizes | None = None  # packs are padded where CUDA graphs replay
@@ -70,7 +72,7 @@ class Engine:
         parts = self.plan.share(trees, rank, self.ranks, self.pack_tokens)
         return [pack for part in parts for pack in (self.pads.packs(part) if self.pads else [build_pack(part)])]
 
-    def _use_modules(self, model: Any, reason: str) -> None:
+    def _use_modules(self, model: Model, reason: str) -> None:
         train = self.train
         if train.memory_budget_gib:
             raise UserError(
@@ -89,7 +91,7 @@ class Engine:
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self._logits: Callable[[Pack, Tensor], Tensor] = functools.partial(pack_logits, model)
 
-    def _use_fused_layers(self, model: Any) -> None:
+    def _use_fused_layers(self, model: Model) -> None:
         train, plan, device = self.train, self.plan, self.device
         n_tokens = sum(map(len, plan.rows(plan.trees)))
         answer_share = sum(len(b.answer_ids) for tree in plan.trees for b in tree.branches) / n_tokens
