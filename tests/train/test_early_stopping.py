@@ -41,7 +41,9 @@ def test_a_resumed_training_waits_on():
 
 def test_without_an_accuracy_each_evaluation_is_the_best():
     stopping = EarlyStopping(EarlyStop(patience=1))
+    assert stopping.waited == 0
     assert [stopping.update(None) for _ in range(3)] == [True] * 3
+    assert EarlyStopping(EarlyStop(), best_em=50.0).update(None)
     assert not stopping.over
 
 

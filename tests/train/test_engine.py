@@ -1,17 +1,21 @@
 """The engine chooses layers, packs and graphs once, and each pack's gradient is the loss's. GPUs are made up."""
 
 import functools
+from types import SimpleNamespace
 
 from common.config import Train
 from common.data.plan import Plan
 from common.errors import UserError
 from common.model import memory
+from common.model.pack import IGNORED
+from common.model.tree_mask import pack_logits
 from common.train import engine as module
 from common.train.engine import Engine
-from tests.model.test_pack import lora_model, trees_of
+from tests.model.test_pack import CPU, lora_model, trees_of
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 GIB = 2**30
 
@@ -33,7 +37,7 @@ def make(tiny_base, monkeypatch):
     trees, _ = trees_of(tiny_base, 8)
 
     def make(free: int | None = None, flash: bool = True, rank: int = 0, ranks: int = 1, **train) -> Engine:
-        monkeypatch.setattr(module, "_free_bytes", lambda device: free)
+        monkeypatch.setattr(module, "_free_bytes", lambda device: free if device == CPU else pytest.fail("which?"))
         monkeypatch.setattr(module, "has_flash_attention", lambda device, dtype: flash and dtype == torch.float32)
         monkeypatch.setattr(module, "CapturedPacks", Captured)
         options = Train(**{"questions_per_step": 8, **train})
@@ -136,3 +140,60 @@ def test_a_step_is_shared_out_by_tokens(make):
     parts = [{id_ for pack in made.prepare(1)[1] for id_ in pack.ids} for made in ranks]
     assert functools.reduce(set.union, parts) == whole
     assert not parts[0] & parts[1]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("loss", ["token", "question"])
+def test_a_packs_loss_is_the_sum_over_its_answer_tokens_or_its_questions_means(make, tiny_base, fused, loss):
+    made, model = make(fused=fused, loss=loss, label_smoothing=0.1), lora_model(tiny_base)
+    pack = made.prepare(0)[1][0]
+    logits = pack_logits(model, pack, pack.target_index)
+    by_token = cross_entropy(
+        logits, pack.target_ids, reduction="none", ignore_index=IGNORED, label_smoothing=0.1
+    ).tolist()
+    shares = pack.target_share.tolist() if loss == "question" else [1.0] * len(by_token)
+    expected = 0.25 * sum(value * share for value, share in zip(by_token, shares, strict=True))
+    assert made(pack, 0.25).item() == pytest.approx(expected, rel=1e-5)
+    assert all(weight.grad is not None for weight in made.weights)
+
+
+def test_memory_is_counted_for_this_plan_this_device_and_an_evaluation(make, monkeypatch):
+    choose, asked = memory.choose, []
+    monkeypatch.setattr(memory, "choose", lambda *args: asked.append(args) or choose(*args))
+    made = make(free=8 * GIB, ranks=2)
+    ((train, shapes, device, step_tokens, answer_share, free, evaluation),) = asked
+    trees = made.plan.trees
+    tokens = sum(len(tree) for tree in trees)
+    answers = sum(len(branch.answer_ids) for tree in trees for branch in tree.branches)
+    assert (train, device, free) == (made.train, CPU, 8 * GIB)
+    assert step_tokens == pytest.approx(tokens / made.plan.steps_per_epoch / 2)
+    assert answer_share == pytest.approx(answers / tokens)
+    assert evaluation == shapes.decoding_bytes(512, 1536)
+
+
+def test_a_gpu_has_its_free_bytes_and_larger_packs_for_layers_that_are_not_fused(monkeypatch):
+    gpu = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 7 if device is gpu else None)
+    assert (module._free_bytes(gpu), module._free_bytes(CPU)) == (7, None)
+    made = Engine.__new__(Engine)
+    made.train, made.device = Train(gradient_checkpointing=False), gpu
+    made._use_modules(SimpleNamespace(config=SimpleNamespace(num_hidden_layers=3), parameters=lambda: []), "a reason")
+    assert (made.pack_tokens, made.keep_layers) == (4096, 3)
+
+
+def test_what_does_not_fit_while_graphs_are_captured_says_what_to_lower(make, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Captured, "__init__", full)
+    with pytest.raises(UserError, match=r"^out of GPU memory; lower train\.pack_tokens \(now "):
+        make(free=8 * GIB)
+
+
+def test_each_rank_takes_sizes_of_its_own_packs(make):
+    mine = make(free=8 * GIB, rank=1, ranks=2)
+    unpadded = make(rank=1, ranks=2)
+    steps = range(min(32, unpadded.plan.steps_per_epoch))
+    packs = [pack for step in steps for pack in unpadded.prepare(step)[1]]
+    assert mine._captured.example.n_tokens == min(pack.n_tokens for pack in packs)
+    assert mine.pads == module.PadSizes.of(packs, mine.pack_tokens)
