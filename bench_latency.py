@@ -268,7 +268,7 @@ def show(config: Config, name: str, device: Any, result: dict[str, Any]) -> None
         accepted = f", {part['drafts_accepted']:.0%} of drafts accepted" if part["drafts_accepted"] is not None else ""
         passes = f" in {part['mean_passes']} passes" if part["mean_passes"] else ""
         print(f"{mode}, n = {part['n']}: {what}; {part['mean_tokens']} tokens{passes}{accepted}")
-        rows = {"latency": "text to text", "ttft": "first token", "tpot": "per token after it", **APART}
+        rows = {"latency": "end to end", "ttft": "first token", "tpot": "per token after it", **APART}
         for row, name in rows.items():
             if values := part.get(row):
                 interval = values["p95_interval_ms"]

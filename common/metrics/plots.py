@@ -96,7 +96,7 @@ def latencies(samples: Mapping[str, Sequence[float]], styles: Styles) -> str:
             line = axes.ecdf(ms, **styles[name], label=name)
             line.set_markevery(max(1, len(ms) // 8))
         axes.axhline(0.95, color=INK, linewidth=0.8)
-        axes.set(xlabel="ms, from text to text", ylabel="share of queries", ylim=(0, 1.03))
+        axes.set(xlabel="ms, end to end", ylabel="share of queries", ylim=(0, 1.03))
         slow, fast = max(map(max, samples.values())), min(map(min, samples.values()))
         axes.set_xscale("log" if slow > FAR * fast else "linear")
         _legend(figure, axes)

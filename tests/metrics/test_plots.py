@@ -163,7 +163,7 @@ def test_latencies_are_shares_of_queries_and_logarithmic_where_they_are_far_apar
     assert set(level.get_ydata()) == {0.95}
     assert level.get_color() == plots.INK
     assert (axes.get_xscale(), axes.get_ylim()) == (scale, (0, 1.03))
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("ms, from text to text", "share of queries")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("ms, end to end", "share of queries")
     assert legend(found.figure) == ["raw", "tuned"]
 
 
