@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import random
 import resource
 import signal
 import statistics
@@ -764,3 +765,43 @@ def test_trackers_are_ended_whether_a_training_ends_or_is_stopped(tiny_config, t
     with pytest.raises(SystemExit):
         train_loop.main([str(tiny_config), "train.max_steps=2", f"runs={tmp_path / 'stopped'}"])
     assert ended == ["ended", "waited", "ended"]
+
+
+def test_the_bar_begins_where_a_resumed_run_does_and_shows_loss_and_best_em(tiny_config, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at_evaluation(patch, 2)
+        train_loop.main([str(tiny_config), "train.eval_every=1", "train.max_steps=3"])
+    made, shown = [], []
+
+    class Bar(train_loop.tqdm):
+        def __init__(self, *args, **kwargs):
+            made.append(kwargs)
+            super().__init__(*args, **kwargs)
+
+        def set_postfix(self, **kwargs):
+            shown.append(kwargs)
+
+    monkeypatch.setattr(train_loop, "tqdm", Bar)
+    train_loop.main([str(tiny_config), "train.eval_every=1", "train.max_steps=3"])
+    assert (made[0]["initial"], made[0]["total"]) == (1, 3)
+    assert all(kwargs["loss"] == f"{float(kwargs['loss']):.3f}" and kwargs["best_em"] == 0.0 for kwargs in shown)
+    assert len(shown) == 2
+
+
+def test_dropout_is_drawn_by_seed_step_and_rank_and_is_said(tiny_config, monkeypatch, capsys):
+    seeds, seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
+    words = [str(tiny_config), "seed=3", "train.max_steps=2", "train.eval_every=2"]
+    train_loop.main([*words, "lora.dropout=0.1"])
+    assert "branches share one dropout mask" in capsys.readouterr().out
+    assert [random.Random(f"3 {step} 0").getrandbits(63) for step in range(2)] == [n for n in seeds if n > 2**32]
+    train_loop.main(words)
+    assert "dropout mask" not in capsys.readouterr().out
+
+
+def test_a_record_says_which_tokenizers_and_a_crash_costs_ten_minutes_at_most(tiny_config, tmp_path):
+    train_loop.main([str(tiny_config), "train.max_steps=1"])
+    about = json.loads((only_run(tmp_path) / "record.json").read_text())
+    assert len(about["may_differ"]["tokenizer"]) == 64
+    assert about["must_match"]["window"]["tokenizer"] == about["may_differ"]["tokenizer"][:12]
+    assert train_loop.SAVE_SECONDS == 600
