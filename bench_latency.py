@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
 
 
 def drawn(config: Config, dev: squad.Dataset) -> list[squad.Example]:
-    """What is asked: spread over the articles, shuffled, the same for every system."""
+    """The questions asked: spread over the articles, shuffled, the same for every system."""
     queries = squad.stratified(dev.examples, config.bench.queries)
     return random.Random(0).sample(queries, len(queries))
 
@@ -232,7 +232,7 @@ def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def highest(found: Iterable[dict[str, Any]], *keys: str) -> dict[str, Any]:
-    """Of each key the highest value; None where all are 0 or unknown."""
+    """The highest value of each key; None if all are 0 or unknown."""
     rows = list(found)
     return {key: max(row[key] or 0 for row in rows) or None for key in keys}
 

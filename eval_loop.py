@@ -34,7 +34,7 @@ from accelerate.utils import broadcast_object_list
 
 @dataclass(frozen=True)
 class Answered:
-    """What a system answered, and how."""
+    """A system's answers, and how they were made."""
 
     answers: dict[str, Prediction]  # by id
     truncated: int  # questions whose context was cut, or read in windows

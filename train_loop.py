@@ -114,9 +114,8 @@ def main(argv: list[str]) -> None:
             checkpoint.save(run / "last", model, state, training)
         return time.monotonic()
 
-    ranks.sum_gradients(
-        engine.weights, 0.0
-    ).tolist()  # connects the ranks: who is ready first waits here, not in a step
+    # Connects the ranks: who is ready first waits here, not in a step.
+    ranks.sum_gradients(engine.weights, 0.0).tolist()
     model.train()
     stopping = EarlyStopping(config.early_stop, state.best_em, state.waited)
     bar = tqdm(total=total, initial=state.step, desc="train", unit="step", disable=not first)

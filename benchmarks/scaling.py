@@ -113,7 +113,7 @@ def answer(
 
 
 def ended(n: int, script: str, *words: str) -> dict[str, Any]:
-    """What the script's last line says. Raises `UserError` with the last thing it said where it failed."""
+    """The script's last line, read. Raises `UserError` with the last thing it said where it failed."""
     command = [sys.executable, *(["-m", "common.runs.launch", str(n)] if n > 1 else []), script, *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:

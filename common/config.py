@@ -300,7 +300,7 @@ def without_unset(section: Any) -> dict[str, Any]:
 
 
 def _is_url(text: str) -> bool:
-    """Whether an HTTP client takes it: a host, a port if any, and only characters that a URL may have."""
+    """True if an HTTP client takes it: a host, a port if any, and only characters that a URL may have."""
     host, port, path = r"([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])", r"(:[0-9]+)?", r"([/?][!-~]{0,2000})?"
     try:
         urlsplit(text).port  # noqa: B018, raises where it is none
@@ -319,7 +319,7 @@ def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def apart_from_memory(train: dict[str, Any]) -> dict[str, Any]:
-    """What of a `train` section decides a result: a training goes on with more or less memory, and other packs."""
+    """The keys of `train` that decide a result: a training goes on with more or less memory, and other packs."""
     budget = train["memory_budget_gib"] is not None  # null: other layers
     return {key: value for key, value in train.items() if key != "pack_tokens"} | {"memory_budget_gib": budget}
 

@@ -135,7 +135,7 @@ def replayed(
 
 
 def changed(adapter: Path, before: str) -> str | None:
-    """What of an adapter's folder is not as it was."""
+    """How an adapter's folder differs from what was measured; None if it does not."""
     try:
         checkpoint.verified(adapter)
         now = sha256(adapter / "adapter_model.safetensors")

@@ -256,7 +256,7 @@ def reliability(line: Line) -> list[calibration.Bin]:
 
 
 def provenance(r: Record) -> Cells:
-    """What made a record, and the command that makes it again."""
+    """A record's folder, date, code, device and versions, and the command that makes it again."""
     about, folder, result = r["may_differ"], r["folder"], r["result"]
     commit, versions = about["commit"] and about["commit"][:10], about["versions"]
     code = f"{commit}{', changed since' if about['dirty'] else ''}" if commit else "not known"

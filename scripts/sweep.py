@@ -172,7 +172,7 @@ def typed(text: str) -> Any:
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may be set to, one at a time."""
+    """The values of CUDA_VISIBLE_DEVICES, one per GPU."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu.strip() not in ("", "-1")]
     try:

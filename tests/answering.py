@@ -66,8 +66,11 @@ def save(folder: Path) -> Path:
 
 def _tokenizer() -> PreTrainedTokenizerFast:
     rng = random.Random(0)
-    texts = [f"Context: {c}\n\nQuestion: {q}\n\nAnswer: {a}" for c, asked in
-             (paragraph(rng, n, True) for n in range(60)) for q, a in asked]  # fmt: skip
+    texts = [
+        f"Context: {c}\n\nQuestion: {q}\n\nAnswer: {a}"
+        for c, asked in (paragraph(rng, n, True) for n in range(60))
+        for q, a in asked
+    ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -83,10 +86,17 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 @torch.no_grad()
 def _model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=HIDDEN, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=HIDDEN // HEAD, num_key_value_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=HIDDEN // HEAD,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
         rope_parameters={"rope_type": "default", "rope_theta": 1e8},  # half of a head's numbers hardly turn
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     for weight in model.parameters():

@@ -48,10 +48,18 @@ def stepped(p50: float, p90: float, p95: float, p99: float) -> list[float]:
 def queries(total: tuple, first: tuple, each: tuple, **counts: int) -> list[dict]:
     """A mode's samples, from percentiles in milliseconds: in all, to the first token, and for each of 4 after it."""
     rows = [
-        {"total": t / 1000, "first": f / 1000, "last": (f + 4 * e) / 1000, "tokens": 5, "passes": 2,
-         "drafted": 15, "accepted": 3, **counts}
+        {
+            "total": t / 1000,
+            "first": f / 1000,
+            "last": (f + 4 * e) / 1000,
+            "tokens": 5,
+            "passes": 2,
+            "drafted": 15,
+            "accepted": 3,
+            **counts,
+        }
         for t, f, e in zip(stepped(*total), stepped(*first), stepped(*each), strict=True)
-    ]  # fmt: skip
+    ]
     random.Random(1).shuffle(rows)
     return rows
 
@@ -59,9 +67,15 @@ def queries(total: tuple, first: tuple, each: tuple, **counts: int) -> list[dict
 def spread(p50: float, p90: float, p95: float, p99: float) -> dict:
     """What is reported of 101 values. Intervals are of ranks 41 to 61, 85 to 97 and 91 to 101; p99 has none."""
     return {
-        "p50_ms": p50, "p50_interval_ms": [p50, p50], "p90_ms": p90, "p90_interval_ms": [p90, p95],
-        "p95_ms": p95, "p95_interval_ms": [p90, p99], "p99_ms": p99, "p99_interval_ms": None,
-    }  # fmt: skip
+        "p50_ms": p50,
+        "p50_interval_ms": [p50, p50],
+        "p90_ms": p90,
+        "p90_interval_ms": [p90, p95],
+        "p95_ms": p95,
+        "p95_interval_ms": [p90, p99],
+        "p99_ms": p99,
+        "p99_interval_ms": None,
+    }
 
 
 # by p95 the third is in the middle in natural mode, and the first in fixed; by no other percentile, mean or order
@@ -82,8 +96,15 @@ def gauge(allocated: int | None, reserved: int | None, rss: int | None) -> dict:
 
 
 def nvml(process: int | None, device: int, processes: int, joules: float | None, clock: list | None, *why: str) -> dict:
-    return {"seconds": 1.0, "process_bytes": process, "device_bytes": device, "processes": processes,
-            "energy_j": joules, "clock_mhz": clock, "throttled": list(why)}  # fmt: skip
+    return {
+        "seconds": 1.0,
+        "process_bytes": process,
+        "device_bytes": device,
+        "processes": processes,
+        "energy_j": joules,
+        "clock_mhz": clock,
+        "throttled": list(why),
+    }
 
 
 MIB = 2**20
@@ -97,13 +118,20 @@ ON_GPU = [
     {"load": gauge(700 * MIB, 1100 * MIB, 2), "natural": gauge(200 * MIB, 600 * MIB, 7)},
 ]
 BY_NVML = [
-    {"start": nvml(1, 1, 1, 1.0, None), "load": nvml(None, 2000 * MIB, 1, None, None),
-     "natural": nvml(1500 * MIB, 2500 * MIB, 1, 101.0, [100, 900, 2000], "power cap")},
-    {"load": nvml(1300 * MIB, 2100 * MIB, 2, 5.0, [1, 2, 3]),
-     "natural": nvml(None, 2600 * MIB, 1, 707.0, [50, 1500, 1600], "hardware slowdown")},
-    {"load": nvml(1200 * MIB, 1900 * MIB, 1, None, None),
-     "natural": nvml(1400 * MIB, 2400 * MIB, 1, 312.3456, [300, 1200.5, 1300], "power cap")},
-]  # fmt: skip
+    {
+        "start": nvml(1, 1, 1, 1.0, None),
+        "load": nvml(None, 2000 * MIB, 1, None, None),
+        "natural": nvml(1500 * MIB, 2500 * MIB, 1, 101.0, [100, 900, 2000], "power cap"),
+    },
+    {
+        "load": nvml(1300 * MIB, 2100 * MIB, 2, 5.0, [1, 2, 3]),
+        "natural": nvml(None, 2600 * MIB, 1, 707.0, [50, 1500, 1600], "hardware slowdown"),
+    },
+    {
+        "load": nvml(1200 * MIB, 1900 * MIB, 1, None, None),
+        "natural": nvml(1400 * MIB, 2400 * MIB, 1, 312.3456, [300, 1200.5, 1300], "power cap"),
+    },
+]
 
 
 @pytest.fixture
@@ -113,17 +141,28 @@ def bench(config_file, monkeypatch, capsys):
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
 
     def run(
-        *words: str, device=CPU, peaks=ON_CPU, by_nvml=({}, {}, {}), natural=NATURAL, fixed=FIXED, made=MADE_BY,
+        *words: str,
+        device=CPU,
+        peaks=ON_CPU,
+        by_nvml=({}, {}, {}),
+        natural=NATURAL,
+        fixed=FIXED,
+        made=MADE_BY,
         meanwhile=lambda: None,
-    ):  # fmt: skip
+    ):
         commands = []
 
         def measured(command: list[str]) -> int:
             i = len(commands)
             commands.append(command)
             modes = {"natural": natural[i]} | ({"fixed": fixed[i]} if fixed else {})
-            found = {"ids": [f"q{j}" for j in range(N)], "modes": modes, "gauges": peaks[i],
-                     "made_by": made, "nvml": by_nvml[i]}  # fmt: skip
+            found = {
+                "ids": [f"q{j}" for j in range(N)],
+                "modes": modes,
+                "gauges": peaks[i],
+                "made_by": made,
+                "nvml": by_nvml[i],
+            }
             Path(command[-1]).write_text(json.dumps(found))
             meanwhile()
             return 0
@@ -147,21 +186,35 @@ def test_of_each_mode_the_process_in_the_middle_by_p95_is_reported_with_every_fi
     _, result = bench()
     seconds = (71 * 90 + 22 * 310 + 5 * 400 + 3 * 450) / 1000  # 16.56
     assert result["natural"] == {
-        "n": 101, "latency": spread(90, 310, 400, 450), "ttft": spread(20, 50, 60, 70), "tpot": spread(5, 6, 7, 8),
-        "mean_tokens": 5, "mean_passes": 3, "drafts_accepted": 0.2, "queries_per_s": round(101 / seconds, 3),
+        "n": 101,
+        "latency": spread(90, 310, 400, 450),
+        "ttft": spread(20, 50, 60, 70),
+        "tpot": spread(5, 6, 7, 8),
+        "mean_tokens": 5,
+        "mean_passes": 3,
+        "drafts_accepted": 0.2,
+        "queries_per_s": round(101 / seconds, 3),
         "processes_p95_ms": [300, 500, 400],
-    }  # fmt: skip
+    }
     assert result["natural"]["queries_per_s"] == 6.099
     seconds = (71 * 95 + 22 * 311 + 5 * 401 + 3 * 451) / 1000
     assert result["fixed"] == {
-        "n": 101, "latency": spread(95, 311, 401, 451), "ttft": spread(21, 51, 61, 71),
-        "tpot": spread(5.5, 6.5, 7.5, 8.5), "mean_tokens": 5, "mean_passes": 2, "drafts_accepted": None,
-        "queries_per_s": round(101 / seconds, 3), "processes_p95_ms": [401, 300, 500],
-    }  # fmt: skip
-    assert {key: result[key] for key in ("latency", "ttft", "tpot", "mean_tokens")} == {
-        "latency": spread(90, 310, 400, 450), "ttft": spread(20, 50, 60, 70), "tpot": spread(5, 6, 7, 8),
+        "n": 101,
+        "latency": spread(95, 311, 401, 451),
+        "ttft": spread(21, 51, 61, 71),
+        "tpot": spread(5.5, 6.5, 7.5, 8.5),
         "mean_tokens": 5,
-    }  # fmt: skip
+        "mean_passes": 2,
+        "drafts_accepted": None,
+        "queries_per_s": round(101 / seconds, 3),
+        "processes_p95_ms": [401, 300, 500],
+    }
+    assert {key: result[key] for key in ("latency", "ttft", "tpot", "mean_tokens")} == {
+        "latency": spread(90, 310, 400, 450),
+        "ttft": spread(20, 50, 60, 70),
+        "tpot": spread(5, 6, 7, 8),
+        "mean_tokens": 5,
+    }
     assert result["n"] == 101
     assert result["engine"] == "drafts"
     assert result["random_weights"] is False
@@ -205,15 +258,24 @@ def test_gauges_are_the_highest_of_all_processes_energy_and_clocks_those_in_the_
     out, result = bench(device=GPU, peaks=ON_GPU, by_nvml=BY_NVML)
     assert result["phases"] == {
         "load": {
-            **gauge(900 * MIB, 1200 * MIB, 3), "process_bytes": 1300 * MIB, "device_bytes": 2100 * MIB,
-            "processes": 2, "energy_j_per_query": None, "clock_mhz": [1, 2, 3], "throttled": [],
+            **gauge(900 * MIB, 1200 * MIB, 3),
+            "process_bytes": 1300 * MIB,
+            "device_bytes": 2100 * MIB,
+            "processes": 2,
+            "energy_j_per_query": None,
+            "clock_mhz": [1, 2, 3],
+            "throttled": [],
         },
         "natural": {
-            **gauge(300 * MIB, 600 * MIB, 9), "process_bytes": 1500 * MIB, "device_bytes": 2600 * MIB,
-            "processes": 1, "energy_j_per_query": 3.093, "clock_mhz": [300, 1200.5, 1300],
+            **gauge(300 * MIB, 600 * MIB, 9),
+            "process_bytes": 1500 * MIB,
+            "device_bytes": 2600 * MIB,
+            "processes": 1,
+            "energy_j_per_query": 3.093,
+            "clock_mhz": [300, 1200.5, 1300],
             "throttled": ["hardware slowdown", "power cap"],
         },
-    }  # fmt: skip
+    }
     assert result["peak"] == gauge(900 * MIB, 1200 * MIB, 9)
     assert result["nvml_peak"] == {"process_bytes": 1500 * MIB, "device_bytes": 2600 * MIB}
     assert out.splitlines()[-5:-1] == [
@@ -229,9 +291,14 @@ def test_what_a_driver_does_not_say_is_printed_as_not_said(bench):
     out, result = bench(device=GPU, peaks=ON_GPU, by_nvml=[{}, silent, {}])
     assert result["phases"]["load"] == gauge(900 * MIB, 1200 * MIB, 3)
     assert result["phases"]["natural"] == {
-        **gauge(300 * MIB, 600 * MIB, 9), "process_bytes": None, "device_bytes": 64 * MIB, "processes": None,
-        "energy_j_per_query": None, "clock_mhz": None, "throttled": [],
-    }  # fmt: skip
+        **gauge(300 * MIB, 600 * MIB, 9),
+        "process_bytes": None,
+        "device_bytes": 64 * MIB,
+        "processes": None,
+        "energy_j_per_query": None,
+        "clock_mhz": None,
+        "throttled": [],
+    }
     assert result["nvml_peak"] == {"process_bytes": None, "device_bytes": 64 * MIB}
     assert out.splitlines()[-4:-1] == [
         "load                900       1200   not said   not said   –, –",
@@ -283,23 +350,37 @@ def test_answers_of_random_weights_are_said_to_be_replayed(bench):
 
 
 def sample(total: float, first: float, last: float | None, tokens: int, **more) -> dict:
-    return {"total": total, "first": first, "last": last, "tokens": tokens, "passes": 1, "drafted": 0, "accepted": 0,
-            **more}  # fmt: skip
+    return {
+        "total": total,
+        "first": first,
+        "last": last,
+        "tokens": tokens,
+        "passes": 1,
+        "drafted": 0,
+        "accepted": 0,
+        **more,
+    }
 
 
 def test_few_queries_have_percentiles_between_two_of_them_and_no_interval():
-    found = bench_latency.summary([
-        sample(0.4, 0.10, 0.30, 3, passes=2, drafted=7, accepted=2),  # 100 ms a token
-        sample(0.2, 0.05, 0.05, 1, passes=1, drafted=0, accepted=0),  # no token after the first
-        sample(0.3, 0.08, None, 4, passes=2, drafted=0, accepted=0),  # read in windows
-    ])  # fmt: skip
+    found = bench_latency.summary(
+        [
+            sample(0.4, 0.10, 0.30, 3, passes=2, drafted=7, accepted=2),  # 100 ms a token
+            sample(0.2, 0.05, 0.05, 1, passes=1, drafted=0, accepted=0),  # no token after the first
+            sample(0.3, 0.08, None, 4, passes=2, drafted=0, accepted=0),  # read in windows
+        ]
+    )
     none = {f"p{q}_interval_ms": None for q in (50, 90, 95, 99)}
     assert found == {
-        "n": 3, "mean_tokens": 2.67, "mean_passes": 1.67, "drafts_accepted": 0.2857, "queries_per_s": 3.333,
+        "n": 3,
+        "mean_tokens": 2.67,
+        "mean_passes": 1.67,
+        "drafts_accepted": 0.2857,
+        "queries_per_s": 3.333,
         "latency": {"p50_ms": 300, "p90_ms": 380, "p95_ms": 390, "p99_ms": 398, **none},
         "ttft": {"p50_ms": 80, "p90_ms": 96, "p95_ms": 98, "p99_ms": 99.6, **none},
         "tpot": {"p50_ms": 100, "p90_ms": 100, "p95_ms": 100, "p99_ms": 100, **none},
-    }  # fmt: skip
+    }
 
 
 def test_figures_are_rounded_to_microseconds():
@@ -392,8 +473,17 @@ def test_a_single_process_is_this_one(config_file, monkeypatch, capsys, adapter)
 
     def measure(config, adapter, dev, file):
         calls.append((config.system, adapter, len(dev.examples), file.name))
-        file.write_text(json.dumps({"ids": ["q"] * N, "modes": {"natural": NATURAL[2], "fixed": FIXED[0]},
-                                    "gauges": ON_GPU[0], "made_by": MADE_BY, "nvml": BY_NVML[0]}))  # fmt: skip
+        file.write_text(
+            json.dumps(
+                {
+                    "ids": ["q"] * N,
+                    "modes": {"natural": NATURAL[2], "fixed": FIXED[0]},
+                    "gauges": ON_GPU[0],
+                    "made_by": MADE_BY,
+                    "nvml": BY_NVML[0],
+                }
+            )
+        )
 
     monkeypatch.setattr(bench_latency, "measure", measure)
     monkeypatch.setattr(signals, "run", lambda command: pytest.fail("another process"))
@@ -595,37 +685,68 @@ def process(config_file, monkeypatch, tmp_path):
 def test_a_process_loads_warms_up_in_every_mode_and_then_times_each_query(process, capsys):
     found, events = process()
     assert events == [
-        "nvml process-0.nvml.json", "begin load", "reset", "load", "engine", "peaks", "reset",
+        "nvml process-0.nvml.json",
+        "begin load",
+        "reset",
+        "load",
+        "engine",
+        "peaks",
+        "reset",
         "begin warm up",
-        ("p2q2", "natural", None), ("p2q2", "to the limit", None),
-        ("p3q1", "natural", None), ("p3q1", "to the limit", None),
-        "peaks", "reset",
-        "begin natural", *((id_, "natural", None) for id_ in ASKED), "peaks", "reset",
-        "begin fixed", *((id_, "to the limit", None) for id_ in ASKED[:3]), "peaks", "reset",
-    ]  # fmt: skip
+        ("p2q2", "natural", None),
+        ("p2q2", "to the limit", None),
+        ("p3q1", "natural", None),
+        ("p3q1", "to the limit", None),
+        "peaks",
+        "reset",
+        "begin natural",
+        *((id_, "natural", None) for id_ in ASKED),
+        "peaks",
+        "reset",
+        "begin fixed",
+        *((id_, "to the limit", None) for id_ in ASKED[:3]),
+        "peaks",
+        "reset",
+    ]
     bars = capsys.readouterr().err
     assert all(f"{name}: 100%" in bars for name in ("warm up", "natural", "fixed"))
     assert bars.count("0/2 [") == bars.count("0/3 [") == bars.count("0/5 [") == 1
     assert bars.count("query/s") >= 6
     assert found["ids"] == ASKED
-    assert found["gauges"] == {name: gauge(None, None, i) for i, name in
-                               enumerate(["load", "warm up", "natural", "fixed"], 1)}  # fmt: skip
+    assert found["gauges"] == {
+        name: gauge(None, None, i) for i, name in enumerate(["load", "warm up", "natural", "fixed"], 1)
+    }
     assert found["made_by"] == {"engine": "drafts", "of": ["model", "tokenizer", "cutter"]}
     assert found["nvml"] == {"natural": {"energy_j": 7}}
     assert list(found["modes"]) == ["natural", "fixed"]
     for mode, first in (("natural", [5, 6, 7, 8, 9]), ("fixed", [10, 11, 12])):  # the warm-up took 1 to 4 seconds
         assert found["modes"][mode] == [
-            {"total": pytest.approx(s + 0.04), "first": pytest.approx(s), "last": pytest.approx(s + 0.03),
-             "tokens": 3, "passes": 2, "drafted": 15, "accepted": 1} for s in first
-        ]  # fmt: skip
+            {
+                "total": pytest.approx(s + 0.04),
+                "first": pytest.approx(s),
+                "last": pytest.approx(s + 0.03),
+                "tokens": 3,
+                "passes": 2,
+                "drafted": 15,
+                "accepted": 1,
+            }
+            for s in first
+        ]
 
 
 def test_a_query_that_is_read_in_windows_counts_all_of_them_and_has_no_time_per_token(process):
     found, _ = process(long=("p3q1",))
     other, windows, *_ = found["modes"]["natural"]
     assert other["last"] == pytest.approx(5.03)
-    assert windows == {"total": pytest.approx(6.04), "first": pytest.approx(6), "last": None,
-                       "tokens": 4, "passes": 3, "drafted": 19, "accepted": 3}  # fmt: skip
+    assert windows == {
+        "total": pytest.approx(6.04),
+        "first": pytest.approx(6),
+        "last": None,
+        "tokens": 4,
+        "passes": 3,
+        "drafted": 19,
+        "accepted": 3,
+    }
 
 
 @pytest.mark.parametrize(("engine", "script"), [("drafts", ["tokenizer", "word", 20]), ("plain", None)])
@@ -636,8 +757,19 @@ def test_random_weights_are_given_gold_answers_where_an_answer_would_never_end(p
     assert len(natural) == 7
     if script:
         assert all(words[0] == "tokenizer" and words[2] == 20 for words in natural)
-        assert {words[1] for words in natural} <= {"amber", "bridge", "canal", "delta", "ember", "forest", "granite",
-                                                   "harbour", "island", "jetty", "kiln"}  # fmt: skip
+        assert {words[1] for words in natural} <= {
+            "amber",
+            "bridge",
+            "canal",
+            "delta",
+            "ember",
+            "forest",
+            "granite",
+            "harbour",
+            "island",
+            "jetty",
+            "kiln",
+        }
     else:
         assert natural == [None] * 7
     assert [words for _, mode, words in asked if mode != "natural"] == [None] * 5
@@ -708,8 +840,16 @@ def at_host(config_file, monkeypatch, tmp_path):
         assert (cutter, window, options) == ("cutter", config.window, config.prompt)
         return [(e.id, f"asks {e.id}") for e in examples], {}
 
-    config = load(str(config_file), ["api.url=http://h/v1", f"window.tokenizer={tmp_path / 'base'}", "prompt.chat=true",
-                                     "bench.queries=4", "window.answer=20"])  # fmt: skip
+    config = load(
+        str(config_file),
+        [
+            "api.url=http://h/v1",
+            f"window.tokenizer={tmp_path / 'base'}",
+            "prompt.chat=true",
+            "bench.queries=4",
+            "window.answer=20",
+        ],
+    )
     monkeypatch.setattr(bench_latency.time, "perf_counter", lambda: clock["now"])
     monkeypatch.setattr(bench_latency, "prompt_texts", texts)
     monkeypatch.setattr(hosted, "Client", lambda *args, **how: Client(clock, log, *args, **how))
@@ -729,16 +869,32 @@ def test_a_hosted_models_queries_are_asked_anew_after_a_warm_up_and_their_times_
     ids = [e.id for e in bench_latency.drawn(config, dev)]
     assert log == [
         (config, file.parent / "transcript.jsonl", {"fresh": True}),
-        *(f"asks {id_}" for id_ in [*ids[:2], *ids]), "closed",
-    ]  # fmt: skip
+        *(f"asks {id_}" for id_ in [*ids[:2], *ids]),
+        "closed",
+    ]
     assert found == {
-        "ids": ids, "modes": {"natural": [
-            {"first": n - 0.5, "last": n + 0.25, "total": n + 0.25, "connect": None, "server": 0.125, "waited": 12.5,
-             "tokens": 1 if n == 4 else 6, "passes": 0, "drafted": 0, "accepted": 0} for n in (3, 4, 5, 6)
-        ]},
+        "ids": ids,
+        "modes": {
+            "natural": [
+                {
+                    "first": n - 0.5,
+                    "last": n + 0.25,
+                    "total": n + 0.25,
+                    "connect": None,
+                    "server": 0.125,
+                    "waited": 12.5,
+                    "tokens": 1 if n == 4 else 6,
+                    "passes": 0,
+                    "drafted": 0,
+                    "accepted": 0,
+                }
+                for n in (3, 4, 5, 6)
+            ]
+        },
         "gauges": {"natural": gauge(None, None, None)},
-        "made_by": {"engine": "api", "of": [None, "cutter", "cutter"]}, "nvml": {},
-    }  # fmt: skip
+        "made_by": {"engine": "api", "of": [None, "cutter", "cutter"]},
+        "nvml": {},
+    }
 
 
 def test_a_hosted_models_transcript_is_closed_where_asking_fails(at_host, monkeypatch):

@@ -127,7 +127,7 @@ def test_every_config_of_the_repo_loads_and_is_named_as_its_file(path):
         ("lora: " + "{a: " * 19 + "1" + "}" * 19, "4: not valid YAML (nested more than 20 deep)"),
         ("runs: " + "[" * 18 + "]" * 18, '4: "runs" takes one value, not a list'),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_named_with_file_line_and_key(config, tmp_path, text, error):
     with pytest.raises(UserError) as caught:
         config(text)
@@ -202,11 +202,13 @@ def test_overrides_reach_every_depth_and_absent_sections(config):
         ("seed=" + "w" * 75, f'override seed={"w" * 75}: "seed" takes a whole number, not "{"w" * 75}"'),
         ("seed=" + "w" * 81, f'override seed={"w" * 74}…: "seed" takes a whole number, not "{"w" * 79}…"'),
         ("w" * 81 + "=1", f'override {"w" * 79}…: unknown key "{"w" * 79}…"'),
-        ("early_stop.split='a\nb'", "override early_stop.split='a\\nb': "
-         '"early_stop.split" is one of dev, heldout, not "a b"'),
+        (
+            "early_stop.split='a\nb'",
+            'override early_stop.split=\'a\\nb\': "early_stop.split" is one of dev, heldout, not "a b"',
+        ),
         ('adapter="\\e[0m"', 'override adapter="\\e[0m": adapter: must have no control characters and no line breaks'),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_override_is_named(config, override, error):
     with pytest.raises(UserError) as caught:
         config("", override)
@@ -256,23 +258,30 @@ def test_an_unknown_model_names_the_nearest_and_all(name):
         ((*HOSTED, "window.overflow=chunk"), "window.overflow: an api reads one window"),
         (("adapter=a",), "override adapter=a: adapter: needs a lora section beside it"),
         (("prompt.earlier=true", "window.overflow=chunk"), "prompt.earlier: reads one window: truncate"),
-        (("prompt.earlier=true", "prompt.order=both"),
-         "override prompt.earlier=true: prompt.earlier: needs order=context"),
+        (
+            ("prompt.earlier=true", "prompt.order=both"),
+            "override prompt.earlier=true: prompt.earlier: needs order=context",
+        ),
         *(
             ((f"prompt.{asked}", "lora={}"), "prompt: chat, shots and earlier are of models as they are, without lora")
             for asked in ("chat=true", "shots=1", "earlier=true", "before=a")
         ),
-        ((*HOSTED, "api.max_cost_usd=1"), "override api.max_cost_usd=1: api.max_cost_usd: needs the prices: "
-         "usd_per_million_read, …_written"),
-        (("window.stride=417",),
-         "override window.stride=417: window.stride: must be between 1 and window.context"),
+        (
+            (*HOSTED, "api.max_cost_usd=1"),
+            "override api.max_cost_usd=1: api.max_cost_usd: needs the prices: usd_per_million_read, …_written",
+        ),
+        (("window.stride=417",), "override window.stride=417: window.stride: must be between 1 and window.context"),
         (("window.stride=0",), "override window.stride=0: window.stride: must be between 1 and window.context"),
-        (("window.context=83", "window.stride=9", "prompt.order=both"),
-         "prompt: in this order 15 tokens are left for the context; raise window.context"),
-        (("window.context=19", "window.stride=9", "prompt.order=question"),
-         "prompt: in this order 15 tokens are left for the context; raise window.context"),
+        (
+            ("window.context=83", "window.stride=9", "prompt.order=both"),
+            "prompt: in this order 15 tokens are left for the context; raise window.context",
+        ),
+        (
+            ("window.context=19", "window.stride=9", "prompt.order=question"),
+            "prompt: in this order 15 tokens are left for the context; raise window.context",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_go_together_is_refused(overrides, error):
     with pytest.raises(UserError) as caught:
         load("some/model", overrides)
@@ -304,8 +313,10 @@ def test_what_goes_together_is_taken(overrides):
 def test_a_window_is_the_sum_of_its_parts_and_some_orders_spare_tokens_of_it():
     config = load("some/model", ["window.context=300", "window.question=40", "window.answer=20"])
     assert config.window.tokens == 360
-    spare = {order: load("some/model", [f"prompt.order={order}"]).prompt.spare(Window(question=40))
-             for order in ("context", "question", "both")}  # fmt: skip
+    spare = {
+        order: load("some/model", [f"prompt.order={order}"]).prompt.spare(Window(question=40))
+        for order in ("context", "question", "both")
+    }
     assert spare == {"context": 0, "question": 4, "both": 44}
 
 
@@ -431,9 +442,16 @@ def test_bounds_are_told_as_they_are(config):
 
 
 WORDS = (
-    "adapter", "base.path", "base.revision", "base.tokenizer", "data.dev", "data.train", "runs", "tracker",
+    "adapter",
+    "base.path",
+    "base.revision",
+    "base.tokenizer",
+    "data.dev",
+    "data.train",
+    "runs",
+    "tracker",
     "window.tokenizer",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("key", WORDS)
@@ -453,22 +471,57 @@ def test_a_name_or_path_has_characters_is_as_long_as_linux_takes_and_has_no_cont
 @pytest.mark.parametrize(
     ("key", "taken", "refused", "told"),
     [
-        ("system", ["a", "A-1_b", "w" * 100], ["''", "-a", "_a", "a b", "a.b", "a/b", "é", "٣", "w" * 101, '"a\\n"'],
-         "use letters, digits, - and _, at most 100"),
-        ("lora.targets", ["[a]", "[q_proj, layers.0.q-proj]", f"[{'w' * 255}]"],
-         ["['']", "[a b]", "[a, é]", f"[{'w' * 256}]"], "no layer is called like that"),
+        (
+            "system",
+            ["a", "A-1_b", "w" * 100],
+            ["''", "-a", "_a", "a b", "a.b", "a/b", "é", "٣", "w" * 101, '"a\\n"'],
+            "use letters, digits, - and _, at most 100",
+        ),
+        (
+            "lora.targets",
+            ["[a]", "[q_proj, layers.0.q-proj]", f"[{'w' * 255}]"],
+            ["['']", "[a b]", "[a, é]", f"[{'w' * 256}]"],
+            "no layer is called like that",
+        ),
         ("lora.targets", ["[a, A]"], ["[a, a]", "[a, b, a]"], "name each layer once"),
         ("lora.targets", [], ["[]"], "name at least one layer"),
-        ("api.key", ["A", "_a1", "w" * 100], ["''", "1a", "sk-1", "a b", "a=b", "é", "w" * 101],
-         "is the name of an environment variable, not what it holds"),
-        ("api.url", ["http://a", "https://a.b:1/v1", "http://[::1]:80/v1", "http://u:p@a", f"http://a/{'w' * 2000}",
-                     "http://a?b=c"],
-         ["''", "a", "ftp://a", "'http://'", "http:///v1", "http://a b", "http://é", "'http://a:b'", "http://a:99999",
-          "'http://['", "http://a^", f"http://a/{'w' * 2001}", "xhttp://a", "http://a/é"],
-         "must begin with http:// or https://, and name a host"),
+        (
+            "api.key",
+            ["A", "_a1", "w" * 100],
+            ["''", "1a", "sk-1", "a b", "a=b", "é", "w" * 101],
+            "is the name of an environment variable, not what it holds",
+        ),
+        (
+            "api.url",
+            [
+                "http://a",
+                "https://a.b:1/v1",
+                "http://[::1]:80/v1",
+                "http://u:p@a",
+                f"http://a/{'w' * 2000}",
+                "http://a?b=c",
+            ],
+            [
+                "''",
+                "a",
+                "ftp://a",
+                "'http://'",
+                "http:///v1",
+                "http://a b",
+                "http://é",
+                "'http://a:b'",
+                "http://a:99999",
+                "'http://['",
+                "http://a^",
+                f"http://a/{'w' * 2001}",
+                "xhttp://a",
+                "http://a/é",
+            ],
+            "must begin with http:// or https://, and name a host",
+        ),
         ("prompt.before", ["''", '"\\0\\n"', "w" * 9999], [], ""),
     ],
-)  # fmt: skip
+)
 def test_a_word_is_one_that_can_be_used(key, taken, refused, told):
     for value in taken:
         assert refusal(key, value) is None, value
@@ -477,11 +530,55 @@ def test_a_word_is_one_that_can_be_used(key, taken, refused, told):
 
 
 ODD = (
-    "", "''", "0", "-1", "1e308", "1e-300", "1000000000", "9" * 5000, "٣", "３.５", "null", "[]", "{}", "~", "&a [*a]",
-    "&a {x: *a}", "w" * 300, "nan", ".inf", "true", "1_000", "0x10", '"\\0"', '"a\\nb"', '"\\e[1m"', "'/'", "..",
-    "[" * 300, "{a: " * 300, "!!python/object:os.system x", "!!float 1", "*a", "1e5", "+5", "\x00", "\ud800", "[null]",
-    "- a", "? a", "%TAG", "--- a\n--- b", '"\\ud800"', "?", "? [a]\n: b", "{[a]: b}", "{? {a: b} : c}", "<<: a", "a\nb",
-)  # fmt: skip
+    "",
+    "''",
+    "0",
+    "-1",
+    "1e308",
+    "1e-300",
+    "1000000000",
+    "9" * 5000,
+    "٣",
+    "３.５",
+    "null",
+    "[]",
+    "{}",
+    "~",
+    "&a [*a]",
+    "&a {x: *a}",
+    "w" * 300,
+    "nan",
+    ".inf",
+    "true",
+    "1_000",
+    "0x10",
+    '"\\0"',
+    '"a\\nb"',
+    '"\\e[1m"',
+    "'/'",
+    "..",
+    "[" * 300,
+    "{a: " * 300,
+    "!!python/object:os.system x",
+    "!!float 1",
+    "*a",
+    "1e5",
+    "+5",
+    "\x00",
+    "\ud800",
+    "[null]",
+    "- a",
+    "? a",
+    "%TAG",
+    "--- a\n--- b",
+    '"\\ud800"',
+    "?",
+    "? [a]\n: b",
+    "{[a]: b}",
+    "{? {a: b} : c}",
+    "<<: a",
+    "a\nb",
+)
 
 
 ONE_OF_EACH_TYPE = {str(kinds(key)): key for key in known_keys(Config)}.values()
@@ -519,8 +616,12 @@ def test_a_written_config_reads_back_equal(config):
 
 def test_a_configuration_is_flat_for_trackers():
     assert flat({"system": "s", "lora": {"rank": 8, "targets": ["a", "b"]}, "api": None, "list": [1]}) == {
-        "system": "s", "lora.rank": 8, "lora.targets": "['a', 'b']", "api": None, "list": "[1]",
-    }  # fmt: skip
+        "system": "s",
+        "lora.rank": 8,
+        "lora.targets": "['a', 'b']",
+        "api": None,
+        "list": "[1]",
+    }
 
 
 def test_of_a_training_memory_decides_nothing_but_whether_there_is_a_budget():

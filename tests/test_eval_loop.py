@@ -95,13 +95,22 @@ def test_every_figure_of_the_result(scored):
     _, result = scored()
     assert result == {
         "run": result["run"],
-        "em": EM, "em_interval": pytest.approx([21.5216, 78.4784], abs=1e-4),
+        "em": EM,
+        "em_interval": pytest.approx([21.5216, 78.4784], abs=1e-4),
         "em_article_interval": pytest.approx([100 / 3, 200 / 3]),
-        "f1": pytest.approx(F1), "f1_article_interval": pytest.approx([50, 500 / 6]),
-        "n": 8, "random_weights": False, "truncated_share": 0.25, "hit_limit_share": 0.375,
-        "seconds": 3.14, "questions_per_s": 2.55,
-        "adapter": None, "adapter_sha256": None, "processes": 1, "peak": {"rss_bytes": 5},
-    }  # fmt: skip
+        "f1": pytest.approx(F1),
+        "f1_article_interval": pytest.approx([50, 500 / 6]),
+        "n": 8,
+        "random_weights": False,
+        "truncated_share": 0.25,
+        "hit_limit_share": 0.375,
+        "seconds": 3.14,
+        "questions_per_s": 2.55,
+        "adapter": None,
+        "adapter_sha256": None,
+        "processes": 1,
+        "peak": {"rss_bytes": 5},
+    }
     assert list(result)[1:6] == ["em", "em_interval", "em_article_interval", "f1", "f1_article_interval"]
 
 
@@ -151,10 +160,19 @@ def test_predictions_and_questions_are_written_in_the_order_of_the_data_and_as_t
     assert text.endswith("\n")
     assert "Süd gate" in text
     assert [json.loads(line) for line in text.splitlines()] == [
-        {"id": id_, "text": said, "token_ids": [7, 8], "logprob": -0.25, "hit_limit": id_ in ("a1", "a2", "z2"),
-         "ties": i, "article": article, "em": em, "f1": round(f1, 6)}
+        {
+            "id": id_,
+            "text": said,
+            "token_ids": [7, 8],
+            "logprob": -0.25,
+            "hit_limit": id_ in ("a1", "a2", "z2"),
+            "ties": i,
+            "article": article,
+            "em": em,
+            "f1": round(f1, 6),
+        }
         for i, (article, id_, _, said, em, f1) in enumerate(GOLD)
-    ]  # fmt: skip
+    ]
 
 
 def test_the_record_holds_what_is_printed_last_the_data_and_what_made_it(scored, tmp_path):
@@ -194,10 +212,12 @@ def test_help_says_what_each_word_is(capsys):
     said = " ".join(capsys.readouterr().out.split())
     for words in (
         "Official EM and F1 of one system, by greedy decoding with the one prompt and window.",
-        "[--fresh] [--replay RUN]", "model a name in configs/, a YAML file, a folder or a hub id", "[key=value ...]",
+        "[--fresh] [--replay RUN]",
+        "model a name in configs/, a YAML file, a folder or a hub id",
+        "[key=value ...]",
         "--replay RUN take the answers from this run's transcript",
         "--fresh start a new run instead of resuming one",
-    ):  # fmt: skip
+    ):
         assert words in said
 
 
@@ -269,14 +289,20 @@ def here(config_file, monkeypatch, tmp_path):
         process = SimpleNamespace(is_main_process=first, num_processes=processes)
         mine, others = (Prediction(i, "x", [1], p, False) for i, p in (("a", -2.0), ("b", -3.0)))
         for module, name, seconds, result in (
-            (ranks, "join", 1, process), (eval_loop, "broadcast_object_list", 1, lambda found: found),
-            (eval_loop, "load_tokenizers", 1, TOKENIZERS), (record, "note_prompt", 1, None),
-            (eval_loop, "load_system", 1, "model"), (cache, "build_trees", 1, built),
-            (eval_loop, "stop_tokens", 1, [1, 2]), (gauges, "reset_peaks", 1, None),
+            (ranks, "join", 1, process),
+            (eval_loop, "broadcast_object_list", 1, lambda found: found),
+            (eval_loop, "load_tokenizers", 1, TOKENIZERS),
+            (record, "note_prompt", 1, None),
+            (eval_loop, "load_system", 1, "model"),
+            (cache, "build_trees", 1, built),
+            (eval_loop, "stop_tokens", 1, [1, 2]),
+            (gauges, "reset_peaks", 1, None),
             (predict, "by_all_ranks", 30, {"a": mine, "b": others}),
-            (gauges, "peaks", 1, {"rss_bytes": 9}), (eval_loop, "describe_device", 1, {"name": "a machine"}),
-            (eval_loop, "pick_device", 1, "device"), (predict, "engine_of", 1, "stream"),
-        ):  # fmt: skip
+            (gauges, "peaks", 1, {"rss_bytes": 9}),
+            (eval_loop, "describe_device", 1, {"name": "a machine"}),
+            (eval_loop, "pick_device", 1, "device"),
+            (predict, "engine_of", 1, "stream"),
+        ):
             monkeypatch.setattr(module, name, passes(name, seconds, result))
         monkeypatch.setattr(eval_loop, "sources", lambda *args: {"of": args})
         monkeypatch.setattr(gauges, "now", lambda device: clock["now"])
@@ -296,8 +322,11 @@ def test_a_local_models_answers_are_gathered_and_timed_from_the_first_token_to_t
     assert found.seconds == 30, "of decoding and of gathering, not of loading"
     assert found.made_by == {"engine": "stream", "of": ("model", TOKENIZERS)}
     assert found.result == {
-        "adapter": str(tmp_path / "adapter"), "adapter_sha256": WEIGHTS, "processes": 2, "peak": {"rss_bytes": 9},
-    }  # fmt: skip
+        "adapter": str(tmp_path / "adapter"),
+        "adapter_sha256": WEIGHTS,
+        "processes": 2,
+        "peak": {"rss_bytes": 9},
+    }
 
 
 def test_every_part_of_a_local_evaluation_gets_what_it_needs(here, tmp_path):
@@ -464,13 +493,23 @@ def test_a_hosted_models_answers_costs_tokens_and_times(at_host, tmp_path):
     assert events == [("one", run / "transcript.jsonl", False), {id_: f"asks {id_}" for id_ in ids}, "closed"]
     assert (found.truncated, found.seconds, found.device, found.run) == (3, 4.5, {"name": "http://h/v1"}, run)
     assert found.made_by == {"engine": "api", "of": (None, Tokenizers("own", "cutter"))}
-    assert found.answers == {"b": Prediction("b", "amber", [], None, False),
-                             "a": Prediction("a", "amber", [], None, True)}  # fmt: skip
+    assert found.answers == {
+        "b": Prediction("b", "amber", [], None, False),
+        "a": Prediction("a", "amber", [], None, True),
+    }
     assert found.result == {
-        "transcript_sha256": WEIGHTS, "replayed": None, "requests": 8, "requests_before": 0, "cost_usd": 0.123457,
-        "tokens_read": 17, "tokens_written": 4, "waited_s": 0.23, "adapter": None, "adapter_sha256": None,
+        "transcript_sha256": WEIGHTS,
+        "replayed": None,
+        "requests": 8,
+        "requests_before": 0,
+        "cost_usd": 0.123457,
+        "tokens_read": 17,
+        "tokens_written": 4,
+        "waited_s": 0.23,
+        "adapter": None,
+        "adapter_sha256": None,
         "peak": {"allocated_bytes": None, "reserved_bytes": None, "rss_bytes": None},
-    }  # fmt: skip
+    }
 
 
 def test_tokens_that_a_host_does_not_say_are_not_known(at_host):
@@ -607,8 +646,14 @@ def test_a_hosted_model_is_asked_once_for_each_question_and_paid_by_its_tokens(
 ):
     monkeypatch.setenv("API_KEY", KEY)
     host = Host()
-    words = [f"api.url={host.url}", f"data.dev={dev_file}", f"window.tokenizer={tiny_base}", f"runs={tmp_path / 'r'}",
-             "api.usd_per_million_read=2", "api.usd_per_million_written=10"]  # fmt: skip
+    words = [
+        f"api.url={host.url}",
+        f"data.dev={dev_file}",
+        f"window.tokenizer={tiny_base}",
+        f"runs={tmp_path / 'r'}",
+        "api.usd_per_million_read=2",
+        "api.usd_per_million_written=10",
+    ]
     eval_loop.main(["api8b", *words])
     result = last_json(capsys)
     eval_loop.main(["api8b", *words, "--replay", result["run"]])

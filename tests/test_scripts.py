@@ -39,12 +39,22 @@ def finished(answering_base, tmp_path_factory):
         answering.squad_file(folder / f"{name}.json", n, seed) for name, n, seed in (("train", 32, 0), ("dev", 12, 1))
     )
     config = {
-        "system": "small", "base": {"path": str(answering_base), "dtype": "fp32"}, "lora": {"rank": 4, "alpha": 8},
-        "data": {"train": str(train), "dev": str(dev)}, "window": {"answer": 16},
-        "train": {"lr": 0.01, "questions_per_step": 8, "max_steps": 16, "epochs": 2, "eval_every": 8,
-                  "pack_tokens": 512}, "runs": str(folder / "runs"),
+        "system": "small",
+        "base": {"path": str(answering_base), "dtype": "fp32"},
+        "lora": {"rank": 4, "alpha": 8},
+        "data": {"train": str(train), "dev": str(dev)},
+        "window": {"answer": 16},
+        "train": {
+            "lr": 0.01,
+            "questions_per_step": 8,
+            "max_steps": 16,
+            "epochs": 2,
+            "eval_every": 8,
+            "pack_tokens": 512,
+        },
+        "runs": str(folder / "runs"),
         "bench": {"queries": 4, "warmup_queries": 1, "processes": 1},
-    }  # fmt: skip
+    }
     for system in ("small", "raw"):
         (folder / f"{system}.yaml").write_text(yaml.safe_dump({**config, "system": system}))
     small, out = str(folder / "small.yaml"), {}
@@ -150,8 +160,18 @@ def test_text_that_is_no_text_and_a_context_that_is_cut_are_said(answering_confi
         ask.given_texts("caf\udce9", "q")
     window = ["window.context=64", "window.stride=64", "window.answer=16"]
     for overflow, cut in (("truncate", True), ("chunk", False)):
-        ask.main([str(answering_config), "lora=null", f"window.overflow={overflow}", *window, "--question", "Which?",
-                  "--context", "the otter and " * 50])  # fmt: skip
+        ask.main(
+            [
+                str(answering_config),
+                "lora=null",
+                f"window.overflow={overflow}",
+                *window,
+                "--question",
+                "Which?",
+                "--context",
+                "the otter and " * 50,
+            ]
+        )
         said = capsys.readouterr().out
         assert json.loads(said.splitlines()[-1])["context_cut"] == cut
         assert ("first 64 tokens" in said) == cut

@@ -96,45 +96,84 @@ KEYS = {
 DEFAULTS = {
     "system": "any",
     "base": {
-        "path": "any", "revision": "main", "tokenizer": None, "random_weights": False, "quant": "nf4",
-        "double_quant": True, "dtype": "auto", "min_gpu_gib": 0.0,
+        "path": "any",
+        "revision": "main",
+        "tokenizer": None,
+        "random_weights": False,
+        "quant": "nf4",
+        "double_quant": True,
+        "dtype": "auto",
+        "min_gpu_gib": 0.0,
     },
     "seed": 0,
     "lora": None,
     "api": None,
     "adapter": None,
     "data": {
-        "train": "rajpurkar/squad", "dev": "rajpurkar/squad", "train_paragraphs": None, "dev_questions": None,
+        "train": "rajpurkar/squad",
+        "dev": "rajpurkar/squad",
+        "train_paragraphs": None,
+        "dev_questions": None,
         "fix_offsets": False,
     },
     "window": {
-        "context": 416, "question": 64, "answer": 32, "overflow": "truncate", "stride": 208, "tokenizer": None,
+        "context": 416,
+        "question": 64,
+        "answer": 32,
+        "overflow": "truncate",
+        "stride": 208,
+        "tokenizer": None,
     },
     "prompt": {"order": "context", "chat": False, "shots": 0, "shots_seed": 0, "earlier": False, "before": ""},
     "train": {
-        "lr": 2e-4, "epochs": 1.0, "questions_per_step": 64, "pack_tokens": None, "memory_budget_gib": None,
-        "loss": "token", "label_smoothing": 0.0, "share_prefixes": True, "fused": True, "warmup": 0.03,
-        "weight_decay": 0.0, "average": 0.0, "max_grad_norm": 1.0, "gradient_checkpointing": True, "eval_every": 250,
+        "lr": 2e-4,
+        "epochs": 1.0,
+        "questions_per_step": 64,
+        "pack_tokens": None,
+        "memory_budget_gib": None,
+        "loss": "token",
+        "label_smoothing": 0.0,
+        "share_prefixes": True,
+        "fused": True,
+        "warmup": 0.03,
+        "weight_decay": 0.0,
+        "average": 0.0,
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": True,
+        "eval_every": 250,
         "max_steps": None,
     },
     "early_stop": {
-        "patience": 4, "min_delta": 0.1, "split": "dev", "heldout_share": 0.05, "questions": None,
+        "patience": 4,
+        "min_delta": 0.1,
+        "split": "dev",
+        "heldout_share": 0.05,
+        "questions": None,
     },
     "eval": {"engine": "auto", "memory_budget_gib": 12.0, "pass_tokens": None, "parts": None},
     "bench": {"queries": 1000, "warmup_queries": 10, "processes": 3},
     "runs": "runs",
     "tracker": None,
-}  # fmt: skip
+}
 OPTIONAL = {
     "lora": {
-        "rank": 16, "alpha": 16.0, "dropout": 0.0,
+        "rank": 16,
+        "alpha": 16.0,
+        "dropout": 0.0,
         "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     },
     "api": {
-        "url": "http://any", "key": "API_KEY", "concurrency": 8, "tries": 8, "timeout_s": 60.0,
-        "usd_per_million_read": 0.0, "usd_per_million_written": 0.0, "max_requests": None, "max_cost_usd": None,
+        "url": "http://any",
+        "key": "API_KEY",
+        "concurrency": 8,
+        "tries": 8,
+        "timeout_s": 60.0,
+        "usd_per_million_read": 0.0,
+        "usd_per_million_written": 0.0,
+        "max_requests": None,
+        "max_cost_usd": None,
     },
-}  # fmt: skip
+}
 TUNED = ("train.memory_budget_gib=8", "lora={}")
 HOSTED = ("window.tokenizer=any", "api.url=http://any", "api.usd_per_million_read=1")
 
@@ -167,8 +206,11 @@ def test_hashes_are_what_they_were_or_no_run_that_exists_is_found():
     assert hashes("qlora7b") == {None: "fd035cf7", "train": "b890410b", "eval": "56773a21", "bench": "fd035cf7"}
     assert hashes("api8b") == {None: "96885afa", "train": "2d6f5198", "eval": "9d828e67", "bench": "96885afa"}
     assert hashes("smollm2-qlora", "train.memory_budget_gib=8", "seed=3", "bench.queries=9") == {
-        None: "eb98369d", "train": "3532ccd7", "eval": "ff85be66", "bench": "eb98369d",
-    }  # fmt: skip
+        None: "eb98369d",
+        "train": "3532ccd7",
+        "eval": "ff85be66",
+        "bench": "eb98369d",
+    }
 
 
 HASHES = {  # of each configs/*.yaml: any run, train, eval, bench; for good, since published runs are found by them
@@ -209,9 +251,12 @@ def test_defaults_are_what_they_were_or_records_that_leave_them_out_mean_somethi
     assert load("smollm2-raw", [*HOSTED[:2]]).to_dict()["api"] == OPTIONAL["api"]
     older = with_defaults({"system": "s", "seed": 3, "base": {"path": "p"}, "lora": {"rank": 8}, "train": {"lr": 1.0}})
     assert older == DEFAULTS | {
-        "system": "s", "seed": 3, "base": DEFAULTS["base"] | {"path": "p"}, "lora": {"rank": 8},
+        "system": "s",
+        "seed": 3,
+        "base": DEFAULTS["base"] | {"path": "p"},
+        "lora": {"rank": 8},
         "train": DEFAULTS["train"] | {"lr": 1.0},
-    }  # fmt: skip
+    }
 
 
 def trained(runs, name: str, created: str, *overrides: str):

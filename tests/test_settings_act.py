@@ -105,13 +105,21 @@ EVALUATION = [
     ("bench.queries", "3", "", ""),
 ]
 ELSEWHERE = {  # key → the test that shows what it does
-    "system": "test_record", "adapter": "test_record", "runs": "test_record", "tracker": "test_train_loop",
-    "base.path": "test_model", "base.tokenizer": "test_model", "base.random_weights": "test_init",
+    "system": "test_record",
+    "adapter": "test_record",
+    "runs": "test_record",
+    "tracker": "test_train_loop",
+    "base.path": "test_model",
+    "base.tokenizer": "test_model",
+    "base.random_weights": "test_init",
     "base.min_gpu_gib": "test_preflight",
     "early_stop.min_delta": "test_train_loop",
-    "data.train": "test_squad", "data.dev": "test_squad", "data.fix_offsets": "test_squad",
-    "window.tokenizer": "test_prompt", "api.": "test_api",
-}  # fmt: skip
+    "data.train": "test_squad",
+    "data.dev": "test_squad",
+    "data.fix_offsets": "test_squad",
+    "window.tokenizer": "test_prompt",
+    "api.": "test_api",
+}
 
 
 @pytest.fixture(scope="module")

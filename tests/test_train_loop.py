@@ -167,8 +167,9 @@ def test_the_running_mean_is_kept_while_training_goes_on_with_the_last(tiny_conf
     train_loop.main([*few, f"runs={tmp_path / 'plain'}"])
     train_loop.main([*few, "train.average=0.9", f"runs={tmp_path / 'mean'}"])
     (plain,), (mean,) = ((tmp_path / name).iterdir() for name in ("plain", "mean"))
-    last, same, kept = (load_file(folder / "adapter_model.safetensors") for folder in
-                        (plain / "last", mean / "last", mean / "best"))  # fmt: skip
+    last, same, kept = (
+        load_file(folder / "adapter_model.safetensors") for folder in (plain / "last", mean / "last", mean / "best")
+    )
     assert all(torch.equal(last[key], same[key]) for key in last)
     b = [key for key in last if "lora_B" in key]  # from zero
     assert all(0 < kept[key].norm() < last[key].norm() for key in b)
@@ -489,9 +490,12 @@ def course(tmp_path_factory, answering_base):
     result = json.loads(out.getvalue().splitlines()[-1])
     run = only_run(folder)
     return SimpleNamespace(
-        config=config, run=run, result=result, said=out.getvalue(),
+        config=config,
+        run=run,
+        result=result,
+        said=out.getvalue(),
         ems=[row["em"] for row in metrics(run) if "em" in row],
-    )  # fmt: skip
+    )
 
 
 def test_em_rises_and_falls_and_the_best_weights_are_kept(course):

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 @dataclass
 class State:
-    """What a training resumes from, beside weights and optimizer: `state.json`."""
+    """The state a training resumes from, beside weights and optimizer: `state.json`."""
 
     identity: dict[str, str] = field(
         default_factory=dict
@@ -101,7 +101,7 @@ def save(folder: Path, model: Any, state: State, training: dict[str, Any] | None
 
 
 def load_state(folder: Path) -> State:
-    """What `save` got as `state`. For the training that owns the folder: what a crash left is mended first."""
+    """The `state` that `save` got. For the training that owns the folder: what a crash left is mended first."""
     recover(folder)
     verify(folder)
     try:

@@ -76,7 +76,7 @@ def find(ledger: Path, condition: str) -> list[dict[str, Any]]:
 
 
 def differing(configs: Iterable[dict[str, Any]]) -> list[str]:
-    """Of each configuration what is not the same in all of them, as overrides."""
+    """Each configuration's overrides that are not the same in all of them."""
     flats = [flat(config) for config in configs]
     keys = [key for key in dict.fromkeys(key for f in flats for key in f) if key not in NOT_COMPARED]
     varied = [key for key in keys if len({json.dumps(f.get(key)) for f in flats}) > 1]

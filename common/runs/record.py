@@ -133,7 +133,7 @@ def note_prompt(adapter: Path | None, config: Config) -> None:
 
 
 def _differ(a: dict[str, Any], b: dict[str, Any], parts: Sequence[str]) -> str:
-    """What `a` says otherwise than `b`, as overrides."""
+    """The overrides by which `a` differs from `b`."""
     mine, other = (flat({part: config[part] for part in parts}) for config in (a, b))
     differ = (key for key in {**mine, **other} if mine.get(key) != other.get(key))
     return " ".join(f"{key}={yaml.safe_dump(mine.get(key)).partition(chr(10))[0]}" for key in differ)
@@ -148,7 +148,7 @@ def _trains_as(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def weights_of(base: dict[str, Any]) -> dict[str, Any]:
-    """What decides a base's numbers and ids, of its section: not what it is computed in, nor what memory it needs."""
+    """The keys of `base` that decide its numbers and ids: not its precision in computing, nor the memory it needs."""
     return {key: base[key] for key in ("path", "revision", "tokenizer", "random_weights", "quant", "double_quant")}
 
 
@@ -195,7 +195,7 @@ def write(
 
 
 def must_match(config: Config, data: Dataset, window_tokenizer_sha256: str | None) -> dict[str, Any]:
-    """What two records must have alike to be compared."""
+    """The facts that two records must share to be compared."""
     return {
         "data": data.sha256,
         "questions": len(data.examples),
@@ -232,7 +232,7 @@ def read_one(path: Path) -> dict[str, Any]:
 
 
 def read_questions(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Its rows by question. An evaluation from before articles were kept has each question for an article."""
+    """Rows by question id. In evaluations older than articles, each question is its own article."""
     path = Path(evaluation["folder"]) / "questions.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
@@ -307,7 +307,7 @@ def _stem(config: Config, kind: str) -> str:
 
 
 def mismatch(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What two records must have alike to be compared, and have not, of both; nothing where they may be."""
+    """The facts of `must_match` in which two records differ, of both; empty if they may be compared."""
     mine, other = a["must_match"], b["must_match"]
     cut = [m["window"]["tokenizer"] for m in (mine, other)]
     if None in cut or len({name.startswith(BY_FILE) for name in cut}) > 1:  # an older one does not say, or not so
@@ -323,7 +323,7 @@ def _installed(name: str) -> bool:
 
 
 def code() -> tuple[str | None, bool | None]:
-    """Of this code: (commit, whether the tree differs from it); None where this is no git checkout."""
+    """(commit of this code, whether the tree differs from it); (None, None) outside a git checkout."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()

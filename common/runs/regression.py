@@ -43,7 +43,7 @@ def measured(runs: Path, again: bool = False) -> Measured:
 
 
 def once_more(folder: Path) -> Path:
-    """Where what raised an alarm in `folder` is measured again."""
+    """The folder of the second measurement of what raised an alarm in `folder`."""
     return folder.with_name(f"{folder.name}-again")
 
 
@@ -134,7 +134,7 @@ def _latency(system: str, pairs: Pairs, rules: Rules, alpha: float) -> list[Chec
 
 
 def _loads(timings: list[dict[str, Any]]) -> list[float]:
-    """How many processes were at work on the host before each timing, ours included; older records do not say."""
+    """The number of busy processes on the host before each timing, ours included; older records do not say."""
     return [host["load"] for r in timings if (host := r["result"].get("host"))]
 
 
@@ -148,7 +148,7 @@ def _processes(timings: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _memory(system: str, kind: str, pairs: Pairs, rules: Rules) -> list[Check]:
-    """Of what a GPU's allocator counted; a resident set varies by itself (by 340 MiB of 1,200, seen on a CPU)."""
+    """The check of the GPU allocator's peak. Empty on a CPU: a resident set varies by itself (340 MiB of 1,200)."""
     old, new = ([pair[side]["result"]["peak"]["allocated_bytes"] for pair in pairs] for side in (0, 1))
     if not all(old + new):
         return []

@@ -66,7 +66,7 @@ def plan(path: Path, overrides: Iterable[str] = ()) -> tuple[list[Job], Sweep]:
 
 
 def _of(system: str, words: Iterable[str], systems: Sequence[str]) -> list[str]:
-    """Of overrides those for all systems, and those for this one, which SYSTEM:key=value says."""
+    """The overrides for all systems and those for this one (`SYSTEM:key=value`)."""
     out = []
     for word in words:
         name, colon, _ = word.partition("=")[0].partition(":")
@@ -103,7 +103,7 @@ def finished(config: Config, kind: Kind) -> Path | None:
 
 
 def expected_seconds(jobs: Iterable[Job], kinds: Sequence[Kind]) -> tuple[float, int]:
-    """What is left: seconds of the steps of which the like is on record, and how many steps there are of no such."""
+    """(seconds left of the steps with a like one on record, the number of steps left without)."""
     known: dict[tuple[str, str], list[float]] = {}
     jobs = list(jobs)
     for runs in {Path(job.config.runs) for job in jobs}:

@@ -20,8 +20,11 @@ def job(tiny_config, tmp_path):
     config = load(str(tiny_config), ["train.questions_per_step=8"])
     args = train_throughput.parser().parse_args(["--steps", "2", "--warmup", "1", "--questions", "12"])
     return {
-        **train_throughput.job_of(config, args, tmp_path), "budgets": [1e6], "search": [], "timed": {"1e6": 4},
-    }  # fmt: skip
+        **train_throughput.job_of(config, args, tmp_path),
+        "budgets": [1e6],
+        "search": [],
+        "timed": {"1e6": 4},
+    }
 
 
 def test_without_a_model_the_machine_decides_and_overrides_stay_overrides():
@@ -104,8 +107,15 @@ def test_decoding_stacks_answer_the_same_questions_alike(tiny_config, dev_file, 
 
 def test_the_decoding_table_has_ratios_and_says_why_a_stack_failed(tiny_config, monkeypatch, capsys):
     def row(kind, batch, speed, **more):
-        return {"kind": kind, "batch": batch, "questions": 9, "seconds": 1, "questions_per_s": speed,
-                "allocated_gib": 1.0, **more}  # fmt: skip
+        return {
+            "kind": kind,
+            "batch": batch,
+            "questions": 9,
+            "seconds": 1,
+            "questions_per_s": speed,
+            "allocated_gib": 1.0,
+            **more,
+        }
 
     found = {
         "ours": {"rows": [row("natural", None, 80.0), row("natural", 1, 20.0, p50_ms=40, p95_ms=50)]},

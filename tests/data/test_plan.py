@@ -96,8 +96,10 @@ def test_steps_are_of_nearly_equal_size():
 
 def of_questions(*counts: int) -> list[Tree]:
     """Trees a, b, c … of so many questions."""
-    return [Tree([], tuple(Branch(f"{name}{i}", [1], [0]) for i in range(n)))
-            for name, n in zip("abcdefgh", counts, strict=False)]  # fmt: skip
+    return [
+        Tree([], tuple(Branch(f"{name}{i}", [1], [0]) for i in range(n)))
+        for name, n in zip("abcdefgh", counts, strict=False)
+    ]
 
 
 def of_tokens(*sizes: int) -> list[Tree]:

@@ -473,8 +473,15 @@ def test_an_answer_of_as_many_tokens_as_are_decoded_is_kept_with_its_eos(by_word
 
 def test_every_question_is_counted_for_what_became_of_it(by_words):
     long, short = some("w", 0, 45), some("w", 0, 20)  # 37 words are read
-    answers = {"a": (long, "w1"), "b": (long, "w40"), "c": (long, some("w", 0, 16)), "d": (long, "w41 w42"),
-               "e": (short, some("w", 2, 18)), "f": (short, "w2"), "g": (short, some("w", 0, 15))}  # fmt: skip
+    answers = {
+        "a": (long, "w1"),
+        "b": (long, "w40"),
+        "c": (long, some("w", 0, 16)),
+        "d": (long, "w41 w42"),
+        "e": (short, some("w", 2, 18)),
+        "f": (short, "w2"),
+        "g": (short, some("w", 0, 15)),
+    }
     rows = [asks(context, answer=answer, id_=id_) for id_, (context, answer) in answers.items()]
     built = build_trees(rows, same(by_words), replace(BARE, context=40), train=True)
     assert [[b.id for b in tree.branches] for tree in built.trees] == [["a"], ["f", "g"]]

@@ -42,12 +42,19 @@ def test_every_figure_of_a_verdict_is_its_own():
     (verdict, other) = compare([("new", "old", a, b), ("same", "old", b, b)])
     error = math.sqrt(2 * (1.8**2 + 1.8**2)) / 10  # the articles' sums of EM, 3 and 0, less 4 and 6 times the mean 0.3
     assert verdict == Verdict(
-        a="new", b="old",
-        em_gain=pytest.approx(30), em_interval=(pytest.approx(0), pytest.approx(75)),
-        f1_gain=pytest.approx(15), f1_interval=(pytest.approx(-12.5), pytest.approx(56.25)),
-        only_a=4, only_b=1, p=pytest.approx(2 * (1 + 5) / 2**5), p_adjusted=pytest.approx(0.75), tests=2,
+        a="new",
+        b="old",
+        em_gain=pytest.approx(30),
+        em_interval=(pytest.approx(0), pytest.approx(75)),
+        f1_gain=pytest.approx(15),
+        f1_interval=(pytest.approx(-12.5), pytest.approx(56.25)),
+        only_a=4,
+        only_b=1,
+        p=pytest.approx(2 * (1 + 5) / 2**5),
+        p_adjusted=pytest.approx(0.75),
+        tests=2,
         detectable=pytest.approx(100 * sum(T) * error, rel=1e-6),
-    )  # fmt: skip
+    )
     assert str(verdict) == (
         "new and old cannot be told apart: +30.00 [0.00, 75.00] EM (a difference of 507.0 would mostly have been seen),"
         " +15.00 [-12.50, 56.25] F1; right where the other is wrong: 4 against 1 questions, exact McNemar p = 0.38, "

@@ -52,11 +52,23 @@ def test_the_first_kind_that_holds_counts():
 @pytest.mark.parametrize(
     ("end", "ends"),
     [
-        (". The", True), ("! The", True), ("? 7", True), (".\n(The", True), ('." The', True), (".') The", True),
-        ('. "The', True), (". [The", True), (".] '7", True), (".  It", True),
-        (". the", False), (", The", False), (".The", False), ("; 7", False), (". ((The", False),
+        (". The", True),
+        ("! The", True),
+        ("? 7", True),
+        (".\n(The", True),
+        ('." The', True),
+        (".') The", True),
+        ('. "The', True),
+        (". [The", True),
+        (".] '7", True),
+        (".  It", True),
+        (". the", False),
+        (", The", False),
+        (".The", False),
+        ("; 7", False),
+        (". ((The", False),
     ],
-)  # fmt: skip
+)
 def test_a_sentence_ends_where_a_stop_a_space_and_a_capital_or_digit_follow(end, ends):
     asked = example("amber", context=f"The amber canal{end} bridge.")
     assert kind_of(asked, "bridge", False, False) == ("another sentence" if ends else "right sentence, other words")
@@ -84,11 +96,18 @@ def test_words_off_are_those_of_both_ends():
 @pytest.mark.parametrize(
     ("question", "word"),
     [
-        ("How many canals?", "how many"), ("In which year, and who dug?", "which"), ("HOW long?", "how"),
-        ("How much?", "how much"), ("Why? Where?", "why"), ("how Many were where?", "how many"), ("Who?", "who"),
-        ("Somewhat odd?", "other"), ("To whom and when?", "when"), ("The reason is what?", "what"),
+        ("How many canals?", "how many"),
+        ("In which year, and who dug?", "which"),
+        ("HOW long?", "how"),
+        ("How much?", "how much"),
+        ("Why? Where?", "why"),
+        ("how Many were where?", "how many"),
+        ("Who?", "who"),
+        ("Somewhat odd?", "other"),
+        ("To whom and when?", "when"),
+        ("The reason is what?", "what"),
     ],
-)  # fmt: skip
+)
 def test_the_question_word_is_the_first_whole_one(question, word):
     assert question_word(question) == word
 
@@ -120,9 +139,16 @@ def one(asked: Example, text: str = "", right: bool = False):
 
 @pytest.mark.parametrize(
     ("before", "after", "name"),
-    [(1, 0, "1 word"), (0, 1, "1 word"), (1, 1, "2 words"), (0, 3, "3 or 4"), (3, 1, "3 or 4"), (4, 1, "5 or more"),
-     (40, 0, "5 or more")],
-)  # fmt: skip
+    [
+        (1, 0, "1 word"),
+        (0, 1, "1 word"),
+        (1, 1, "2 words"),
+        (0, 3, "3 or 4"),
+        (3, 1, "3 or 4"),
+        (4, 1, "5 or more"),
+        (40, 0, "5 or more"),
+    ],
+)
 def test_boundaries_are_counted_by_the_words_they_are_off(before, after, name):
     asked = example(span(60, 9), context=NUMBERED)
     for text in (span(60 - before, before + 9 + after), span(60 + before, 9 - before - after)):
@@ -134,12 +160,28 @@ def test_boundaries_are_counted_by_the_words_they_are_off(before, after, name):
 @pytest.mark.parametrize(
     ("what", "edges"),
     [
-        ("answer", {"1 word": (1, 1), "2 words": (2, 2), "3 words": (3, 3), "4 or 5": (4, 5), "6 to 9": (6, 9),
-                    "10 or more": (10, 40)}),
-        ("context", {"up to 80 words": (1, 80), "81 to 120 words": (81, 120), "121 to 160 words": (121, 160),
-                     "more than 160 words": (161, 161)}),
+        (
+            "answer",
+            {
+                "1 word": (1, 1),
+                "2 words": (2, 2),
+                "3 words": (3, 3),
+                "4 or 5": (4, 5),
+                "6 to 9": (6, 9),
+                "10 or more": (10, 40),
+            },
+        ),
+        (
+            "context",
+            {
+                "up to 80 words": (1, 80),
+                "81 to 120 words": (81, 120),
+                "121 to 160 words": (121, 160),
+                "more than 160 words": (161, 161),
+            },
+        ),
     ],
-)  # fmt: skip
+)
 def test_answers_and_contexts_are_classed_by_their_words(what, edges):
     for name, edge in edges.items():
         for n in edge:
@@ -167,18 +209,45 @@ def test_every_count_of_a_table_is_its_own():
     ]
     rows = {str(i): {"text": text, "em": em, "hit_limit": hit} for i, (_, _, text, em, hit) in enumerate(asked)}
     assert table(examples, rows) == {
-        "kinds": {"right": 2, "empty": 1, "cut by the limit": 1, "not a span of the context": 1, "boundary off": 3,
-                  "right sentence, other words": 1, "another sentence": 1},
+        "kinds": {
+            "right": 2,
+            "empty": 1,
+            "cut by the limit": 1,
+            "not a span of the context": 1,
+            "boundary off": 3,
+            "right sentence, other words": 1,
+            "another sentence": 1,
+        },
         "off": {"1 word": 1, "2 words": 1, "3 or 4": 1, "5 or more": 0},
         "by": {
-            "question": {"what": (2, 3), "who": (0, 1), "when": (0, 0), "where": (0, 0), "which": (0, 0),
-                         "why": (0, 0), "how many": (0, 3), "how much": (0, 0), "how": (0, 0), "other": (0, 3)},
-            "answer": {"1 word": (2, 3), "2 words": (0, 4), "3 words": (0, 1), "4 or 5": (0, 2), "6 to 9": (0, 0),
-                       "10 or more": (0, 0)},
-            "context": {"up to 80 words": (2, 10), "81 to 120 words": (0, 0), "121 to 160 words": (0, 0),
-                        "more than 160 words": (0, 0)},
+            "question": {
+                "what": (2, 3),
+                "who": (0, 1),
+                "when": (0, 0),
+                "where": (0, 0),
+                "which": (0, 0),
+                "why": (0, 0),
+                "how many": (0, 3),
+                "how much": (0, 0),
+                "how": (0, 0),
+                "other": (0, 3),
+            },
+            "answer": {
+                "1 word": (2, 3),
+                "2 words": (0, 4),
+                "3 words": (0, 1),
+                "4 or 5": (0, 2),
+                "6 to 9": (0, 0),
+                "10 or more": (0, 0),
+            },
+            "context": {
+                "up to 80 words": (2, 10),
+                "81 to 120 words": (0, 0),
+                "121 to 160 words": (0, 0),
+                "more than 160 words": (0, 0),
+            },
         },
-    }  # fmt: skip
+    }
 
 
 EXAMPLES = read(str(ROOT / "demo" / "dev.json"), "dev").examples[:12]

@@ -173,12 +173,21 @@ def test_a_layer_of_llama_2_7b_is_counted_by_its_published_shapes():
         (9, 1, 2, False, {}),
         (9, 1, 2, True, {"adapter": 10 * (4 + 4 + 2 + 2 + 4 + 4)}),
         (9, 1, 4, False, {"held matrices": 4 * 966, "logits or one layer's work": 14_400 + 13_000}),
-        (9, 4, 2, False, {"kept activations": 4 * 13_000, "small tensors": (5600 + 52_000) // 50,
-                          "logits or one layer's work": 14_400 + 966}),
+        (
+            9,
+            4,
+            2,
+            False,
+            {
+                "kept activations": 4 * 13_000,
+                "small tensors": (5600 + 52_000) // 50,
+                "logits or one layer's work": 14_400 + 966,
+            },
+        ),
         (9, 0, 0, False, {"kept activations": 0, "held matrices": 0, "small tensors": 112}),
         (30, 1, 2, False, {"logits or one layer's work": (2 + 4 + 4 + 4) * 101 * 30}),
     ],
-)  # fmt: skip
+)
 def test_every_term_of_training_is_as_counted_by_hand(answers, keep, hold, average, changed):
     assert SMALL.layer_matrices == 2 * 7 * (13 + 5 + 5 + 13 + 11 + 11 + 11) == 966
     assert SMALL.kept_per_token == 2 * (13 + 5 + 5 + 13 + 7 + 11 + 11) == 130

@@ -31,8 +31,10 @@ class Mutant:
 def mutants(code: str) -> list[Mutant]:
     """Every mutant of `code` that compiles, in the order of lines; the same code twice counts once."""
     wrapper = MetadataWrapper(cst.parse_module(code))
-    visitor = _Visitor([*((kind, _words if make is operator_string else make) for kind, make in mutation_operators),
-                        *OPERATORS], IgnoredCode(set(), set(), set()))  # fmt: skip
+    visitor = _Visitor(
+        [*((kind, _words if make is operator_string else make) for kind, make in mutation_operators), *OPERATORS],
+        IgnoredCode(set(), set(), set()),
+    )
     wrapper.visit(visitor)
     places, module = wrapper.resolve(PositionProvider), wrapper.module
     begins = [0, *itertools.accumulate(len(line) for line in code.splitlines(keepends=True))]

@@ -21,9 +21,18 @@ from pathlib import Path
 import pytest
 
 LIBRARIES = (  # imported before the forks, once
-    "accelerate", "bitsandbytes", "datasets", "httpx2", "hypothesis", "peft", "scipy.stats", "tokenizers", "torch",
-    "transformers.models.llama.modeling_llama", "yaml",
-)  # fmt: skip
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "httpx2",
+    "hypothesis",
+    "peft",
+    "scipy.stats",
+    "tokenizers",
+    "torch",
+    "transformers.models.llama.modeling_llama",
+    "yaml",
+)
 SLOWEST, LEAST_S = 4, 10  # a test that takes so many times as long as unmutated, and so many seconds more, never ends
 
 

@@ -132,10 +132,12 @@ def test_every_file_is_on_the_disk_before_the_folder_gets_its_name(tmp_path, mon
         f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in (("a", b"1"), ("inner/b", b"2"))
     )
     assert done == [
-        ("flushed", "last.partial/a", b"1"), ("flushed", "last.partial/inner/b", b"2"),
+        ("flushed", "last.partial/a", b"1"),
+        ("flushed", "last.partial/inner/b", b"2"),
         ("flushed", "last.partial/SHA256SUMS", sums.encode()),
-        ("renamed", "last", b""), ("renamed", "last.partial", b""),
-    ]  # fmt: skip
+        ("renamed", "last", b""),
+        ("renamed", "last.partial", b""),
+    ]
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
     assert sorted(path.name for path in (tmp_path / "last").iterdir()) == ["SHA256SUMS", "a", "inner"]
 
@@ -249,9 +251,17 @@ def test_a_saved_training_has_all_that_is_needed_to_go_on(tmp_path, readme):
     assert json.loads((tmp_path / "last" / "adapter_config.json").read_text()) == {"save_embedding_layers": False}
     saved = json.loads((tmp_path / "last" / "state.json").read_text())
     assert saved == {
-        "identity": {"config": "c0ffee"}, "step": 3, "evaluated": 0, "best_em": 0.0, "best_f1": None,
-        "best_step": None, "waited": 0, "seconds": 0.0, "evaluation_seconds": 0.0, "peak": {},
-    }  # fmt: skip
+        "identity": {"config": "c0ffee"},
+        "step": 3,
+        "evaluated": 0,
+        "best_em": 0.0,
+        "best_f1": None,
+        "best_step": None,
+        "waited": 0,
+        "seconds": 0.0,
+        "evaluation_seconds": 0.0,
+        "peak": {},
+    }
     assert (tmp_path / "last" / "state.json").read_text() == json.dumps(saved, indent=1) + "\n"
     assert load_state(tmp_path / "last") == state
     load_training(tmp_path / "last", others)
@@ -322,9 +332,17 @@ def test_a_record_gets_a_states_figures_rounded():
     )
     state.evaluation_seconds = 20.06
     assert state.result(questions=2560) == {
-        "identity": {"config": "c"}, "em": 70.25, "f1": 80.5, "best_step": 30, "steps": 40, "questions": 2560,
-        "seconds": 100.3, "evaluation_seconds": 20.1, "questions_per_s": 31.92, "peak": {"rss_bytes": 7},
-    }  # fmt: skip
+        "identity": {"config": "c"},
+        "em": 70.25,
+        "f1": 80.5,
+        "best_step": 30,
+        "steps": 40,
+        "questions": 2560,
+        "seconds": 100.3,
+        "evaluation_seconds": 20.1,
+        "questions_per_s": 31.92,
+        "peak": {"rss_bytes": 7},
+    }
 
 
 def test_a_state_of_another_version_is_refused(tmp_path):

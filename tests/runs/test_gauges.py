@@ -333,14 +333,24 @@ def test_the_sampler_tells_phases_apart(gpu, monkeypatch, tmp_path):
     found = watch(monkeypatch, tmp_path / "gauges.json", [None, None, "natural\n", None, ""])
     assert found == {
         "start": {
-            "seconds": 1.0, "process_bytes": 40, "device_bytes": 300, "processes": 3, "energy_j": 2.5,
-            "clock_mhz": [900, 1000, 1500], "throttled": ["hardware thermal slowdown", "power cap"],
+            "seconds": 1.0,
+            "process_bytes": 40,
+            "device_bytes": 300,
+            "processes": 3,
+            "energy_j": 2.5,
+            "clock_mhz": [900, 1000, 1500],
+            "throttled": ["hardware thermal slowdown", "power cap"],
         },
         "natural": {
-            "seconds": 1.0, "process_bytes": None, "device_bytes": 200, "processes": 2, "energy_j": 2.0,
-            "clock_mhz": [1700, 1700, 1700], "throttled": [],
+            "seconds": 1.0,
+            "process_bytes": None,
+            "device_bytes": 200,
+            "processes": 2,
+            "energy_j": 2.0,
+            "clock_mhz": [1700, 1700, 1700],
+            "throttled": [],
         },
-    }  # fmt: skip
+    }
     assert list(found) == ["start", "natural"]
     assert not list(tmp_path.glob("*.partial"))
     assert gpu.asked[:2] == [("nvmlInit",), ("nvmlDeviceGetHandleByUUID", "GPU-x")]
@@ -352,10 +362,13 @@ def test_the_sampler_tells_phases_apart(gpu, monkeypatch, tmp_path):
 
 def test_reasons_are_those_that_the_driver_means():
     names = {
-        "power cap": "SwPowerCap", "hardware slowdown": "HwSlowdown", "sync boost": "SyncBoost",
-        "software thermal slowdown": "SwThermalSlowdown", "hardware thermal slowdown": "HwThermalSlowdown",
+        "power cap": "SwPowerCap",
+        "hardware slowdown": "HwSlowdown",
+        "sync boost": "SyncBoost",
+        "software thermal slowdown": "SwThermalSlowdown",
+        "hardware thermal slowdown": "HwThermalSlowdown",
         "power brake": "HwPowerBrakeSlowdown",
-    }  # fmt: skip
+    }
     meant = {ours: getattr(pynvml, f"nvmlClocksThrottleReason{theirs}") for ours, theirs in names.items()}
     assert meant == nvml.REASONS
 
@@ -377,9 +390,14 @@ def test_phases_that_begin_at_once_are_all_noticed(gpu, monkeypatch, tmp_path):
 )
 def test_what_a_driver_does_not_say_is_left_open(gpu, monkeypatch, tmp_path, silent, left_open):
     everything = {
-        "seconds": 0.5, "process_bytes": 40, "device_bytes": 300, "processes": 3, "energy_j": 1.25,
-        "clock_mhz": [900, 1200, 1500], "throttled": ["hardware thermal slowdown", "power cap"],
-    }  # fmt: skip
+        "seconds": 0.5,
+        "process_bytes": 40,
+        "device_bytes": 300,
+        "processes": 3,
+        "energy_j": 1.25,
+        "clock_mhz": [900, 1200, 1500],
+        "throttled": ["hardware thermal slowdown", "power cap"],
+    }
     gpu.silent = {silent}
     assert watch(monkeypatch, tmp_path / "gauges.json", [None, ""])["start"] == everything | left_open
 

@@ -21,10 +21,17 @@ def stored(runs: Path, name: str, kind: str, result: dict, lr: float = 1e-3, **c
     config = {**PLAIN, "train": {**PLAIN["train"], "lr": lr}}
     about = {"device": {"name": "a card"}, "commit": "c0ffee", "dirty": False} | change.pop("may_differ", {})
     found = {
-        "schema": 2, "kind": kind, "system": "s", "seed": 0, "created": "2026-01-01", "random_weights": False,
-        "must_match": {"data": "123", "prompt": "0456", "window": {"tokenizer": None}}, "may_differ": about,
-        "config": config, "result": result,
-    } | change  # fmt: skip
+        "schema": 2,
+        "kind": kind,
+        "system": "s",
+        "seed": 0,
+        "created": "2026-01-01",
+        "random_weights": False,
+        "must_match": {"data": "123", "prompt": "0456", "window": {"tokenizer": None}},
+        "may_differ": about,
+        "config": config,
+        "result": result,
+    } | change
     (runs / name).mkdir(parents=True)
     (runs / name / "record.json").write_text(json.dumps(found))
     return str(runs / name)
@@ -35,8 +42,16 @@ def runs(tmp_path):
     """Four finished runs and one that is not; their folder."""
     trained = {"em": 71, "f1": 80.5, "n": 10, "selected_on": "heldout", "questions_per_s": 195.25}
     memory = {"peak": {"allocated_bytes": 3 * GIB, "reserved_bytes": 9 * GIB, "rss_bytes": 5 * GIB}}
-    stored(tmp_path, "b", "train", trained | memory, created="2026-01-02", seed=3, system="tuned",
-           may_differ={"dirty": True, "commit": "abc"})  # fmt: skip
+    stored(
+        tmp_path,
+        "b",
+        "train",
+        trained | memory,
+        created="2026-01-02",
+        seed=3,
+        system="tuned",
+        may_differ={"dirty": True, "commit": "abc"},
+    )
     stored(tmp_path, "c", "train", {"em": 69.0}, lr=3e-3, created="2026-01-03")
     stored(tmp_path, "a", "eval", {"em": None, "f1": None, "n": 7}, random_weights=True, created="2026-01-03")
     timed = {"n": 4, "latency": {"p50_ms": 20.0, "p95_ms": 40.5}, "peak": {"allocated_bytes": None, "rss_bytes": GIB}}
@@ -53,10 +68,25 @@ def test_every_column_is_what_the_record_says(runs):
     assert config == {**PLAIN, "train": {**PLAIN["train"], "lr": 1e-3}}
     assert json.loads(other["config"])["train"]["lr"] == 3e-3
     assert tuned == {
-        "created": "2026-01-02", "kind": "train", "system": "tuned", "seed": 3, "em": 71.0, "f1": 80.5, "n": 10,
-        "chosen_on": "heldout", "p95_ms": None, "questions_per_s": 195.25, "peak_gib": 3.0, "random_weights": 0,
-        "device": "a card", "code": "abc", "dirty": 1, "data": "123", "prompt": "0456", "folder": f"{runs}/b",
-    }  # fmt: skip
+        "created": "2026-01-02",
+        "kind": "train",
+        "system": "tuned",
+        "seed": 3,
+        "em": 71.0,
+        "f1": 80.5,
+        "n": 10,
+        "chosen_on": "heldout",
+        "p95_ms": None,
+        "questions_per_s": 195.25,
+        "peak_gib": 3.0,
+        "random_weights": 0,
+        "device": "a card",
+        "code": "abc",
+        "dirty": 1,
+        "data": "123",
+        "prompt": "0456",
+        "folder": f"{runs}/b",
+    }
     assert (bench["p95_ms"], bench["peak_gib"], bench["n"], bench["device"]) == (40.5, 1.0, 4, "a CPU")
     assert (bench["em"], bench["f1"], bench["questions_per_s"], bench["chosen_on"]) == (None,) * 4
     assert (shapes["random_weights"], shapes["em"], shapes["n"], shapes["peak_gib"]) == (1, None, 7, None)

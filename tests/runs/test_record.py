@@ -92,7 +92,11 @@ def test_a_record_has_all_that_is_known_of_a_run(config, monkeypatch):
             "prompt": prompt.fingerprint(asked.prompt),
             "scorer": record.score.VERSION,
             "window": {
-                "context": 416, "question": 64, "answer": 48, "overflow": "truncate", "stride": 208,
+                "context": 416,
+                "question": 64,
+                "answer": 48,
+                "overflow": "truncate",
+                "stride": 208,
                 "tokenizer": "0123456789ab",
             },
         },
@@ -109,10 +113,17 @@ def test_a_record_has_all_that_is_known_of_a_run(config, monkeypatch):
         },
         "config": asked.to_dict(),
         "result": {"em": 50.0},
-    }  # fmt: skip
+    }
     assert list(written["may_differ"]["versions"])[:8] == [
-        "torch", "transformers", "tokenizers", "peft", "accelerate", "bitsandbytes", "numpy", "scipy",
-    ]  # fmt: skip
+        "torch",
+        "transformers",
+        "tokenizers",
+        "peft",
+        "accelerate",
+        "bitsandbytes",
+        "numpy",
+        "scipy",
+    ]
     assert all(importlib.metadata.version(name) == v for name, v in written["may_differ"]["versions"].items())
     assert made_by == {"engine": "auto", "cutter": "0123456789abcdef"}
     assert (run / "record.json").read_text() == json.dumps(record.read_one(run / "record.json"), indent=1) + "\n"
@@ -455,11 +466,18 @@ def test_records_are_compared_only_where_what_must_match_does(config):
 @pytest.mark.parametrize(
     ("names", "alike"),
     [
-        (("a", "a"), True), (("a", "b"), False), (("file a", "file a"), True), (("file a", "file b"), False),
-        (("a", "file a"), True), (("file a", "b"), True), ((None, "b"), True), (("a", None), True),
-        ((None, "file b"), True), ((None, None), True),
+        (("a", "a"), True),
+        (("a", "b"), False),
+        (("file a", "file a"), True),
+        (("file a", "file b"), False),
+        (("a", "file a"), True),
+        (("file a", "b"), True),
+        ((None, "b"), True),
+        (("a", None), True),
+        ((None, "file b"), True),
+        ((None, None), True),
     ],
-)  # fmt: skip
+)
 def test_windows_are_compared_by_what_cut_them_where_both_say_it_alike(names, alike):
     a, b = ({"must_match": {"window": {"context": 9, "tokenizer": name}}} for name in names)
     assert record.mismatch(a, b) == (

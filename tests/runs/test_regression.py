@@ -21,8 +21,12 @@ WINDOW = {"context": 416, "tokenizer": "0123456789ab"}
 USUAL = np.random.default_rng(7).lognormal(0, 0.3, 100)
 # by article: what each question scores, accepted and new
 EM = {"a": [(1, 1), (1, 0), (0, 0)], "b": [(1, 0), (1, 1)], "c": [(0, 1), (1, 0), (1, 0), (1, 1)], "d": [(1, 0)]}
-F1 = {"a": [(1, 1), (1, 0.5), (0, 0)], "b": [(1, 0.25), (1, 1)], "c": [(0.5, 1), (1, 0), (1, 0.75), (1, 1)],
-      "d": [(1, 0.5)]}  # fmt: skip
+F1 = {
+    "a": [(1, 1), (1, 0.5), (0, 0)],
+    "b": [(1, 0.25), (1, 1)],
+    "c": [(0.5, 1), (1, 0), (1, 0.75), (1, 1)],
+    "d": [(1, 0.5)],
+}
 SAME = {article: [(was, was) for was, _ in rows] for article, rows in EM.items()}
 
 
@@ -31,10 +35,16 @@ def stored(folder: Path, kind: str, result: dict, seed: int = 0, system: str = "
     run = folder / f"{system}-s{seed}-{kind}-{change.get('number', 1)}"
     run.mkdir(parents=True)
     found = {
-        "schema": 2, "kind": kind, "system": system, "seed": seed, "created": f"2026-01-0{change.get('number', 1)}",
-        "must_match": {"data": "d", "prompt": "p", "window": WINDOW} | change.get("must", {}), "config": CONFIG,
-        "may_differ": {"device": {"name": change.get("device", "a card")}}, "result": result,
-    }  # fmt: skip
+        "schema": 2,
+        "kind": kind,
+        "system": system,
+        "seed": seed,
+        "created": f"2026-01-0{change.get('number', 1)}",
+        "must_match": {"data": "d", "prompt": "p", "window": WINDOW} | change.get("must", {}),
+        "config": CONFIG,
+        "may_differ": {"device": {"name": change.get("device", "a card")}},
+        "result": result,
+    }
     (run / "record.json").write_text(json.dumps(found))
     return run
 
@@ -45,10 +55,17 @@ def peak(mib: float | None) -> dict:
 
 def evaluated(folder: Path, new: bool, em=EM, f1=F1, mib: float | None = 1000, accuracy=50.0, **more) -> Path:
     rows = [
-        {"id": f"{article}{i}", "text": "", "hit_limit": False, "article": article,
-         "em": bool(em[article][i][new]), "f1": f1[article][i][new]}
-        for article in em for i in range(len(em[article]))
-    ]  # fmt: skip
+        {
+            "id": f"{article}{i}",
+            "text": "",
+            "hit_limit": False,
+            "article": article,
+            "em": bool(em[article][i][new]),
+            "f1": f1[article][i][new],
+        }
+        for article in em
+        for i in range(len(em[article]))
+    ]
     run = stored(folder, "eval", {"em": accuracy, "f1": accuracy, "n": len(rows)} | peak(mib), **more)
     (run / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

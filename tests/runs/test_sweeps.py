@@ -64,8 +64,11 @@ def test_shots_are_filled_in_as_the_scripts_do(sweep, tmp_path, train_file):
 def test_a_variant_that_changes_more_than_training_is_one_of_systems_without_an_adapter_too(sweep):
     planned, _ = sweeps.plan(sweep(variants='["", "prompt.order=both train.lr=1e-3"]'))
     assert [(job.config.system, job.config.prompt.order) for job in planned] == [
-        ("raw", "context"), ("tuned", "context"), ("raw", "both"), ("tuned", "both"),
-    ]  # fmt: skip
+        ("raw", "context"),
+        ("tuned", "context"),
+        ("raw", "both"),
+        ("tuned", "both"),
+    ]
 
 
 def test_what_follows_a_training_answers_with_its_adapter_whatever_else_was_trained(sweep):

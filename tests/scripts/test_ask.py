@@ -39,10 +39,17 @@ def test_an_answer_is_told_with_its_place_probability_and_size(answering_config,
     assert 0.1 < probability < 0.999
     took, on = found.pop("milliseconds"), found.pop("on")
     assert found == {
-        "system": "answering", "random_weights": False, "answer": "north gate",
-        "confidence": pytest.approx(probability, rel=1e-3), "tokens": 3, "passes": found["passes"], "windows": 1,
-        "ended_by_itself": True, "context_cut": False, "span": [12, 22],
-    }  # fmt: skip
+        "system": "answering",
+        "random_weights": False,
+        "answer": "north gate",
+        "confidence": pytest.approx(probability, rel=1e-3),
+        "tokens": 3,
+        "passes": found["passes"],
+        "windows": 1,
+        "ended_by_itself": True,
+        "context_cut": False,
+        "span": [12, 22],
+    }
     assert NOTE[12:22] == "north gate"
     assert found["passes"] in (2, 3)
     about = f"characters 12 to 22 of the context; confidence {probability:.0%}; {took:.0f} ms, answering on {on}"
@@ -100,13 +107,19 @@ def clock(monkeypatch) -> list[str]:
 @pytest.mark.parametrize(
     ("found", "overflow", "expected"),
     [
-        ([Generation([5] * 31 + [1], -0.5, passes=3)], "truncate",
-         {"windows": 1, "passes": 3, "ended_by_itself": True}),
+        (
+            [Generation([5] * 31 + [1], -0.5, passes=3)],
+            "truncate",
+            {"windows": 1, "passes": 3, "ended_by_itself": True},
+        ),
         ([Generation([5] * 32, -0.5, passes=3)], "truncate", {"ended_by_itself": False, "tokens": 32}),
-        ([Generation([5], -0.5, passes=3), Generation([1], -9.0, passes=4)], "chunk",
-         {"windows": 2, "passes": 7, "ended_by_itself": False, "tokens": 1, "confidence": pytest.approx(0.60653066)}),
+        (
+            [Generation([5], -0.5, passes=3), Generation([1], -9.0, passes=4)],
+            "chunk",
+            {"windows": 2, "passes": 7, "ended_by_itself": False, "tokens": 1, "confidence": pytest.approx(0.60653066)},
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_second_query_is_timed_and_its_best_window_told(
     answering_config, monkeypatch, clock, found, overflow, expected
 ):
@@ -197,10 +210,18 @@ def test_a_hosted_model_is_asked_the_same_and_told_the_same(hosted, capsys):
     lines, found = asked(capsys, file, "--context", NOTE, "--question", "Which animal is meant?")
     assert prompts == [f"Context: {NOTE}\n\nQuestion: Which animal is meant?\n\nAnswer:", "closed"]
     assert found == {
-        "system": "hosted", "random_weights": False, "answer": "otter", "confidence": None, "tokens": 7, "windows": 1,
-        "ended_by_itself": True, "context_cut": False, "milliseconds": 500.0, "on": "http://host/v1",
+        "system": "hosted",
+        "random_weights": False,
+        "answer": "otter",
+        "confidence": None,
+        "tokens": 7,
+        "windows": 1,
+        "ended_by_itself": True,
+        "context_cut": False,
+        "milliseconds": 500.0,
+        "on": "http://host/v1",
         "span": [36, 41],
-    }  # fmt: skip
+    }
     assert lines[1].startswith("characters 36 to 41 of the context; 500 ms, hosted")
 
 
@@ -216,8 +237,14 @@ def test_a_hosted_models_context_is_cut_as_others_are(hosted, capsys, answering_
 
 def test_what_is_not_said_comes_from_the_environment(answering_config, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(ask, "ask_here", lambda config, *texts: seen.append(texts) or {
-        "answer": "", "confidence": None, "context_cut": False, "milliseconds": 0.0, "on": ""})  # fmt: skip
+    monkeypatch.setattr(
+        ask,
+        "ask_here",
+        lambda config, *texts: (
+            seen.append(texts)
+            or {"answer": "", "confidence": None, "context_cut": False, "milliseconds": 0.0, "on": ""}
+        ),
+    )
     monkeypatch.setenv("CONTEXT", " a context ")
     monkeypatch.setenv("QUESTION", "a question\n")
     monkeypatch.setattr(ask.sys, "stdin", io.StringIO("neither"))
@@ -232,8 +259,14 @@ def test_the_question_is_the_last_line_of_stdin_and_nothing_need_be_in_the_envir
     answering_config, capsys, monkeypatch
 ):
     seen = []
-    monkeypatch.setattr(ask, "ask_here", lambda config, *texts: seen.append(texts) or {
-        "answer": "Zürich", "confidence": None, "context_cut": False, "milliseconds": 0.0, "on": ""})  # fmt: skip
+    monkeypatch.setattr(
+        ask,
+        "ask_here",
+        lambda config, *texts: (
+            seen.append(texts)
+            or {"answer": "Zürich", "confidence": None, "context_cut": False, "milliseconds": 0.0, "on": ""}
+        ),
+    )
     monkeypatch.delenv("CONTEXT", raising=False)
     monkeypatch.delenv("QUESTION", raising=False)
     monkeypatch.setattr(ask.sys, "stdin", io.StringIO("One line of Zürich.\nAnother.\n\n Which? \n\n"))

@@ -93,8 +93,10 @@ def test_a_merge_that_answers_worse_for_sure_is_said_and_fails(
         asked.append(args[-1])
         right = {e.id: e.answers[0].text for e in args[-1]}
         first = len(asked) == 1
-        return {id_: text if (first and i >= gained) or (not first and i < 12 - lost) else "wrong"
-                for i, (id_, text) in enumerate(right.items())}  # fmt: skip
+        return {
+            id_: text if (first and i >= gained) or (not first and i < 12 - lost) else "wrong"
+            for i, (id_, text) in enumerate(right.items())
+        }
 
     asked: list = []
     monkeypatch.setattr(export, "texts", answers)
@@ -105,10 +107,16 @@ def test_a_merge_that_answers_worse_for_sure_is_said_and_fails(
     assert (len(asked[0]), asked[0]) == (12, asked[1])
     before, after = 100 * (12 - gained) / 12, 100 * (12 - lost) / 12
     assert result == {
-        "folder": str(tmp_path / "merged"), "em_before": pytest.approx(before), "em_after": pytest.approx(after),
-        "n": 12, "same_answers": 12 - lost - gained, "lost": lost, "gained": gained, "p": pytest.approx(p),
+        "folder": str(tmp_path / "merged"),
+        "em_before": pytest.approx(before),
+        "em_after": pytest.approx(after),
+        "n": 12,
+        "same_answers": 12 - lost - gained,
+        "lost": lost,
+        "gained": gained,
+        "p": pytest.approx(p),
         "worse": worse,
-    }  # fmt: skip
+    }
     assert ended.value.code == int(worse)
     assert (
         f"{12 - lost - gained} of 12 answers are the same; EM {before:.2f} by the adapter, {after:.2f} merged" in line
@@ -130,10 +138,11 @@ def test_a_card_has_the_newest_evaluation_of_this_adapter_and_of_nothing_else(tm
     def evaluation(em: float, kind: str = "eval", adapter: str | None = sha256, words: tuple[str, ...] = (), **changes):
         must = {"data": dev.sha256, "prompt": prompt.fingerprint(config.prompt)}
         return {
-            "kind": kind, "result": {"em": em, "f1": em + 1, "n": 99, "adapter_sha256": adapter},
+            "kind": kind,
+            "result": {"em": em, "f1": em + 1, "n": 99, "adapter_sha256": adapter},
             "must_match": must | changes,
             "config": load("smollm2-qlora", ["window.context=300", "window.question=50", *words]).to_dict(),
-        }  # fmt: skip
+        }
 
     def card(*evaluations) -> str:
         monkeypatch.setattr(record, "read_all", lambda runs: list(evaluations) if runs == tmp_path else None)
@@ -143,18 +152,23 @@ def test_a_card_has_the_newest_evaluation_of_this_adapter_and_of_nothing_else(tm
         return (tmp_path / "README.md").read_text()
 
     others = [
-        evaluation(1, kind="bench"), evaluation(2, adapter="another"), evaluation(3, adapter=None),
-        evaluation(4, data="other"), evaluation(5, prompt="other"), evaluation(6, words=("window.answer=16",)),
+        evaluation(1, kind="bench"),
+        evaluation(2, adapter="another"),
+        evaluation(3, adapter=None),
+        evaluation(4, data="other"),
+        evaluation(5, prompt="other"),
+        evaluation(6, words=("window.answer=16",)),
         evaluation(7, words=("base.quant=fp4",)),
-    ]  # fmt: skip
+    ]
     without, text = card(*others), card(evaluation(70.125), evaluation(71.256), *others)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert rows == [
-        "| | EM | F1 | n |", "|---|---|---|---|",
+        "| | EM | F1 | n |",
+        "|---|---|---|---|",
         "| the adapter on its nf4 base, all questions | 71.26 | 72.26 | 99 |",
         "| the adapter, 7 questions, spread over the articles | 61.00 | | 7 |",
         "| merged, the same questions | 62.50 | | 7 |",
-    ]  # fmt: skip
+    ]
     assert [line for line in without.splitlines() if line.startswith("|")] == [*rows[:2], *rows[3:]]
     assert f"`make export MODEL=smollm2-qlora` (code c0ffee0123, changed since) from the adapter {adapter}" in text
     assert f"(sha256 {sha256}); stored in fp16." in text

@@ -52,7 +52,7 @@ PLANTED = {  # file, line, what it becomes, which checks may raise the alarm
         "                total = meter.now(device) - began\n",
         {"p95"},
     ),
-}  # fmt: skip
+}
 
 
 def run(folder: Path, *command: str, codes: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess:

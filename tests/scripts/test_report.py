@@ -55,11 +55,12 @@ TEXTS = {
     "smollm2-qlora 1": ("stone bridge", "the", "amber canal", "by", "ember"),
 }
 QUESTIONS = {
-    "The red stone bridge over the amber canal.": ("P", [("p0", "What is red?", "stone bridge"),
-                                                         ("p1", "Who?", "canal"),
-                                                         ("p2", "How many?", "amber canal")]),
+    "The red stone bridge over the amber canal.": (
+        "P",
+        [("p0", "What is red?", "stone bridge"), ("p1", "Who?", "canal"), ("p2", "How many?", "amber canal")],
+    ),
     "A delta by the ember forest.": ("Q", [("q0", "What?", "delta"), ("q1", "Why?", "ember forest")]),
-}  # fmt: skip
+}
 
 
 def stored(runs: Path, kind: str, system: str, result: dict, seed: int = 0, words: tuple[str, ...] = (), **change):
@@ -219,11 +220,31 @@ HEAD = (
 )
 TABLE = [
     HEAD,
-    ("smollm2-raw", "0", "20.00 [0.00, 50.00]", "35.00 [25.00, 50.00]", "5", "123 [110, 131] (n 1000)",
-     "5.25 GiB NVML", "12.3", "a card", "0.1250"),
-    ("smollm2-qlora", "0, 1", "60.00 [25.00, 83.33]", "78.00 [60.00, 90.00]", "5", "62 (n 900)",
-     "7.50 GiB RSS", "–", "a card; timed on another card", "0.0500"),
-]  # fmt: skip
+    (
+        "smollm2-raw",
+        "0",
+        "20.00 [0.00, 50.00]",
+        "35.00 [25.00, 50.00]",
+        "5",
+        "123 [110, 131] (n 1000)",
+        "5.25 GiB NVML",
+        "12.3",
+        "a card",
+        "0.1250",
+    ),
+    (
+        "smollm2-qlora",
+        "0, 1",
+        "60.00 [25.00, 83.33]",
+        "78.00 [60.00, 90.00]",
+        "5",
+        "62 (n 900)",
+        "7.50 GiB RSS",
+        "–",
+        "a card; timed on another card",
+        "0.0500",
+    ),
+]
 SENTENCES = [  # t is 12.7062 with one degree of freedom, and a mean's standard error half of what two seeds are apart
     "smollm2-qlora, mean of 2 seeds: EM 60.00 [-194.12, 314.12] (40.00 to 80.00), "
     "F1 78.00 [-150.71, 306.71] (60.00 to 96.00)",
@@ -257,10 +278,16 @@ MISTAKES = [
 ]
 SNAPSHOT = [
     ("system", "EM [95 %, Wilson]", "n"),
-    *((name, f"{em} [{100 * low:.2f}, {100 * high:.2f}]", "300") for name, em, (low, high) in (
-        ("tinyllama1b", "29.33", by_hand(88, 300, 1.959964)), ("raw7b", "54.33", by_hand(163, 300, 1.959964)),
-        ("qlora7b", "70.33", by_hand(211, 300, 1.959964)), ("api8b", "79.33", by_hand(238, 300, 1.959964)))),
-]  # fmt: skip
+    *(
+        (name, f"{em} [{100 * low:.2f}, {100 * high:.2f}]", "300")
+        for name, em, (low, high) in (
+            ("tinyllama1b", "29.33", by_hand(88, 300, 1.959964)),
+            ("raw7b", "54.33", by_hand(163, 300, 1.959964)),
+            ("qlora7b", "70.33", by_hand(211, 300, 1.959964)),
+            ("api8b", "79.33", by_hand(238, 300, 1.959964)),
+        )
+    ),
+]
 VERSIONS = "torch 2.13, transformers 5.1, bitsandbytes 0.49"
 
 
@@ -273,19 +300,49 @@ def provenance(runs: Path) -> list[tuple[str, ...]]:
     first = "2026-01-02"
     return [
         ("run", "made", "code", "with", "again"),
-        (f"{runs}/smollm2-qlora-s0-train", "2026-01-01T00", "0123456789, changed since", train,
-         again("train", "smollm2-qlora-s0-train", " FRESH=1")),
-        (f"{runs}/smollm2-raw-s0-eval", first, "0123456789", f"a card; {VERSIONS}",
-         again("eval", "smollm2-raw-s0-eval")),
-        (f"{runs}/smollm2-raw-s0-bench", first, "0123456789", f"a card; {VERSIONS}",
-         again("bench", "smollm2-raw-s0-bench")),
-        (f"{runs}/smollm2-qlora-s0-eval", first, "0123456789", f"a card; {tuned}",
-         again("eval", "smollm2-qlora-s0-eval", adapter)),
-        (f"{runs}/smollm2-qlora-s1-eval", first, "not known", "a card; torch 2.14",
-         f"make eval MODEL={runs}/smollm2-qlora-s1-eval/config.yaml RUNS={runs}"),
-        (f"{runs}/smollm2-qlora-s0-bench", first, "0123456789", f"another card; {tuned}",
-         again("bench", "smollm2-qlora-s0-bench", adapter)),
-    ]  # fmt: skip
+        (
+            f"{runs}/smollm2-qlora-s0-train",
+            "2026-01-01T00",
+            "0123456789, changed since",
+            train,
+            again("train", "smollm2-qlora-s0-train", " FRESH=1"),
+        ),
+        (
+            f"{runs}/smollm2-raw-s0-eval",
+            first,
+            "0123456789",
+            f"a card; {VERSIONS}",
+            again("eval", "smollm2-raw-s0-eval"),
+        ),
+        (
+            f"{runs}/smollm2-raw-s0-bench",
+            first,
+            "0123456789",
+            f"a card; {VERSIONS}",
+            again("bench", "smollm2-raw-s0-bench"),
+        ),
+        (
+            f"{runs}/smollm2-qlora-s0-eval",
+            first,
+            "0123456789",
+            f"a card; {tuned}",
+            again("eval", "smollm2-qlora-s0-eval", adapter),
+        ),
+        (
+            f"{runs}/smollm2-qlora-s1-eval",
+            first,
+            "not known",
+            "a card; torch 2.14",
+            f"make eval MODEL={runs}/smollm2-qlora-s1-eval/config.yaml RUNS={runs}",
+        ),
+        (
+            f"{runs}/smollm2-qlora-s0-bench",
+            first,
+            "0123456789",
+            f"another card; {tuned}",
+            again("bench", "smollm2-qlora-s0-bench", adapter),
+        ),
+    ]
 
 
 class Page(HTMLParser):
@@ -340,16 +397,31 @@ def title(runs: Path) -> tuple[str, str]:
 def test_every_figure_of_the_markdown_is_its_own(hand, capsys):
     report.main([str(hand), "--usd-per-hour", "3.6"])
     assert (hand / "report.md").read_text().splitlines() == [
-        "# SQuAD v1.1: exact match, F1, latency, memory", "", "",
-        f"## {title(hand)[0]}", "", title(hand)[1], "",
-        *piped(TABLE), "",
-        *(f"- {sentence}" for sentence in SENTENCES), "",
-        "### Right and wrong answers", "", *piped(MISTAKES), "",
-        "### How each was made", "", *piped(provenance(hand)), "",
-        "## The snapshot this project began with", "",
-        f"{report.snapshot()['what']}. Not measured by this code.", "",
+        "# SQuAD v1.1: exact match, F1, latency, memory",
+        "",
+        "",
+        f"## {title(hand)[0]}",
+        "",
+        title(hand)[1],
+        "",
+        *piped(TABLE),
+        "",
+        *(f"- {sentence}" for sentence in SENTENCES),
+        "",
+        "### Right and wrong answers",
+        "",
+        *piped(MISTAKES),
+        "",
+        "### How each was made",
+        "",
+        *piped(provenance(hand)),
+        "",
+        "## The snapshot this project began with",
+        "",
+        f"{report.snapshot()['what']}. Not measured by this code.",
+        "",
         *piped(SNAPSHOT),
-    ]  # fmt: skip
+    ]
 
 
 def test_the_page_has_the_same_tables_and_sentences(hand, capsys):
@@ -367,9 +439,10 @@ def test_the_screen_has_the_table_and_the_last_line_all_of_it_for_programs(hand,
     assert lines == [
         *title(hand),
         *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in TABLE),
-        *SENTENCES, "",
+        *SENTENCES,
+        "",
         f"{hand}/report.md, {hand}/report.html",
-    ]  # fmt: skip
+    ]
     found = json.loads(last)
     assert found["report"] == f"{hand}/report.html"
     (group,) = found["groups"]

@@ -91,8 +91,10 @@ def test_what_was_accepted_is_what_later_ones_are_compared_with(again, tmp_path)
     assert f"PASS: 3 checks against {tmp_path}/runs/revalidate/0001" in out
     assert not (tmp_path / "told").exists()
     assert [(check["system"], check["what"], check["fine"]) for check in verdict["checks"]] == [
-        ("smollm2-qlora", "em", True), ("smollm2-qlora", "f1", True), ("smollm2-qlora", "memory of eval", True),
-    ]  # fmt: skip
+        ("smollm2-qlora", "em", True),
+        ("smollm2-qlora", "f1", True),
+        ("smollm2-qlora", "memory of eval", True),
+    ]
     assert out.count("ok    smollm2-qlora, ") == 3
     assert "ALARM" not in out
     code, out, verdict = again(0.6, "--notify", f"cat > {tmp_path / 'told'}")
@@ -157,9 +159,14 @@ def test_measuring_that_fails_is_set_up_and_one_that_is_stopped_says_of_what(tmp
     assert ended.value.code == ends
     folder = tmp_path / "revalidate" / "0001"
     assert commands == [
-        [*revalidate.SWEEP, str(revalidate.sweeps.find("seeds")), "data.dev_questions=5",
-         "smollm2-qlora:lora.rank=2", f"runs={folder}"],
-    ]  # fmt: skip
+        [
+            *revalidate.SWEEP,
+            str(revalidate.sweeps.find("seeds")),
+            "data.dev_questions=5",
+            "smollm2-qlora:lora.rank=2",
+            f"runs={folder}",
+        ],
+    ]
     assert capsys.readouterr().err == f"error: measuring ended with {code}; the same command goes on in {folder}\n"
     assert not (folder / "verdict.json").exists()
 

@@ -91,9 +91,15 @@ def cluster(tmp_path_factory):
 
     try:
         start(
-            "munged", "--foreground", "--force", f"--key-file={munge / 'key'}", f"--socket={folder / 'munge.socket'}",
-            f"--pid-file={munge / 'pid'}", f"--log-file={munge / 'log'}", f"--seed-file={munge / 'seed'}",
-        )  # fmt: skip
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={munge / 'key'}",
+            f"--socket={folder / 'munge.socket'}",
+            f"--pid-file={munge / 'pid'}",
+            f"--log-file={munge / 'log'}",
+            f"--seed-file={munge / 'seed'}",
+        )
         until((folder / "munge.socket").exists, "munged")
         start("slurmctld", "-D", "-i")
         start("slurmd", "-D")
@@ -113,8 +119,12 @@ def cluster(tmp_path_factory):
 @pytest.fixture
 def file(tiny_config, tmp_path) -> Path:
     broken = tmp_path / "broken.yaml"
-    broken.write_text(tiny_config.read_text().replace("system: tiny", "system: broken").replace("nf4", "none")
-                      .replace("path: /", "path: /absent/"))  # fmt: skip
+    broken.write_text(
+        tiny_config.read_text()
+        .replace("system: tiny", "system: broken")
+        .replace("nf4", "none")
+        .replace("path: /", "path: /absent/")
+    )
     path = tmp_path / "sweep.yaml"
     path.write_text(f"systems: [{tiny_config}, {broken}]\nseeds: [0, 1]\n")
     return path

@@ -167,9 +167,10 @@ def test_a_cluster_gets_a_task_for_each_run_that_is_left(file, tmp_path, capsys,
         pass
 
     fake = SimpleNamespace(
-        AutoExecutor=Executor, helpers=SimpleNamespace(CommandFunction=lambda command, cwd: (command, cwd)),
+        AutoExecutor=Executor,
+        helpers=SimpleNamespace(CommandFunction=lambda command, cwd: (command, cwd)),
         core=SimpleNamespace(utils=SimpleNamespace(FailedJobError=Failed)),
-    )  # fmt: skip
+    )
     monkeypatch.setitem(sys.modules, "submitit", fake)
     path = file("tuned", "other")
     words = ["data.dev_questions=5", "--slurm", "slurm_time=24:00:00", "--slurm", "timeout_min=60", "--slurm=x=true"]
@@ -177,10 +178,12 @@ def test_a_cluster_gets_a_task_for_each_run_that_is_left(file, tmp_path, capsys,
     command = [sys.executable, "-m", "scripts.sweep", str(path), "data.dev_questions=5", "--workers=1", "--only"]
     planned, _ = sweeps.plan(path, ["data.dev_questions=5"])
     assert given == {
-        "folder": tmp_path / "runs" / "slurm", "cluster": "slurm", "function": (command, Path.cwd()),
+        "folder": tmp_path / "runs" / "slurm",
+        "cluster": "slurm",
+        "function": (command, Path.cwd()),
         "hashes": [job.config.hash() for job in planned],
         "settings": {"name": "squad-qlora", "gpus_per_node": 1, "timeout_min": 60, "slurm_time": "24:00:00", "x": True},
-    }  # fmt: skip
+    }
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].startswith("job array 77: 2 runs; ")
     assert json.loads(lines[-1]) == {"array": "77", "runs": 2}

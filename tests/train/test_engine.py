@@ -128,8 +128,13 @@ def test_the_record_gets_what_was_chosen(make):
     made = make(free=8 * GIB)
     result = made.result()
     assert result.keys() == {
-        "pack_tokens", "kept_layers", "recomputed", "counted_bytes", "trained_weights", "frozen_weights",
-    }  # fmt: skip
+        "pack_tokens",
+        "kept_layers",
+        "recomputed",
+        "counted_bytes",
+        "trained_weights",
+        "frozen_weights",
+    }
     assert result["counted_bytes"] == made.counted_bytes
     assert result["trained_weights"] == sum(map(torch.numel, made.weights))
 
