@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from common.files import ROOT
 
 
-def last_line(script: str, stack: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
+def last_line(script: str, stack: str, job: Mapping[str, object], folder: Path) -> Any:
     """The JSON object that `benchmarks/SCRIPT.py STACK JOB.json` ends with, or {"failed": why}."""
     file = folder / "job.json"
     file.write_text(json.dumps(job))

@@ -12,74 +12,85 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+from benchmarks.records import DecodeJob, DecodeResult, DecodeRow, Question, reason
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from common.decode.answers import Prediction
+    from common.model.llama import Model
+
+    from torch import Tensor
 
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.filterwarnings("ignore")
 
 FIXED = {"b": 8, "c": 32}  # tokens of these scripts
-Question = dict[str, Any]  # id, prefix, prompt (ids after it), gold (ids with EOS)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def main(stack: str, job_file: str) -> None:
-    job = json.loads(Path(job_file).read_text())
+    job: DecodeJob = json.loads(Path(job_file).read_text())
+    result: DecodeResult
     try:
         result = {"hf": hf, "unsloth": unsloth, "vllm": vllm, "ours": ours}[stack](job)
     except Exception as error:  # whatever stands in a peer's way is its result
-        lines = str(error).strip().splitlines() or [""]
-        result = {"failed": f"{type(error).__name__}: {lines[0][:200]}"}
+        result = {"failed": reason(error)}
     print(json.dumps(result), flush=True)
 
 
 def script_of(question: Question, kind: str, eos: int) -> list[int] | None:
-    """What is drawn; None where the model decides."""
+    """The tokens to generate; None where the model decides."""
     if kind in FIXED:  # no token of it follows another in any prompt: drafts are never right
         return [eos + 100 + i for i in range(FIXED[kind])]
     return question["gold"] if kind == "a" else None
 
 
-def limit_of(kind: str, job: dict[str, Any]) -> int:
+def limit_of(kind: str, job: DecodeJob) -> int:
+    """Tokens of an answer at most."""
     return FIXED.get(kind, job["limit"])
 
 
-def timed(torch: Any, work: Any) -> tuple[Any, float, float]:
-    """(result, seconds, peak allocated GiB)"""
+def timed(work: Callable[P, T], *args: P.args, **more: P.kwargs) -> tuple[T, float, float]:
+    """(result, seconds, peak allocated GiB) of one call."""
+    import torch
+
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    result = work()
+    result = work(*args, **more)
     if cuda:
         torch.cuda.synchronize()
     return result, time.perf_counter() - began, torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
 
 
-def row(
-    kind: str, batch: int | None, seconds: list[float], n: int, allocated: float | None, **more: Any
-) -> dict[str, Any]:
-    """`batch`: None for a stream of all. Latencies only where one question is asked at a time."""
-    latency = {f"p{q}_ms": 1000 * float(np.percentile(seconds, q)) for q in (50, 95)} if batch == 1 else {}
-    return {
+def row(kind: str, batch: int | None, seconds: list[float], n: int, allocated: float | None) -> DecodeRow:
+    """The figures of `n` questions; `seconds`: of each call."""
+    found: DecodeRow = {
         "kind": kind,
         "batch": batch,
         "questions": n,
         "seconds": sum(seconds),
         "questions_per_s": n / sum(seconds),
         "allocated_gib": allocated,
-        **latency,
-        **more,
     }
+    if batch == 1:
+        found["p50_ms"], found["p95_ms"] = (1000 * float(np.percentile(seconds, q)) for q in (50, 95))
+    return found
 
 
 # ---- the stacks ----------------------------------------------------------------------------------------------------
 
 
-def ours(job: dict[str, Any]) -> dict[str, Any]:
+def ours(job: DecodeJob) -> DecodeResult:
     began = time.perf_counter()
     from common.config import Base, Eval, Lora
     from common.data.trees import Branch, Tree
@@ -104,7 +115,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         trees.setdefault(tuple(q["prefix"]), []).append(Branch(q["id"], q["prompt"], []))
     paragraphs = [Tree(list(prefix), tuple(branches)) for prefix, branches in trees.items()]
 
-    def dev(kind: str, some: list[Tree]) -> Any:
+    def dev(kind: str, some: list[Tree]) -> "dict[str, Prediction]":
         scripts = {q["id"]: s for q in questions if (s := script_of(q, kind, eos))}
         return predict.answer_trees(
             model, tokenizer, some, job["stops"], limit_of(kind, job), options, None, forced=scripts
@@ -112,10 +123,13 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
 
     start = {"load_s": time.perf_counter() - began}
     sizes = vars(predict.sizes_of(model, options))
-    _, start["warm_up_s"], _ = timed(torch, lambda: dev(job["kinds"][0], paragraphs[:20]))
-    rows, answers, answers_alone, ties = [], {}, {}, 0
+    _, start["warm_up_s"], _ = timed(dev, job["kinds"][0], paragraphs[:20])
+    rows: list[DecodeRow] = []
+    answers: dict[str, list[int]] = {}
+    answers_alone: dict[str, list[int]] = {}
+    ties = 0
     for kind in job["kinds"]:
-        found, seconds, allocated = timed(torch, lambda kind=kind: dev(kind, paragraphs))
+        found, seconds, allocated = timed(dev, kind, paragraphs)
         rows.append(row(kind, None, [seconds], len(found), allocated))
         if kind == "natural":
             answers = {id_: a.token_ids for id_, a in found.items()}
@@ -123,23 +137,22 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     for kind in job["kinds"]:
-        engine, seconds, _ = timed(
-            torch, lambda kind=kind: single.Single(model, job["stops"], limit_of(kind, job), job["window"])
-        )
+        engine, seconds, _ = timed(single.Single, model, job["stops"], limit_of(kind, job), job["window"])
         start[f"record_s {kind}"] = seconds
         alone: list[Generation] = []
         allocated, took = 0.0, []
         for q in job["alone"]:
             prompt, script = q["prefix"] + q["prompt"], script_of(q, kind, eos)
-            engine.answer(prompt, script) if not alone else None  # the first time is a warm-up
-            answer, seconds, peak = timed(torch, lambda p=prompt, s=script, e=engine: e.answer(p, s))
+            if not alone:
+                engine.answer(prompt, script)  # a warm-up
+            answer, seconds, peak = timed(engine.answer, prompt, script)
             alone.append(answer)
             took.append(seconds)
             allocated = max(allocated, peak)
         drafted = sum(a.drafted for a in alone)
         share = sum(a.accepted for a in alone) / drafted if drafted else None
         passes = sum(a.passes for a in alone) / len(alone)
-        rows.append(row(kind, 1, took, len(took), allocated, drafts_accepted=share, passes=passes))
+        rows.append({**row(kind, 1, took, len(took), allocated), "drafts_accepted": share, "passes": passes})
         if kind == "natural":
             answers_alone = {q["id"]: a.token_ids for q, a in zip(job["alone"], alone, strict=True)}
         del engine
@@ -154,14 +167,13 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def hf(job: dict[str, Any]) -> dict[str, Any]:
+def hf(job: DecodeJob) -> DecodeResult:
     began = time.perf_counter()
     from benchmarks.peers import load
 
-    import torch
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    model = load(job)
+    model = load(job["model"])
     model.config.use_cache = True
     if job["adapter"]:
         model = PeftModel.from_pretrained(model, job["adapter"])
@@ -175,10 +187,10 @@ def hf(job: dict[str, Any]) -> dict[str, Any]:
                 task_type="CAUSAL_LM",
             ),
         )
-    return generate(torch, model.eval(), job, began)
+    return generate(model.eval(), job, began)
 
 
-def unsloth(job: dict[str, Any]) -> dict[str, Any]:
+def unsloth(job: DecodeJob) -> DecodeResult:
     began = time.perf_counter()
     import torch
     import unsloth as stack  # before transformers, which it patches
@@ -191,11 +203,12 @@ def unsloth(job: dict[str, Any]) -> dict[str, Any]:
             model, r=job["lora"]["rank"], lora_alpha=job["lora"]["alpha"], target_modules=job["lora"]["targets"]
         )
     stack.FastLanguageModel.for_inference(model)
-    return generate(torch, model, job, began)
+    return generate(model, job, began)
 
 
-def generate(torch: Any, model: Any, job: dict[str, Any], began: float) -> dict[str, Any]:
-    """transformers' `generate`, rows padded on the left; in each batch rows of similar lengths."""
+def generate(model: "Model", job: DecodeJob, began: float) -> DecodeResult:
+    """Figures of transformers' `generate`, rows padded on the left; in each batch rows of similar lengths."""
+    import torch
     from transformers import LogitsProcessorList
 
     device, eos = next(model.parameters()).device, job["eos"]
@@ -205,22 +218,21 @@ def generate(torch: Any, model: Any, job: dict[str, Any], began: float) -> dict[
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        scripts = [script_of(q, kind, eos) for q in batch]
-        limit = limit_of(kind, job)
+        scripts = [script for q in batch if (script := script_of(q, kind, eos))]  # of all or none
 
-        def forced(seen: Any, scores: Any) -> Any:
+        def forced(seen: "Tensor", scores: "Tensor") -> "Tensor":
             at = seen.shape[1] - width
-            wanted = torch.tensor([s[at] if at < len(s) else eos for s in scripts], device=device)  # type: ignore[index,arg-type]
+            wanted = torch.tensor([s[at] if at < len(s) else eos for s in scripts], device=device)
             return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)
 
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=limit,
+            max_new_tokens=limit_of(kind, job),
             do_sample=False,
             pad_token_id=eos,
             eos_token_id=job["stops"],
-            logits_processor=LogitsProcessorList([forced] if scripts[0] else []),
+            logits_processor=LogitsProcessorList([forced] if scripts else []),
         )
         stops, answers = set(job["stops"]), []
         for tokens in out[:, width:].tolist():
@@ -229,9 +241,10 @@ def generate(torch: Any, model: Any, job: dict[str, Any], began: float) -> dict[
         return answers
 
     start = {"load_s": time.perf_counter() - began}
-    rows, answers = [], {}
+    rows: list[DecodeRow] = []
+    answers: dict[str, list[int]] = {}
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        _, start["warm_up_s"], _ = timed(torch, lambda: answer(job["alone"][:1], job["kinds"][0]))
+        _, start["warm_up_s"], _ = timed(answer, job["alone"][:1], job["kinds"][0])
         for kind in job["kinds"]:
             for batch in job["batches"]:
                 of = job["alone"] if batch == 1 else job["batched"]
@@ -240,7 +253,7 @@ def generate(torch: Any, model: Any, job: dict[str, Any], began: float) -> dict[
                 try:
                     for i in range(0, len(some) - batch + 1, batch):
                         part = some[i : i + batch]
-                        found, took, peak = timed(torch, lambda p=part, k=kind: answer(p, k))
+                        found, took, peak = timed(answer, part, kind)
                         seconds.append(took)
                         n, allocated = n + len(part), max(allocated, peak)
                         if kind == "natural" and batch == 1:
@@ -253,13 +266,12 @@ def generate(torch: Any, model: Any, job: dict[str, Any], began: float) -> dict[
     return {"rows": rows, "answers": answers, "start": start, "versions": versions()}
 
 
-def vllm(job: dict[str, Any]) -> dict[str, Any]:
+def vllm(job: DecodeJob) -> DecodeResult:
     """vLLM's offline engine, with a trained adapter beside the base; an untrained one is not handed to it.
 
     It follows no script, so (a) is left out. Its memory is another process's, and reserved ahead: not reported.
     """
     began = time.perf_counter()
-    import torch
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -271,27 +283,27 @@ def vllm(job: dict[str, Any]) -> dict[str, Any]:
         enable_prefix_caching=True,
     )
     lora = LoRARequest("adapter", 1, job["adapter"]) if job["adapter"] else None
-    start, rows = {"load_s": time.perf_counter() - began}, []
+    start = {"load_s": time.perf_counter() - began}
+    rows: list[DecodeRow] = []
+
+    def ask(questions: list[Question], sampling: SamplingParams) -> None:
+        prompts = [{"prompt_token_ids": q["prefix"] + q["prompt"]} for q in questions]
+        engine.generate(prompts, sampling, lora_request=lora, use_tqdm=False)
+
     for kind in job["kinds"]:
-        limit = limit_of(kind, job)
-        sampling = SamplingParams(
-            temperature=0, max_tokens=limit, stop_token_ids=job["stops"], ignore_eos=kind in FIXED
-        )
-
-        def ask(questions: list[Question], sampling: Any = sampling) -> Any:
-            prompts = [{"prompt_token_ids": q["prefix"] + q["prompt"]} for q in questions]
-            return engine.generate(prompts, sampling, lora_request=lora, use_tqdm=False)
-
         if kind == "a":
             continue
-        ask(job["alone"][:1])
+        sampling = SamplingParams(
+            temperature=0, max_tokens=limit_of(kind, job), stop_token_ids=job["stops"], ignore_eos=kind in FIXED
+        )
+        ask(job["alone"][:1], sampling)
         took = []
         for q in job["alone"]:
             engine.reset_prefix_cache()
-            took.append(timed(torch, lambda q=q, ask=ask: ask([q]))[1])
+            took.append(timed(ask, [q], sampling)[1])
         rows.append(row(kind, 1, took, len(took), None))
         engine.reset_prefix_cache()
-        _, seconds, _ = timed(torch, lambda ask=ask: ask(job["questions"]))
+        _, seconds, _ = timed(ask, job["questions"], sampling)
         rows.append(row(kind, None, [seconds], len(job["questions"]), None))
     return {"rows": rows, "answers": {}, "start": start, "versions": versions()}
 

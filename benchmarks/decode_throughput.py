@@ -13,10 +13,12 @@ import json
 import random
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, final
 
 from benchmarks.child import last_line
+from benchmarks.records import DecodeJob, DecodeResult, DecodeRow, Question, markdown
 from common.config import Config, load
 from common.data import cache, squad
 from common.decode.answers import gold_ids, stop_tokens, to_text
@@ -32,6 +34,21 @@ import torch
 SYSTEMS = {"ours": "ours", "hf": "Hugging Face generate", "unsloth": "Unsloth", "vllm": "vLLM"}
 WHAT = {"natural": "until they end", "a": "gold answer, EOS", "b": "8 tokens", "c": "32 tokens"}
 COLUMNS = ("system", "answers", "batch", "questions/s", "ours is", "p50 ms", "p95 ms", "ours is", "allocated", "n")
+
+
+@final
+class Row(DecodeRow):
+    system: str
+    ours_is_questions_per_s: float | None  # our stream by this row
+    ours_is_p95_ms: float | None  # this row by ours
+
+
+@final
+class Failure(TypedDict):
+    system: str
+    failed: str
+    ours_is_questions_per_s: None
+    ours_is_p95_ms: None
 
 
 def main(argv: list[str]) -> None:
@@ -53,30 +70,36 @@ def main(argv: list[str]) -> None:
             written = last_line("peers", "base", job, Path(folder))
             if "failed" in written:
                 raise UserError(f"{config.base.path}: {written['failed']}")
-        found = {}
+        found: dict[str, DecodeResult] = {}
         for system in args.systems:
             found[system] = last_line("decode_peers", system, job, Path(folder))
             if args.out:  # as they come
                 args.out.write_text(json.dumps(found) + "\n")
 
     # ---- table -----------------------------------------------------------------------------------------------------
-    rows = []
+    rows: list[Row | Failure] = []
+    ours = {(r["kind"], r["batch"]): r for r in found.get("ours", DecodeResult()).get("rows", [])}
     for system in args.systems:
-        if "failed" in found[system]:
-            print(f"{SYSTEMS[system]}: {found[system]['failed']}", file=sys.stderr)
-            rows.append({"system": system, "failed": found[system]["failed"]})
-        rows += [{"system": system, **row} for row in found[system].get("rows", ())]
-    for row in rows:
-        same = [r for r in rows if r["system"] == "ours" and r.get("kind") == row.get("kind")]
-        for key, batch in (("questions_per_s", None), ("p95_ms", 1)):
-            mine = next((r[key] for r in same if r["batch"] == batch and key in r), None)
-            ratio = None
-            if mine and row.get(key) and row["system"] != "ours":
-                ratio = mine / row[key] if key == "questions_per_s" else row[key] / mine
-            row[f"ours_is_{key}"] = ratio
+        stack = found[system]
+        if "failed" in stack:
+            print(f"{SYSTEMS[system]}: {stack['failed']}", file=sys.stderr)
+            rows.append(
+                {"system": system, "failed": stack["failed"], "ours_is_questions_per_s": None, "ours_is_p95_ms": None}
+            )
+        for row in stack.get("rows", []):
+            stream, alone = (ours.get((row["kind"], batch)) if system != "ours" else None for batch in (None, 1))
+            rows.append(
+                {
+                    "system": system,
+                    **row,
+                    "ours_is_questions_per_s": stream["questions_per_s"] / row["questions_per_s"] if stream else None,
+                    "ours_is_p95_ms": row["p95_ms"] / alone["p95_ms"] if alone and "p95_ms" in row else None,
+                }
+            )
     device = describe_device(pick_device())["name"]
     print(f"\n{config.title} on {device}: {len(job['questions'])} questions in a stream, {len(job['alone'])} alone")
-    print(table(rows))
+    print(markdown(COLUMNS, map(cells, rows)))
+    e = equal(examples, found, config)
     result = {
         "model": config.title,
         "overrides": args.overrides,
@@ -85,10 +108,9 @@ def main(argv: list[str]) -> None:
         "start": {s: f.get("start") for s, f in found.items()},
         "sizes": found.get("ours", {}).get("sizes"),
         "versions": next((f["versions"] for f in found.values() if "versions" in f), None),
-        "equal": equal(examples, found, config),
+        "equal": e,
     }
-    if result["equal"]:
-        e = result["equal"]
+    if e:
         print(
             f"of {e['n']} answers {e['same']} (alone: {e['same_alone']}) have the token ids that `generate` gives at "
             f"batch 1; EM {e['em']:.2f} against {e['em_generate']:.2f} (McNemar p = {e['p']:.2g}); {e['ties']} of "
@@ -114,14 +136,16 @@ def parser(gpu: bool) -> argparse.ArgumentParser:
     return p
 
 
-def job_of(config: Config, args: argparse.Namespace, kinds: list[str], folder: Path) -> tuple[dict[str, Any], Any]:
-    """What every stack is told, and the questions' examples."""
+def job_of(
+    config: Config, args: argparse.Namespace, kinds: list[str], folder: Path
+) -> tuple[DecodeJob, list[squad.Example]]:
+    """The job of every stack, and the questions' examples."""
     tokenizers = load_tokenizers(config)
     tokenizer = tokenizers.own
     examples = squad.load(config.data, "dev").examples[: args.questions or None]
     trees = cache.build_trees(examples, tokenizers, config.window, config.prompt, train=False).trees
     gold = {e.id: gold_ids(tokenizer, e.answers[0].text, config.window.answer) for e in examples}
-    questions: list[dict[str, Any]] = [
+    questions: list[Question] = [
         {"id": b.id, "prefix": t.prefix_ids, "prompt": b.prompt_ids, "gold": gold[b.id]}
         for t in trees
         for b in t.branches
@@ -130,30 +154,31 @@ def job_of(config: Config, args: argparse.Namespace, kinds: list[str], folder: P
         random.Random(0).sample(questions, min(n, len(questions))) for n in (args.alone, args.peers_batched)
     )
     adapter = record.trained_adapter(config)
-    base = config.to_dict()["base"]
-    counts = {b: (args.peers_alone or len(alone)) if b == 1 else args.peers_batched for b in args.batches}
+    sections = config.to_dict()
     return {
-        "base": base,
+        "base": sections["base"],
         "model": str(folder / "base") if config.base.random_weights else config.base.path,
         "adapter": str(adapter.resolve()) if adapter else None,
-        "lora": config.to_dict()["lora"],
-        "eval": config.to_dict()["eval"],
+        "lora": sections["lora"],
+        "eval": sections["eval"],
         "window": max(len(q["prefix"] + q["prompt"]) for q in questions) + config.window.answer,
         "limit": config.window.answer,
         "stops": stop_tokens(tokenizer),
         "eos": tokenizer.eos_token_id,
         "kinds": kinds,
         "batches": args.batches,
-        "counts": {str(b): n for b, n in counts.items()},
+        "counts": {str(b): (args.peers_alone or len(alone)) if b == 1 else args.peers_batched for b in args.batches},
         "questions": questions,
         "alone": alone,
         "batched": batched,
     }, examples
 
 
-def equal(examples: Any, found: dict[str, Any], config: Config) -> dict[str, Any] | None:
-    """Ours beside `generate` at batch 1, question by question; None where answers mean nothing."""
-    ours, theirs = (found.get(system, {}).get("answers") or {} for system in ("ours", "hf"))
+def equal(
+    examples: Sequence[squad.Example], found: Mapping[str, DecodeResult], config: Config
+) -> dict[str, float] | None:
+    """Counts and EM of ours beside `generate` at batch 1, by question; None where answers mean nothing."""
+    ours, theirs = (found[s].get("answers", {}) if s in found else {} for s in ("ours", "hf"))
     both = [e for e in examples if e.id in ours and e.id in theirs]
     if not both:
         return None
@@ -172,31 +197,22 @@ def equal(examples: Any, found: dict[str, Any], config: Config) -> dict[str, Any
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [COLUMNS, ("---",) * len(COLUMNS)]
-    for r in rows:
-        if "failed" in r:
-            lines.append((SYSTEMS[r["system"]], r["failed"], *[""] * (len(COLUMNS) - 2)))
-            continue
-
-        def ratio(key: str, r: dict[str, Any] = r) -> str:
-            return f"{r[key]:.1f} ×" if r[key] else ""
-
-        memory = f"{r['allocated_gib']:.2f} GiB" if r["allocated_gib"] else "–"
-        lines.append(
-            (
-                SYSTEMS[r["system"]],
-                WHAT[r["kind"]],
-                str(r["batch"] or "stream"),
-                f"{r['questions_per_s']:.4g}",
-                ratio("ours_is_questions_per_s"),
-                *(f"{r[p]:.1f}" if p in r else "" for p in ("p50_ms", "p95_ms")),
-                ratio("ours_is_p95_ms"),
-                memory,
-                str(r["questions"]),
-            )
-        )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def cells(r: Row | Failure) -> list[str]:
+    if "failed" in r:
+        return [SYSTEMS[r["system"]], r["failed"], *[""] * (len(COLUMNS) - 2)]
+    speed, latency = r["ours_is_questions_per_s"], r["ours_is_p95_ms"]
+    return [
+        SYSTEMS[r["system"]],
+        WHAT[r["kind"]],
+        str(r["batch"] or "stream"),
+        f"{r['questions_per_s']:.4g}",
+        f"{speed:.1f} ×" if speed else "",
+        f"{r['p50_ms']:.1f}" if "p50_ms" in r else "",
+        f"{r['p95_ms']:.1f}" if "p95_ms" in r else "",
+        f"{latency:.1f} ×" if latency else "",
+        f"{r['allocated_gib']:.2f} GiB" if r["allocated_gib"] else "–",
+        str(r["questions"]),
+    ]
 
 
 if __name__ == "__main__":

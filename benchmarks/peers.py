@@ -15,9 +15,16 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from benchmarks.records import Figures, PeerResult, TrainJob, reason
+
+if TYPE_CHECKING:
+    from common.model.llama import Model
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,31 +34,38 @@ SEARCH_STEPS, WARMUP_STEPS, LEAST_STEPS = 3, 2, 4
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "unsloth", "unsloth_zoo", "triton")
 
 Rows = list[dict[str, list[int]]]
+Mark = Callable[[], None]
+
+
+class Peer(Protocol):
+    def train(self, rows: Rows, batch: int, mark: Mark) -> None:
+        """Train on the rows in order, `batch` of them per step; call `mark` before the first step and after each."""
 
 
 def main(stack: str, job_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
+    result: PeerResult
     try:
         if stack == "unsloth":
             import unsloth  # noqa: F401 - before transformers and TRL, which it patches
         import torch
 
         if stack == "matmul":
-            result: dict[str, Any] = {"tflops": matmul_rate(torch)}
+            result = {"tflops": matmul_rate()}
         elif stack == "base":
-            result = {"folder": write_base(job)}
+            result = {"folder": write_base(job["base"], job["model"])}
         else:
             torch.manual_seed(job["seed"])
-            result = measure(torch, {"hf": HfLoop, "trl": Trl, "unsloth": Unsloth}[stack](job), job)
+            stacks: dict[str, Callable[[TrainJob], Peer]] = {"hf": HfLoop, "trl": Trl, "unsloth": Unsloth}
+            result = measure(stacks[stack](job), job)
         result["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     except Exception as error:  # whatever stands in a peer's way is its result
-        lines = str(error).strip().splitlines() or [""]
-        result = {"failed": f"{type(error).__name__}: {lines[0][:200]}"}
+        result = {"failed": reason(error)}
     print(json.dumps({"stack": stack, **result, "versions": installed(PACKAGES)}), flush=True)
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of those that are."""
+    """The version of each package that is installed."""
     versions = {}
     for name in packages:
         try:
@@ -61,12 +75,15 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
     return versions
 
 
-def measure(torch: Any, peer: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """Search the batch sizes where the job names some; then time the best of each budget, or those that it names."""
-    searched, timed = [], job["timed"]
+def measure(peer: Peer, job: TrainJob) -> PeerResult:
+    """Figures of the batch sizes that are searched, if the job names some, and of the best or the named by budget."""
+    import torch
+
+    searched: list[Figures] = []
+    timed = job["timed"]
     for batch in job["search"]:
         try:
-            searched.append(timed_steps(torch, peer, job, batch, 1, SEARCH_STEPS))
+            searched.append(timed_steps(peer, job, batch, 1, SEARCH_STEPS))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             break
@@ -74,28 +91,29 @@ def measure(torch: Any, peer: Any, job: dict[str, Any]) -> dict[str, Any]:
             break
     if job["search"]:
         fits = {b: [s for s in searched if s["allocated_gib"] <= 0.98 * b] for b in job["budgets"]}
-        timed = {b: max(f, key=lambda s: s["questions_per_s"])["batch"] for b, f in fits.items() if f}
+        timed = {str(b): max(f, key=lambda s: s["questions_per_s"])["batch"] for b, f in fits.items() if f}
     found = {
-        batch: timed_steps(torch, peer, job, batch, WARMUP_STEPS, max(LEAST_STEPS, job["questions"] // batch))
+        batch: timed_steps(peer, job, batch, WARMUP_STEPS, max(LEAST_STEPS, job["questions"] // batch))
         for batch in sorted(set(timed.values()))
     }
     return {"searched": searched, "timed": {budget: found[batch] for budget, batch in timed.items()}}
 
 
-def timed_steps(torch: Any, peer: Any, job: dict[str, Any], batch: int, warmup: int, steps: int) -> dict[str, Any]:
+def timed_steps(peer: Peer, job: TrainJob, batch: int, warmup: int, steps: int) -> Figures:
     """Questions/s and tokens/s (padding aside) of `steps` optimizer steps after `warmup`, and the peak of all."""
+    import torch
+
     rows = rows_of(job, batch, warmup) + rows_of(job, batch, steps)
     cuda = torch.cuda.is_available()
-    clock, marks = time.perf_counter, []
+    marks: list[float] = []
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
     def mark() -> None:
-        """Called before the first step and after each."""
         if cuda:
             torch.cuda.synchronize()
-        marks.append(clock())
+        marks.append(time.perf_counter())
 
     peer.train(rows, batch, mark)
     seconds = marks[warmup + steps] - marks[warmup]
@@ -113,38 +131,40 @@ def timed_steps(torch: Any, peer: Any, job: dict[str, Any], batch: int, warmup: 
     }
 
 
-def rows_of(job: dict[str, Any], batch: int, steps: int) -> Rows:
+def rows_of(job: TrainJob, batch: int, steps: int) -> Rows:
     """Rows of so many batches in order, each of similar lengths, the batches shuffled.
 
     They are evenly spaced in the job's rows by length, so that every batch size sees the same lengths.
     """
-    rows = sorted(({"input_ids": ids, "labels": [-100] * n + ids[n:]} for ids, n in job["rows"]), key=_length)
+    made: Rows = [{"input_ids": ids, "labels": [-100] * n + ids[n:]} for ids, n in job["rows"]]
+    made.sort(key=lambda row: len(row["input_ids"]))
     wanted = batch * steps
-    rows = [rows[i * (len(rows) - 1) // max(1, wanted - 1)] for i in range(wanted)]
+    rows = [made[i * (len(made) - 1) // max(1, wanted - 1)] for i in range(wanted)]
     batches = [rows[i : i + batch] for i in range(0, wanted, batch)]
     random.Random(job["seed"]).shuffle(batches)
     return [row for members in batches for row in members]
 
 
-def _length(row: dict[str, list[int]]) -> int:
-    return len(row["input_ids"])
-
-
 # ---- the stacks ----------------------------------------------------------------------------------------------------
 
 
-def load(job: dict[str, Any]) -> Any:
+def load(path: str) -> "PreTrainedModel":
+    """The base in NF4, quantised while it loads unless it is stored so; transformers' own layers and attention."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "device_map": {"": 0 if cuda else "cpu"}}
-    if not hasattr(AutoConfig.from_pretrained(job["model"]), "quantization_config"):
+    options: dict[str, object] = {
+        "dtype": dtype,
+        "attn_implementation": "sdpa",
+        "device_map": {"": 0 if cuda else "cpu"},
+    }
+    if not hasattr(AutoConfig.from_pretrained(path), "quantization_config"):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-    model = AutoModelForCausalLM.from_pretrained(job["model"], **options)
+    model = AutoModelForCausalLM.from_pretrained(path, **options)
     model.config.use_cache = False
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -153,19 +173,19 @@ def load(job: dict[str, Any]) -> Any:
 
 
 class HfLoop:
-    def __init__(self, job: dict[str, Any]):
+    def __init__(self, job: TrainJob):
         import bitsandbytes as bnb
         from peft import LoraConfig, get_peft_model
 
         self.max_grad_norm = job["max_grad_norm"]
-        self.model = get_peft_model(load(job), LoraConfig(task_type="CAUSAL_LM", **job["lora"]))
+        self.model = get_peft_model(load(job["model"]), LoraConfig(task_type="CAUSAL_LM", **job["lora"]))
         if job["checkpointing"]:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model.train()
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = bnb.optim.PagedAdamW8bit(self.weights, lr=job["lr"], weight_decay=job["weight_decay"])
 
-    def train(self, rows: Rows, batch: int, mark: Any) -> None:
+    def train(self, rows: Rows, batch: int, mark: Mark) -> None:
         import torch
         import torch.nn.functional as F
 
@@ -191,13 +211,13 @@ class HfLoop:
 
 
 class Trl:
-    def __init__(self, job: dict[str, Any]):
+    def __init__(self, job: TrainJob):
         from peft import LoraConfig
 
-        self.job, self.model = job, load(job)
-        self.adapter = {"peft_config": LoraConfig(task_type="CAUSAL_LM", **job["lora"])}
+        self.job, self.model = job, load(job["model"])
+        self.adapter: dict[str, object] = {"peft_config": LoraConfig(task_type="CAUSAL_LM", **job["lora"])}
 
-    def train(self, rows: Rows, batch: int, mark: Any) -> None:
+    def train(self, rows: Rows, batch: int, mark: Mark) -> None:
         checkpointing = self.job["checkpointing"]
         self.model = train_sft(
             self.model,
@@ -213,7 +233,7 @@ class Trl:
 
 
 class Unsloth:
-    def __init__(self, job: dict[str, Any]):
+    def __init__(self, job: TrainJob):
         import torch
         from unsloth import FastLanguageModel
 
@@ -225,36 +245,43 @@ class Unsloth:
         checkpointing = "unsloth" if job["checkpointing"] else False
         self.model = FastLanguageModel.get_peft_model(model, use_gradient_checkpointing=checkpointing, **lora)
 
-    def train(self, rows: Rows, batch: int, mark: Any) -> None:
+    def train(self, rows: Rows, batch: int, mark: Mark) -> None:
         from transformers import DataCollatorForSeq2Seq
 
-        collator = DataCollatorForSeq2Seq(padding_tokenizer(self.job))
+        collator = DataCollatorForSeq2Seq(padding_tokenizer(self.job["model"]))
         train_sft(self.model, self.job, rows, batch, mark, {"data_collator": collator})
 
 
-def padding_tokenizer(job: dict[str, Any]) -> Any:
+def padding_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     """The base's tokenizer; Llama-2's own has no token to pad with, and a base that is saved may have lost one."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
 
 
 def train_sft(
-    model: Any, job: dict[str, Any], rows: Rows, batch: int, mark: Any, trainer_takes: dict[str, Any], **more: Any
-) -> Any:
+    model: "Model",
+    job: TrainJob,
+    rows: Rows,
+    batch: int,
+    mark: Mark,
+    trainer_takes: dict[str, object],
+    **config_takes: object,
+) -> "Model":
+    """The trained model, with the adapter that SFTTrainer may have put on it."""
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     class Marks(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
+        def on_train_begin(self, *_: object, **__: object) -> None:
             mark()
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
+        def on_step_end(self, *_: object, **__: object) -> None:
             mark()
 
     cuda = torch.cuda.is_available()
@@ -277,13 +304,13 @@ def train_sft(
         logging_steps=1000,
         disable_tqdm=True,
         seed=job["seed"],
-        **more,
+        **config_takes,
     )
     trainer = SFTTrainer(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
-        processing_class=padding_tokenizer(job),
+        processing_class=padding_tokenizer(job["model"]),
         callbacks=[Marks()],
         **trainer_takes,
     )
@@ -291,22 +318,24 @@ def train_sft(
     return trainer.model
 
 
-def write_base(job: dict[str, Any]) -> str:
-    """Random weights of the shapes in question, quantised, as a folder that every stack can load."""
+def write_base(section: dict[str, Any], folder: str) -> str:
+    """The folder, with random weights of the base's shapes, quantised, in it: what every stack can load."""
     from common.config import Base
     from common.device import pick_device
     from common.model.load import load_base, load_tokenizer
 
-    base = Base(**job["base"])
+    base = Base(**section)
     model = load_base(base, pick_device())
     model.set_attn_implementation("sdpa")
-    model.save_pretrained(job["model"])
-    load_tokenizer(base.tokenizer or base.path).save_pretrained(job["model"])
-    return job["model"]
+    model.save_pretrained(folder)
+    load_tokenizer(base.tokenizer or base.path).save_pretrained(folder)
+    return folder
 
 
-def matmul_rate(torch: Any) -> float:
+def matmul_rate() -> float:
     """TFLOP/s of a large square product, over a second or so, after as long a warm-up."""
+    import torch
+
     cuda = torch.cuda.is_available()
     n, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
     a, b = (torch.randn(n, n, device="cuda" if cuda else "cpu", dtype=dtype) for _ in range(2))

@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import sys
-from typing import Any
+from collections.abc import Callable
 from unittest import mock
 
 from common.device import describe_device, pick_device
@@ -45,31 +45,30 @@ def main(argv: list[str]) -> None:
         "gate, up": (c.hidden_size, [c.intermediate_size] * 2),
         "down": (c.intermediate_size, [c.hidden_size]),
     }
-    result: dict[str, Any] = {}
-    names = ("ours", "bitsandbytes", "its fused kernel", "dequantised", "compiled", "16 bits")
+    ways: dict[str, Callable[[Weights, Tensor], Tensor]] = {
+        "ours": lambda w, x: w.kernels(x) if len(x) <= MATMUL_TOKENS else x @ w.ours.dense().T,
+        "bitsandbytes": lambda w, x: w.theirs.matmul(x),
+        "its fused kernel": lambda w, x: w.fused(x),
+        "dequantised": lambda w, x: x @ w.theirs.dense().T,
+        "compiled": lambda w, x: x @ w.compiled().T,
+        "16 bits": lambda w, x: x @ w.plain.T,
+    }
+    groups: dict[str, dict[str, float]] = {}
     print(f"{describe_device(device)['name']}: microseconds a layer")
-    print(f"{'':18}{'tokens':>8}" + "".join(f"{name:>18}" for name in names))
-    totals: dict[int, dict[str, float]] = {n: dict.fromkeys(names, 0.0) for n in args.tokens}
+    print(f"{'':18}{'tokens':>8}" + "".join(f"{name:>18}" for name in ways))
+    totals = {n: dict.fromkeys(ways, 0.0) for n in args.tokens}
     for group, (columns, rows) in shapes.items():
         layers = [Weights(columns, rows, device) for _ in range(LAYERS)]
         for tokens in args.tokens:
             x = torch.randn(tokens, columns, device=device, dtype=DTYPE)
-            ways = {
-                names[0]: lambda w, x=x: w.kernels(x) if len(x) <= MATMUL_TOKENS else x @ w.ours.dense().T,
-                names[1]: lambda w, x=x: w.theirs.matmul(x),
-                names[2]: lambda w, x=x: w.fused(x),
-                names[3]: lambda w, x=x: x @ w.theirs.dense().T,
-                names[4]: lambda w, x=x: x @ w.compiled().T,
-                names[5]: lambda w, x=x: x @ w.plain.T,
-            }
-            took = {name: microseconds(way, layers) for name, way in ways.items()}
-            result[f"{group} {tokens}"] = took
+            took = {name: microseconds(way, layers, x) for name, way in ways.items()}
+            groups[f"{group} {tokens}"] = took
             print(f"{group:18}{tokens:8}" + "".join(f"{value:18.1f}" for value in took.values()), flush=True)
             for name, value in took.items():
                 totals[tokens][name] += value
     for tokens, took in totals.items():
         print(f"{'a layer':18}{tokens:8}" + "".join(f"{value:18.1f}" for value in took.values()))
-    print(json.dumps({"groups": result, "layer": totals}))
+    print(json.dumps({"groups": groups, "layer": totals}))
 
 
 class Weights:
@@ -85,7 +84,11 @@ class Weights:
             raise UserError("this GPU cannot run common.model.nf4_kernels: compute capability 8.0 is needed")
         self.theirs.kernels = None
         self.plain = self.ours.dense()
-        w: Any = self.ours.nf4
+        w = self.ours.nf4
+        assert w
+        assert w.absmax2 is not None  # double quantisation is bitsandbytes' default
+        assert w.code2 is not None
+        assert w.offset is not None
         absmax = w.code2[w.absmax.int()].view(-1, ABSMAX_BLOCK) * w.absmax2[:, None] + w.offset[:, None]
         self.parts = w.packed, absmax.view(-1), w.code, w.blocksize
 
@@ -112,18 +115,18 @@ def dequantised(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> 
     return (numbers.view(-1, blocksize) * absmax[:, None]).to(DTYPE)
 
 
-def microseconds(way: Any, layers: list[Weights]) -> float:
-    """Microseconds of one layer: the median of several runs of a graph over all."""
+def microseconds(way: Callable[[Weights, Tensor], Tensor], layers: list[Weights], x: Tensor) -> float:
+    """Microseconds of one layer's products with x [T, K]: the median of several runs of a graph over all layers."""
     with torch.no_grad():
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
             for w in layers:
-                way(w)
+                way(w, x)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for w in layers:
-                way(w)
+                way(w, x)
     took = []
     for _ in range(REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

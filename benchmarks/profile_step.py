@@ -10,7 +10,6 @@ import re
 import sys
 import tempfile
 from collections import defaultdict
-from typing import Any
 
 import train_loop
 from common.device import pick_device
@@ -39,7 +38,7 @@ def main(argv: list[str]) -> None:
     watch = profile(activities=[ProfilerActivity.CUDA])
     marks: list[float] = []
 
-    def after_step(*_: Any) -> None:
+    def after_step(*_: object) -> None:
         marks.append(gauges.now(pick_device()))
         if len(marks) == WARMUP:
             watch.start()

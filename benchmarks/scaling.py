@@ -17,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
+from benchmarks.records import markdown
 from common.config import load
 from common.device import describe_device, pick_device
 from common.errors import UserError, one_line_errors
@@ -30,6 +31,34 @@ import torch
 COLUMNS = ("", "processes", "questions/s", "efficiency", "idle", "differs from the first by")
 
 
+class Result(TypedDict):
+    """A script's last line, as far as it is read here."""
+
+    run: str  # folder
+    questions_per_s: float
+    idle_share: float  # of a training
+
+
+class Run(TypedDict):
+    questions_per_s: float
+    idle_share: NotRequired[float]  # these two of a training
+    losses: NotRequired[list[float]]  # by step
+    answers: NotRequired[dict[str, str]]  # of an evaluation, by question
+
+
+class Row(TypedDict):
+    """Medians of the runs of one kind with so many processes."""
+
+    work: str
+    processes: int
+    questions_per_s: float
+    efficiency: float
+    idle_share: NotRequired[float]  # these two of a training
+    losses_differ: NotRequired[float]  # share of a loss, the largest
+    answers_differ: NotRequired[int]  # these two of an evaluation
+    answers: NotRequired[int]
+
+
 def main(argv: list[str]) -> None:
     args = parse(argv)
     config = load(args.model, args.overrides)
@@ -39,7 +68,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
         rows = measured(args, Path(folder))
     print(f"\n{config.title} on {describe_device(pick_device())['name']}, medians of {args.rounds}")
-    print(table(rows))
+    print(markdown(COLUMNS, map(cells, rows)))
     print(json.dumps({"model": config.title, "overrides": args.overrides, "rows": rows}))
 
 
@@ -69,7 +98,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def measured(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def measured(args: argparse.Namespace, folder: Path) -> list[Row]:
     """The rows of the table, by what was done and by how many processes."""
     few, most, step = args.processes[0], args.processes[-1], args.questions or [64]
     trained = train(args, folder / "first", most, step[0], steps=2)
@@ -78,10 +107,10 @@ def measured(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     adapter = f"adapter={trained['run']}/best"
     answer(args, folder / "first", most, adapter, None, questions=100 * most)
 
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    rows: list[dict[str, Any]] = []
+    found: dict[tuple[str, int], list[Run]] = {}
+    rows: list[Row] = []
 
-    def add(work: str, n: int, run: dict[str, Any]) -> None:
+    def add(work: str, n: int, run: Run) -> None:
         found.setdefault((work, n), []).append(run)
         shutil.rmtree(folder / "runs")  # adapters and their optimizers' states are large
         done = [(w, k) for w in dict.fromkeys(w for w, _ in found) for k in args.processes if (w, k) in found]
@@ -100,73 +129,70 @@ def measured(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def train(args: argparse.Namespace, runs: Path, n: int, questions: int, steps: int) -> dict[str, Any]:
+def train(args: argparse.Namespace, runs: Path, n: int, questions: int, steps: int) -> Result:
     size = (f"train.questions_per_step={questions}", f"train.max_steps={steps}", f"train.eval_every={steps}")
     return ended(n, "train_loop.py", args.model, *args.overrides, *size, "early_stop.questions=1", f"runs={runs}")
 
 
-def answer(
-    args: argparse.Namespace, runs: Path, n: int, adapter: str, parts: int | None, questions: int
-) -> dict[str, Any]:
+def answer(args: argparse.Namespace, runs: Path, n: int, adapter: str, parts: int | None, questions: int) -> Result:
     more = [adapter, f"eval.parts={json.dumps(parts)}", *([f"data.dev_questions={questions}"] if questions else [])]
     return ended(n, "eval_loop.py", args.model, *args.overrides, *more, f"runs={runs}")
 
 
-def ended(n: int, script: str, *words: str) -> dict[str, Any]:
-    """The script's last line, read. Raises `UserError` with the last thing it said where it failed."""
+def ended(n: int, script: str, *words: str) -> Result:
+    """The JSON object of the script's last line. Raises `UserError` with its last error line where it failed."""
     command = [sys.executable, *(["-m", "common.runs.launch", str(n)] if n > 1 else []), script, *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         said = [line for line in done.stderr.strip().splitlines() if line.startswith("error: ")]
         raise UserError(f"{' '.join(command)}: {(said or done.stderr.strip().splitlines() or ['ended'])[-1]}")
-    result = json.loads(done.stdout.strip().splitlines()[-1])
+    result: Result = json.loads(done.stdout.strip().splitlines()[-1])
     print(f"{script} by {n}: {result['questions_per_s']} questions/s in all", file=sys.stderr)
     return result
 
 
-def of_training(result: dict[str, Any]) -> dict[str, Any]:
+def of_training(result: Result) -> Run:
     """Rate of the steps after the first, idle share, losses by step."""
     steps = [row for row in record.read_metrics(Path(result["run"])) if "loss" in row]
     questions, seconds = sum(s["questions"] for s in steps[1:]), steps[-1]["seconds"] - steps[0]["seconds"]
-    losses = [s["loss"] for s in steps]
-    return {"questions_per_s": questions / seconds, "idle_share": result["idle_share"], "losses": losses}
+    return {
+        "questions_per_s": questions / seconds,
+        "idle_share": result["idle_share"],
+        "losses": [s["loss"] for s in steps],
+    }
 
 
-def of_evaluation(result: dict[str, Any]) -> dict[str, Any]:
+def of_evaluation(result: Result) -> Run:
     answers = json.loads((Path(result["run"]) / "predictions.json").read_text())
     return {"questions_per_s": result["questions_per_s"], "answers": answers}
 
 
-def row(work: str, n: int, runs: list[dict[str, Any]], few: list[dict[str, Any]], fewest: int) -> dict[str, Any]:
+def row(work: str, n: int, runs: list[Run], few: list[Run], fewest: int) -> Row:
     """Medians of the runs of `n` processes; `few`: those of the fewest, with the first of which all are compared."""
     rate, least = (statistics.median(run["questions_per_s"] for run in those) for those in (runs, few))
-    out = {"work": work, "processes": n, "questions_per_s": rate, "efficiency": rate * fewest / (least * n)}
+    out: Row = {"work": work, "processes": n, "questions_per_s": rate, "efficiency": rate * fewest / (least * n)}
     first = few[0]
     if "losses" in first:
         off = [abs(a - b) / a for run in runs for a, b in zip(first["losses"], run["losses"], strict=True)]
-        out |= {"idle_share": statistics.median(run["idle_share"] for run in runs), "losses_differ": max(off)}
+        out["idle_share"] = statistics.median(run["idle_share"] for run in runs)
+        out["losses_differ"] = max(off)
     else:
-        others = [sum(first["answers"][id_] != run["answers"][id_] for id_ in first["answers"]) for run in runs]
-        out |= {"answers_differ": max(others), "answers": len(first["answers"])}
+        answers = first["answers"]
+        out["answers_differ"] = max(sum(run["answers"][id_] != a for id_, a in answers.items()) for run in runs)
+        out["answers"] = len(answers)
     return out
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [COLUMNS, ("---",) * len(COLUMNS)]
-    for r in rows:
-        differs = f"{r['losses_differ']:.2%} of a loss" if "losses_differ" in r else ""
-        differs = differs or f"{r['answers_differ']} of {r['answers']:,} answers"
-        lines.append(
-            (
-                r["work"],
-                str(r["processes"]),
-                f"{r['questions_per_s']:.4g}",
-                f"{r['efficiency']:.1%}",
-                f"{r['idle_share']:.1%}" if "idle_share" in r else "",
-                differs,
-            )
-        )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def cells(r: Row) -> list[str]:
+    training = "losses_differ" in r
+    return [
+        r["work"],
+        str(r["processes"]),
+        f"{r['questions_per_s']:.4g}",
+        f"{r['efficiency']:.1%}",
+        f"{r['idle_share']:.1%}" if training else "",
+        f"{r['losses_differ']:.2%} of a loss" if training else f"{r['answers_differ']} of {r['answers']:,} answers",
+    ]
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 from benchmarks.child import last_line
+from benchmarks.records import Figures, PeerResult, TrainJob, markdown
 from common.config import Config, load
 from common.data import cache, plan, squad
 from common.errors import UserError, one_line_errors
@@ -48,6 +49,42 @@ COLUMNS = (
     "system", "budget", "batch", "questions/s", "ours is", "tokens/s", "epoch", "allocated", "reserved", "TFLOP/s",
     "of ceiling",
 )  # fmt: skip
+Speed = Literal["questions_per_s", "whole_questions_per_s"]
+
+
+class Run(TypedDict, total=False):
+    """What one process measures at a budget. Of one that fails: system, budget, batch, `failed`."""
+
+    round: int
+    system: str
+    budget: float | None  # GiB; None: a peer that failed at all budgets
+    batch: int | None
+    failed: str
+    questions_per_s: float
+    whole_questions_per_s: float  # of the whole process
+    tokens_per_s: float
+    seconds: float
+    allocated_gib: float
+    reserved_gib: float
+    recomputed: float  # share of the forward pass that the backward pass computes again
+    questions: int  # from here to `searched`: of peers
+    steps: int
+    versions: dict[str, str]
+    searched: list[Figures]
+    first_step_s: float  # from here: of ours
+    pack_tokens: int
+    kept_layers: float
+    counted_bytes: dict[str, int] | None
+
+
+class Row(Run, total=False):
+    """The run of median speed, with medians of what is measured."""
+
+    rounds: list[float]  # the speed of each run
+    tflops: float
+    of_ceiling: float
+    epoch_minutes: float
+    ours_is: float | None
 
 
 def main(argv: list[str]) -> None:
@@ -66,7 +103,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         work = Path(folder)
         job = job_of(config, args, work)
-        ceiling = last_line("peers", "matmul", job, work)
+        ceiling: PeerResult = last_line("peers", "matmul", job, work)
         if "failed" in ceiling:
             raise UserError(f"matrix products: {ceiling['failed']}")
         job["budgets"] = (args.budgets or [config.train.memory_budget_gib or NO_BUDGET]) if gpu else [NO_BUDGET]
@@ -74,11 +111,11 @@ def main(argv: list[str]) -> None:
         if args.whole_process and len(batches) > 1:
             raise UserError("--whole-process: name one of --batches, for a search would count")
         if config.base.random_weights and set(args.systems) - {"ours"}:
-            written = last_line("peers", "base", job | {"base": config.to_dict()["base"]}, work)
+            written = last_line("peers", "base", {"base": config.to_dict()["base"], "model": job["model"]}, work)
             if "failed" in written:
                 raise UserError(f"{config.base.path}: {written['failed']}")
         asked = {"config": config.hash(), "budgets": job["budgets"], "batches": batches, "steps": args.steps}
-        runs: list[dict[str, Any]] = []
+        runs: list[Run] = []
         if args.out and args.out.exists():
             header, *lines = args.out.read_text().splitlines()
             runs = [json.loads(line) for line in lines]
@@ -93,44 +130,45 @@ def main(argv: list[str]) -> None:
                 known = {str(r["budget"]): r["batch"] for r in runs if r["system"] == system and r["batch"]}
                 job["timed"] = known if len(batches) > 1 else {str(budget): batches[0] for budget in job["budgets"]}
                 job["search"] = [] if job["timed"] else batches
-                runs += (new := [{"round": number, **run} for run in one(system, job, args, work)])
+                new: list[Run] = [{"round": number, **run} for run in one(system, job, args, work)]
+                runs += new
                 if args.out:
                     with args.out.open("a") as file:
                         file.writelines(json.dumps(run) + "\n" for run in new)
 
     # ---- medians and table -----------------------------------------------------------------------------------------
-    speed = "whole_questions_per_s" if args.whole_process else "questions_per_s"
-    rows: list[dict[str, Any]] = []
+    speed: Speed = "whole_questions_per_s" if args.whole_process else "questions_per_s"
+    rows: list[Row] = []
     for system in args.systems:
         for budget in job["budgets"]:
             here = [run for run in runs if run["system"] == system and run["budget"] in (budget, None)]
             mine = [run for run in here if "failed" not in run]
-            failed = next((run for run in here if "failed" in run), None)
             if not mine:
-                why = failed["failed"] if failed else f"no batch size keeps to {budget:g} GiB"
+                why = here[0]["failed"] if here else f"no batch size keeps to {budget:g} GiB"
                 rows.append({"system": system, "budget": budget, "failed": why})
                 continue
             middle = sorted(mine, key=lambda run: run[speed])[len(mine) // 2]
-            medians = {
-                key: statistics.median(run[key] for run in mine)
-                for key in ("questions_per_s", "whole_questions_per_s", "tokens_per_s", "allocated_gib", "reserved_gib")
-            }
-            tflops = medians["tokens_per_s"] * flops_per_token(config.base.path, middle["recomputed"]) / 1e12
+            tokens_per_s = statistics.median(run["tokens_per_s"] for run in mine)
+            tflops = tokens_per_s * flops_per_token(config.base.path, middle["recomputed"]) / 1e12
             rows.append(
                 {
                     **middle,
-                    **medians,
+                    "questions_per_s": statistics.median(run["questions_per_s"] for run in mine),
+                    "whole_questions_per_s": statistics.median(run["whole_questions_per_s"] for run in mine),
+                    "tokens_per_s": tokens_per_s,
+                    "allocated_gib": statistics.median(run["allocated_gib"] for run in mine),
+                    "reserved_gib": statistics.median(run["reserved_gib"] for run in mine),
                     "rounds": [run[speed] for run in mine],
                     "tflops": tflops,
                     "of_ceiling": tflops / ceiling["tflops"],
-                    "epoch_minutes": TRAIN_QUESTIONS / medians[speed] / 60,
+                    "epoch_minutes": TRAIN_QUESTIONS / statistics.median(run[speed] for run in mine) / 60,
                 }
             )
     for row in rows:
-        ours = next((r for r in rows if r["system"] == "ours" and r["budget"] == row["budget"]), {})
+        ours = next((r for r in rows if r["system"] == "ours" and r["budget"] == row["budget"]), Row())
         row["ours_is"] = ours[speed] / row[speed] if speed in ours and speed in row else None
     print(f"\n{config.title} on {ceiling['device']}; matrix products reach {ceiling['tflops']:.3g} TFLOP/s")
-    print(table(rows, speed))
+    print(markdown(COLUMNS, (cells(row, speed) for row in rows)))
     result = {
         "model": config.title,
         "overrides": args.overrides,
@@ -168,8 +206,8 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def job_of(config: Config, args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """What every peer is told: the questions of our first steps as rows, the base, the LoRA shape."""
+def job_of(config: Config, args: argparse.Namespace, work: Path) -> TrainJob:
+    """The job of every peer: the questions of our first steps as rows, the base, the LoRA shape."""
     assert config.lora
     examples = squad.load(config.data, "train").examples
     built = cache.build_trees(examples, load_tokenizers(config), config.window, config.prompt, train=True)
@@ -184,13 +222,13 @@ def job_of(config: Config, args: argparse.Namespace, work: Path) -> dict[str, An
         for tree in members
         for branch in tree.branches
     ]
-    local = Path(config.base.path).is_dir() and not config.base.random_weights
+    model = config.base.path
+    if config.base.random_weights:
+        model = str(work / "base")
+    elif Path(model).is_dir():
+        model = str(Path(model).resolve())
     return {
-        "model": str(Path(config.base.path).resolve())
-        if local
-        else str(work / "base")
-        if config.base.random_weights
-        else config.base.path,
+        "model": model,
         "rows": rows,
         "questions": args.questions,
         "seed": config.seed,
@@ -210,12 +248,12 @@ def job_of(config: Config, args: argparse.Namespace, work: Path) -> dict[str, An
     }
 
 
-def one(system: str, job: dict[str, Any], args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+def one(system: str, job: TrainJob, args: argparse.Namespace, work: Path) -> list[Run]:
     """One round of a system: a figure for each budget, or why there is none."""
     if system == "ours":
         return [ours(budget, args, work) for budget in job["budgets"]]
     began = time.perf_counter()
-    answer = last_line("peers", system, job, work)
+    answer: PeerResult = last_line("peers", system, job, work)
     wall = time.perf_counter() - began
     if "failed" in answer:
         print(f"{SYSTEMS[system]}: {answer['failed']}", file=sys.stderr)
@@ -241,8 +279,8 @@ def one(system: str, job: dict[str, Any], args: argparse.Namespace, work: Path) 
     ]
 
 
-def ours(budget: float, args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Run train_loop.py for so many steps and read its own metrics."""
+def ours(budget: float, args: argparse.Namespace, work: Path) -> Run:
+    """The figures of train_loop.py's own metrics, from a run of so many steps."""
     runs = tempfile.mkdtemp(prefix="ours-", dir=work)
     total = args.warmup + args.steps
     command = [
@@ -304,29 +342,24 @@ def flops_per_token(base: str, recomputed: float) -> float:
     return 2 * weights * (2 + recomputed)
 
 
-def table(rows: list[dict[str, Any]], speed: str) -> str:
-    lines = [COLUMNS, ("---",) * len(COLUMNS)]
-    for r in rows:
-        budget = f"{r['budget']:g} GiB" if r["budget"] < NO_BUDGET else "–"
-        if "failed" in r:
-            lines.append((SYSTEMS[r["system"]], budget, r["failed"], *[""] * (len(COLUMNS) - 3)))
-            continue
-        lines.append(
-            (
-                SYSTEMS[r["system"]],
-                budget,
-                str(r["batch"]),
-                f"{r[speed]:.4g}",
-                f"{r['ours_is']:.2f} ×" if r["ours_is"] else "–",
-                f"{r['tokens_per_s']:,.0f}",
-                f"{r['epoch_minutes']:.1f} min",
-                f"{r['allocated_gib']:.2f} GiB",
-                f"{r['reserved_gib']:.2f} GiB",
-                f"{r['tflops']:.3g}",
-                f"{r['of_ceiling']:.0%}",
-            )
-        )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def cells(r: Row, speed: Speed) -> list[str]:
+    budget = r["budget"]
+    shown = f"{budget:g} GiB" if budget is not None and budget < NO_BUDGET else "–"
+    if "failed" in r:
+        return [SYSTEMS[r["system"]], shown, r["failed"], *[""] * (len(COLUMNS) - 3)]
+    return [
+        SYSTEMS[r["system"]],
+        shown,
+        str(r["batch"]),
+        f"{r[speed]:.4g}",
+        f"{r['ours_is']:.2f} ×" if r["ours_is"] else "–",
+        f"{r['tokens_per_s']:,.0f}",
+        f"{r['epoch_minutes']:.1f} min",
+        f"{r['allocated_gib']:.2f} GiB",
+        f"{r['reserved_gib']:.2f} GiB",
+        f"{r['tflops']:.3g}",
+        f"{r['of_ceiling']:.0%}",
+    ]
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def test_peers_get_the_questions_of_our_first_steps_with_loss_on_the_answers(job
 def test_the_plain_loop_learns_and_is_timed(job, tiny_base):
     peer = peers.HfLoop({**job, "model": str(tiny_base), "lr": 1e-2})
     before = [w.detach().clone() for w in peer.weights]
-    found = peers.measure(torch, peer, job)["timed"]["1e6"]
+    found = peers.measure(peer, job)["timed"]["1e6"]
     assert any(not torch.equal(a, b) for a, b in zip(before, peer.weights, strict=True))
     assert (found["batch"], found["questions"]) == (4, (peers.WARMUP_STEPS + peers.LEAST_STEPS) * 4)
     assert found["questions_per_s"] > 0
