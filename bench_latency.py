@@ -13,9 +13,9 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from common.arguments import parse
 from common.config import Config
@@ -29,7 +29,9 @@ from common.files import write_text
 from common.metrics.stats import percentile, percentile_interval
 from common.model.load import load_system, load_tokenizers, sources
 from common.runs import checkpoint, gauges, preflight, record, signals
+from common.runs.results import BenchResult, Mode, Peak, Process, Query, Section, Spread
 
+import torch
 from tqdm import tqdm
 
 MODES = {"natural": "the answer ends by itself", "fixed": "always window.answer tokens"}
@@ -59,7 +61,7 @@ def main(argv: list[str]) -> None:
     busy = os.getloadavg()[0]
     run, device = record.new_run(config, "bench"), pick_device()
     weights = checkpoint.weights_sha256(adapter)
-    found = []
+    found: list[Process] = []
     for number in range(config.bench.processes):
         file = run / f"process-{number}.json"
         if config.bench.processes == 1:  # this one is as fresh as any
@@ -71,28 +73,37 @@ def main(argv: list[str]) -> None:
         if code in (2, *signals.CODES):  # it has said why
             raise SystemExit(code)
         if code:
-            seen = f"; what NVML saw until then: {file.with_suffix('.nvml.json')}" if device.type == "cuda" else ""
-            raise UserError(f"measuring process {number + 1} of {config.bench.processes} ended with {code}{seen}")
+            nvml = f"; what NVML saw until then: {file.with_suffix('.nvml.json')}" if device.type == "cuda" else ""
+            raise UserError(f"measuring process {number + 1} of {config.bench.processes} ended with {code}{nvml}")
         found.append(json.loads(file.read_text()))
     checkpoint.unchanged(adapter, weights)  # each process has loaded it anew
 
     # ---- record ----------------------------------------------------------------------------------------------------
-    result: dict[str, Any] = {"run": str(run), "random_weights": config.base.random_weights, "n": len(found[0]["ids"])}
+    modes = {}
     for mode in found[0]["modes"]:
-        by_p95 = sorted(found, key=lambda p: percentile([q["total"] for q in p["modes"][mode]], 95))
-        middle = by_p95[len(by_p95) // 2]["modes"][mode]
-        result[mode] = summary(middle) | {
-            "processes_p95_ms": [round(1000 * percentile([q["total"] for q in p["modes"][mode]], 95), 3) for p in found]
-        }
-    result |= {key: result["natural"][key] for key in ("latency", "ttft", "tpot", "mean_tokens")}
-    result["phases"] = phases(found)
-    result["peak"] = highest(result["phases"].values(), "allocated_bytes", "reserved_bytes", "rss_bytes")
-    sampled = [phase for phase in result["phases"].values() if phase.get("device_bytes")]
-    result["nvml_peak"] = highest(sampled, "process_bytes", "device_bytes") if sampled else None
-    result["host"] = {"cores": os.cpu_count(), "load": busy}
-    result["engine"] = found[0]["made_by"]["engine"]
-    result["adapter"] = str(adapter) if adapter else None
-    result["adapter_sha256"] = weights
+        p95 = {id(p): percentile([query["total"] for query in p["modes"][mode]], 95) for p in found}
+        middle = sorted(found, key=lambda p: p95[id(p)])[len(found) // 2]
+        modes[mode] = summary(middle["modes"][mode])
+        modes[mode]["processes_p95_ms"] = [round(1000 * seconds, 3) for seconds in p95.values()]
+    natural, seen = modes["natural"], phases(found)
+    sampled = [phase for phase in seen.values() if phase.get("device_bytes")]
+    result: BenchResult = {
+        "run": str(run),
+        "random_weights": config.base.random_weights,
+        "n": len(found[0]["ids"]),
+        **cast(BenchResult, modes),
+        "latency": natural["latency"],
+        "ttft": natural["ttft"],
+        "tpot": natural["tpot"],
+        "mean_tokens": natural["mean_tokens"],
+        "phases": seen,
+        "peak": highest(seen.values(), *gauges.UNKNOWN),
+        "nvml_peak": highest(sampled, "process_bytes", "device_bytes") if sampled else None,
+        "host": {"cores": os.cpu_count(), "load": busy},
+        "engine": found[0]["made_by"]["engine"],
+        "adapter": str(adapter) if adapter else None,
+        "adapter_sha256": weights,
+    }
     described = {"name": config.api.url} if config.api else describe_device(device)
     record.write(run, config, "bench", dev, described, result, found[0]["made_by"])
     show(config, described["name"], device, result)
@@ -110,7 +121,7 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
     device = pick_device()
     queries = drawn(config, dev)
     tokenizers = load_tokenizers(config)
-    peaks: dict[str, dict[str, int | None]] = {}
+    peaks: dict[str, Peak] = {}
 
     def end_phase(name: str) -> None:
         peaks[name] = gauges.peaks(device)
@@ -125,14 +136,14 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
             engine = single.engine(model, stops, config.window, config.eval, around)
             end_phase("load")
 
-            def ask(example: squad.Example, mode: str) -> dict[str, Any]:
+            def ask(example: squad.Example, mode: str) -> Query:
                 """One query end to end; seconds."""
                 forced = None
                 if mode == "natural" and config.base.random_weights and engine.name != "plain":  # it would never end
                     forced = gold_ids(tokenizers.own, example.answers[0].text, config.window.answer)
                 ticks: list[float] = []
                 began = gauges.now(device)
-                _, found, _ = single.ask(
+                _, answers, _ = single.ask(
                     engine,
                     tokenizers,
                     example,
@@ -142,10 +153,15 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
                     lambda _: ticks.append(gauges.now(device)),
                 )
                 total = gauges.now(device) - began
-                sums = {key: sum(getattr(a, key) for a in found) for key in ("passes", "drafted", "accepted")}
-                tokens = sum(len(a.token_ids) for a in found)
-                last = ticks[-1] - began if len(found) == 1 else None  # each window has a prompt of its own
-                return {"total": total, "first": ticks[0] - began, "last": last, "tokens": tokens, **sums}
+                return {
+                    "total": total,
+                    "first": ticks[0] - began,
+                    "last": ticks[-1] - began if len(answers) == 1 else None,  # each window has a prompt of its own
+                    "tokens": sum(len(a.token_ids) for a in answers),
+                    "passes": sum(a.passes for a in answers),
+                    "drafted": sum(a.drafted for a in answers),
+                    "accepted": sum(a.accepted for a in answers),
+                }
 
             begin("warm up")
             for i in tqdm(range(config.bench.warmup_queries), desc="warm up", unit="query"):
@@ -159,8 +175,14 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
                 samples[mode] = [ask(example, mode) for example in tqdm(asked, desc=mode, unit="query")]
                 end_phase(mode)
     nvml = file.with_suffix(".nvml.json")
-    made_by = {"engine": engine.name, **sources(model, tokenizers)}
-    write_samples(file, queries, samples, peaks, made_by, json.loads(nvml.read_text()) if nvml.exists() else {})
+    found: Process = {
+        "ids": [example.id for example in queries],
+        "modes": samples,
+        "gauges": peaks,
+        "made_by": {"engine": engine.name, **sources(model, tokenizers)},
+        "nvml": json.loads(nvml.read_text()) if nvml.exists() else {},
+    }
+    write_text(file, json.dumps(found) + "\n")
 
 
 def measure_api(config: Config, dev: squad.Dataset, file: Path) -> None:
@@ -174,14 +196,23 @@ def measure_api(config: Config, dev: squad.Dataset, file: Path) -> None:
     # one transcript for all processes: the limits of requests and cost are the run's
     client = hosted.Client(config, file.parent / "transcript.jsonl", fresh=True)
 
-    def ask(example: squad.Example) -> dict[str, Any]:
+    def ask(example: squad.Example) -> Query:
         began = time.perf_counter()
         ((_, text),), _ = prompt_texts([example], tokenizers.window, config.window, config.prompt)
         cut = time.perf_counter() - began
         reply = client.ask(text)
-        times = {"first": cut + reply.first, "last": cut + reply.total, "total": cut + reply.total}
-        apart = {"connect": reply.connect, "server": reply.server, "waited": reply.waited}
-        return {**times, **apart, "tokens": reply.written or 1, "passes": 0, "drafted": 0, "accepted": 0}
+        return {
+            "total": cut + reply.total,
+            "first": cut + reply.first,
+            "last": cut + reply.total,
+            "tokens": reply.written or 1,
+            "passes": 0,
+            "drafted": 0,
+            "accepted": 0,
+            "connect": reply.connect,
+            "server": reply.server,
+            "waited": reply.waited,
+        }
 
     try:
         for i in tqdm(range(config.bench.warmup_queries), desc="warm up", unit="query"):
@@ -189,30 +220,22 @@ def measure_api(config: Config, dev: squad.Dataset, file: Path) -> None:
         samples = [ask(example) for example in tqdm(queries, desc="natural", unit="query")]
     finally:
         client.close()
-    peaks = {"natural": dict.fromkeys(("allocated_bytes", "reserved_bytes", "rss_bytes"))}
-    made_by = {"engine": "api", **sources(None, tokenizers)}
-    write_samples(file, queries, {"natural": samples}, peaks, made_by, {})
-
-
-def write_samples(
-    file: Path,
-    queries: list[squad.Example],
-    samples: dict[str, list[dict[str, Any]]],
-    peaks: dict[str, dict[str, int | None]],
-    made_by: dict[str, Any],
-    nvml: dict[str, Any],
-) -> None:
-    """One process's `process-N.json`."""
-    found = {"ids": [e.id for e in queries], "modes": samples, "gauges": peaks, "made_by": made_by, "nvml": nvml}
+    found: Process = {
+        "ids": [example.id for example in queries],
+        "modes": {"natural": samples},
+        "gauges": {"natural": gauges.UNKNOWN},
+        "made_by": {"engine": "api", **sources(None, tokenizers)},
+        "nvml": {},
+    }
     write_text(file, json.dumps(found) + "\n")
 
 
-def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(samples: list[Query]) -> Mode:
     """Figures of one process and mode; times in milliseconds, an interval null where n is too small for one."""
 
-    def spread(values: list[float]) -> dict[str, Any]:
+    def spread(values: list[float]) -> Spread:
         ms = [1000 * value for value in values]
-        out: dict[str, Any] = {}
+        out: Spread = {}
         for q in PERCENTILES:
             interval = percentile_interval(ms, q)
             out[f"p{q}_ms"] = round(percentile(ms, q), 3)
@@ -221,25 +244,25 @@ def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
     later = [(s["last"] - s["first"]) / (s["tokens"] - 1) for s in samples if s["tokens"] > 1 and s["last"]]
     drafted = sum(s["drafted"] for s in samples)
-    out: dict[str, Any] = {"n": len(samples), "latency": spread([s["total"] for s in samples])}
+    out: Mode = {"n": len(samples), "latency": spread([s["total"] for s in samples])}
     out |= {"ttft": spread([s["first"] for s in samples]), "tpot": spread(later) if later else None}
     out["mean_tokens"] = round(statistics.mean(s["tokens"] for s in samples), 2)
     out["mean_passes"] = round(statistics.mean(s["passes"] for s in samples), 2)
     out["drafts_accepted"] = round(sum(s["accepted"] for s in samples) / drafted, 4) if drafted else None
     out["queries_per_s"] = round(len(samples) / sum(s["total"] for s in samples), 3)
-    known = {key: [s[key] for s in samples if s.get(key) is not None] for key in APART}
-    return out | {key: spread(values) for key, values in known.items() if values}
+    known = {key: [s[key] for s in cast(list[Section], samples) if s.get(key) is not None] for key in APART}
+    return out | cast(Mode, {key: spread(values) for key, values in known.items() if values})
 
 
-def highest(found: Iterable[dict[str, Any]], *keys: str) -> dict[str, Any]:
+def highest(found: Iterable[Mapping[str, int | None]], *keys: str) -> dict[str, int | None]:
     """The highest value of each key; None if all are 0 or unknown."""
     rows = list(found)
     return {key: max(row[key] or 0 for row in rows) or None for key in keys}
 
 
-def phases(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def phases(found: list[Process]) -> dict[str, Section]:
     """The highest of every gauge over the processes; of energy and clocks the middle process's."""
-    out: dict[str, dict[str, Any]] = {}
+    out: dict[str, Section] = {}
     for name in found[0]["gauges"]:
         out[name] = highest((p["gauges"][name] for p in found), *found[0]["gauges"][name])
         seen = [p["nvml"][name] for p in found if name in p["nvml"]]
@@ -254,15 +277,15 @@ def phases(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return out
 
 
-def show(config: Config, name: str, device: Any, result: dict[str, Any]) -> None:
+def show(config: Config, name: str, device: torch.device, result: BenchResult) -> None:
     n = result["n"]
     processes = f"{config.bench.processes} processes, engine {result['engine']}"
     print(f"{config.title} on {name}: {n} single queries in each of {processes}")
     print(f"{'ms':26}{'p50':>10}{'p90':>10}{'p95':>10}{'p99':>10}   95 % interval of p95")
-    for mode, what in MODES.items():
-        if mode not in result:
+    for mode, part in (("natural", result["natural"]), ("fixed", result.get("fixed"))):
+        if not part:
             continue
-        part = result[mode]
+        what = MODES[mode]
         if config.base.random_weights and mode == "natural" and result["engine"] != "plain":
             what = "a gold answer and EOS are replayed, for random weights never end"
         accepted = f", {part['drafts_accepted']:.0%} of drafts accepted" if part["drafts_accepted"] is not None else ""
@@ -270,7 +293,7 @@ def show(config: Config, name: str, device: Any, result: dict[str, Any]) -> None
         print(f"{mode}, n = {part['n']}: {what}; {part['mean_tokens']} tokens{passes}{accepted}")
         rows = {"latency": "end to end", "ttft": "first token", "tpot": "per token after it", **APART}
         for row, name in rows.items():
-            if values := part.get(row):
+            if values := cast(Section, part).get(row):
                 interval = values["p95_interval_ms"]
                 text = f"[{interval[0]:.1f}, {interval[1]:.1f}]" if interval else f"none: n = {part['n']} is too small"
                 cells = "".join(f"{values[f'p{q}_ms']:10.1f}" for q in PERCENTILES)
@@ -284,8 +307,8 @@ def show(config: Config, name: str, device: Any, result: dict[str, Any]) -> None
     host = result["host"]
     print(f"host: {host['load']:.1f} processes at work on {host['cores']} cores in the minute before")
     if device.type == "cpu":
-        rss = result["peak"]["rss_bytes"] / 2**20
-        print(f"no GPU, so no VRAM was measured; peak RSS {rss:.0f} MiB, loading included")
+        mib = (result["peak"]["rss_bytes"] or 0) / 2**20
+        print(f"no GPU, so no VRAM was measured; peak RSS {mib:.0f} MiB, loading included")
         return
     print(f"{'peak MiB':12}{'allocated':>11}{'reserved':>11}{'process':>11}{'device':>11}   joules a query, clock MHz")
     for name, phase in result["phases"].items():

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from common.arguments import parse
 from common.config import Config
@@ -28,6 +28,7 @@ from common.metrics.score import score
 from common.metrics.stats import clustered, wilson
 from common.model.load import load_system, load_tokenizers, sources
 from common.runs import checkpoint, gauges, preflight, ranks, record, signals
+from common.runs.results import Accuracy, EvalResult, Section
 
 from accelerate.utils import broadcast_object_list
 
@@ -39,9 +40,9 @@ class Answered:
     answers: dict[str, Prediction]  # by id
     truncated: int  # questions whose context was cut, or read in windows
     seconds: float | None  # None: not known
-    device: dict[str, Any]
-    made_by: dict[str, Any]
-    result: dict[str, Any]  # fields of the record that depend on where the model runs
+    device: Section
+    made_by: Section
+    result: EvalResult  # fields of the record that depend on where the model runs
     run: Path | None = None  # its folder, where there is one already
 
 
@@ -71,34 +72,43 @@ def main(argv: list[str]) -> None:
     # ---- score -----------------------------------------------------------------------------------------------------
     texts = {e.id: answers[e.id].text for e in dev.examples}
     rows = [{**vars(answers[e.id]), "article": e.title} for e in dev.examples]
-    accuracy: dict[str, Any] = dict.fromkeys(("em", "em_interval", "em_article_interval", "f1", "f1_article_interval"))
+    accuracy = cast(Accuracy, dict.fromkeys(Accuracy.__annotations__))  # None: random weights
     shown = "random weights: no accuracy"
     if not config.base.random_weights:
         scored = score(dev.examples, texts)
         rows = [{**row, "em": scored.correct[row["id"]], "f1": round(scored.overlap[row["id"]], 6)} for row in rows]
         article = {e.id: e.title for e in dev.examples}
-        intervals = {
-            "em_interval": wilson(sum(scored.correct.values()), scored.n),
-            "em_article_interval": clustered(scored.correct, article),
-            "f1_article_interval": clustered(scored.overlap, article),
-        }
-        accuracy |= {"em": scored.em, "f1": scored.f1}
-        accuracy |= {name: [100 * share for share in interval] for name, interval in intervals.items() if interval}
-        em, em_by_article, f1_by_article = (
-            f"[{accuracy[name][0]:.2f}, {accuracy[name][1]:.2f}]" if accuracy[name] else "–" for name in intervals
+        shares = (
+            wilson(sum(scored.correct.values()), scored.n),
+            clustered(scored.correct, article),
+            clustered(scored.overlap, article),
         )
+        intervals = [interval and [100 * share for share in interval] for interval in shares]
+        accuracy = {
+            "em": scored.em,
+            "em_interval": intervals[0],
+            "em_article_interval": intervals[1],
+            "f1": scored.f1,
+            "f1_article_interval": intervals[2],
+        }
+        em, em_by_article, f1_by_article = (f"[{i[0]:.2f}, {i[1]:.2f}]" if i else "–" for i in intervals)
         shown = f"EM {scored.em:.2f} {em}, by article {em_by_article}  F1 {scored.f1:.2f}, by article {f1_by_article}"
 
     # ---- record ----------------------------------------------------------------------------------------------------
     run, n = found.run or record.new_run(config, "eval"), len(dev.examples)
     write_text(run / "predictions.json", json.dumps(texts, ensure_ascii=False, indent=0) + "\n")
     write_text(run / "questions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    result = {"run": str(run), **accuracy, "n": n, "random_weights": config.base.random_weights}
-    result["truncated_share"] = found.truncated / n
-    result["hit_limit_share"] = sum(answer.hit_limit for answer in answers.values()) / n
-    result["seconds"] = round(found.seconds, 2) if found.seconds else None
-    result["questions_per_s"] = round(n / found.seconds, 2) if found.seconds else None
-    result |= found.result
+    result: EvalResult = {
+        "run": str(run),
+        **accuracy,
+        "n": n,
+        "random_weights": config.base.random_weights,
+        "truncated_share": found.truncated / n,
+        "hit_limit_share": sum(answer.hit_limit for answer in answers.values()) / n,
+        "seconds": round(found.seconds, 2) if found.seconds else None,
+        "questions_per_s": round(n / found.seconds, 2) if found.seconds else None,
+        **found.result,
+    }
     record.write(run, config, "eval", dev, found.device, result, found.made_by)
     adapter = f" with {result['adapter']}" if result.get("adapter") else ""
     print(
@@ -131,7 +141,7 @@ def answer_here(config: Config, dev: squad.Dataset) -> Answered | None:
     seconds = gauges.now(device) - began
     if not process.is_main_process or answers is None:
         return None
-    result = {"adapter": str(adapter) if adapter else None, "adapter_sha256": weights}
+    result: EvalResult = {"adapter": str(adapter) if adapter else None, "adapter_sha256": weights}
     result |= {"processes": process.num_processes, "peak": gauges.peaks(device)}
     made_by = {"engine": predict.engine_of(model, config.eval), **sources(model, tokenizers)}
     return Answered(answers, built.counts["truncated"], seconds, describe_device(device), made_by, result)
@@ -160,13 +170,19 @@ def answer_hosted(config: Config, dev: squad.Dataset, run: Path | None, replay: 
         finally:
             client.close()
     seconds = None if replay or before else time.perf_counter() - began  # of a resumed run it is not known
-    result: dict[str, Any] = {"adapter": None, "adapter_sha256": None}
-    result["peak"] = dict.fromkeys(("allocated_bytes", "reserved_bytes", "rss_bytes"))
-    result |= {"transcript_sha256": sha256(client.transcript), "replayed": str(replay) if replay else None}
-    result |= {"requests": client.requests, "requests_before": before, "cost_usd": round(client.usd, 6) or None}
-    result["tokens_read"] = total(r.read for r in replies.values())
-    result["tokens_written"] = total(r.written for r in replies.values())
-    result["waited_s"] = round(sum(r.waited for r in replies.values()), 2)
+    result: EvalResult = {
+        "adapter": None,
+        "adapter_sha256": None,
+        "peak": gauges.UNKNOWN,
+        "transcript_sha256": sha256(client.transcript),
+        "replayed": str(replay) if replay else None,
+        "requests": client.requests,
+        "requests_before": before,
+        "cost_usd": round(client.usd, 6) or None,
+        "tokens_read": total(r.read for r in replies.values()),
+        "tokens_written": total(r.written for r in replies.values()),
+        "waited_s": round(sum(r.waited for r in replies.values()), 2),
+    }
     made_by = {"engine": "api", **sources(None, tokenizers)}
     answers = {id_: Prediction(id_, r.text, [], None, r.hit_limit) for id_, r in replies.items()}
     device, folder_or_none = {"name": config.api.url}, None if replay else folder

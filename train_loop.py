@@ -14,7 +14,6 @@ import random
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from common.arguments import parse
 from common.config import Config
@@ -36,6 +35,7 @@ from common.model.load import (
     sources,
 )
 from common.runs import checkpoint, gauges, preflight, ranks, record, signals
+from common.runs.results import Section, TrainResult
 from common.train.early_stopping import EarlyStopping
 from common.train.ema import EMA
 from common.train.engine import Engine
@@ -43,6 +43,7 @@ from common.train.engine import Engine
 import bitsandbytes as bnb
 import torch
 from accelerate.utils import broadcast_object_list, set_seed
+from peft import PeftModel
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -202,11 +203,18 @@ def main(argv: list[str]) -> None:
 
     # ---- record ----------------------------------------------------------------------------------------------------
     state.seconds, state.peak = seconds_before + gauges.now(device) - began, gauges.peaks(device, state.peak)
-    result = {
-        **{"run": str(run), "random_weights": config.base.random_weights, "selected_on": config.early_stop.split},
-        **{"n": len(dev_examples), "window_counts": built.counts, "stopped_early": state.step < total},
-        **{"processes": n_ranks, "idle_share": idle_share, "start_seconds": round(start_seconds, 1)},
-        **{**state.result(record.questions_trained(run)), **engine.result()},
+    result: TrainResult = {
+        "run": str(run),
+        "random_weights": config.base.random_weights,
+        "selected_on": config.early_stop.split,
+        "n": len(dev_examples),
+        "window_counts": built.counts,
+        "stopped_early": state.step < total,
+        "processes": n_ranks,
+        "idle_share": idle_share,
+        "start_seconds": round(start_seconds, 1),
+        **state.result(record.questions_trained(run)),
+        **engine.result(),
     }
     if first:
         record.write(run, config, "train", dev_set, describe_device(device), result, sources(model, tokenizers))
@@ -214,7 +222,7 @@ def main(argv: list[str]) -> None:
 
 
 def resume(
-    run: Path, identity: dict[str, str], model: Any, training: dict[str, Any]
+    run: Path, identity: dict[str, str], model: PeftModel, training: Section
 ) -> tuple[checkpoint.State, int | None]:
     """(the state of `last/`, loaded into model and training; the step of `best/` where that is newer than `last/`).
 
@@ -264,7 +272,7 @@ def announce(
         print("lora.dropout > 0: branches share one dropout mask on their prefix; valid training, not equal to rows")
 
 
-def ending(state: checkpoint.State, result: dict[str, Any]) -> str:
+def ending(state: checkpoint.State, result: TrainResult) -> str:
     best = "no accuracy" if state.best_em is None else f"best EM {state.best_em:.2f} F1 {state.best_f1:.2f}"
     return (
         f"{best} at step {state.best_step}; {result['questions_per_s']} questions/s; evaluations took "

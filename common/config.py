@@ -12,14 +12,16 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from common.config_file import nearest, read, shown
+from common.config_file import read, shown
 from common.errors import UserError
 from common.files import ROOT
+from common.words import nearest
 
 CONFIGS = ROOT / "configs"
+T = TypeVar("T")
 MANY = 10**9  # of anything that is counted; more is a slip of the finger
 NAME, PATH = 255, 4095  # bytes of a file's name, and of a path: what Linux takes
 
@@ -29,13 +31,13 @@ def need(holds: bool, key: str, what: str) -> None:
         raise UserError(f"{key}: {what}")
 
 
-def between(section: Any, **bounds: tuple[float, float]) -> None:
+def between(section: object, **bounds: tuple[float, float]) -> None:
     for key, (low, high) in bounds.items():
         value = getattr(section, key)
         need(value is None or low <= value <= high, key, f"must be between {low:,} and {high:,}")
 
 
-def later(default: Any) -> Any:
+def later(default: T) -> T:
     """The default of a key that is newer than published records: it must keep the behaviour of before.
 
     Hashes count such a key only where it differs from its default, so new keys orphan no run.
@@ -43,7 +45,7 @@ def later(default: Any) -> Any:
     return field(default=default, metadata={"later": True})
 
 
-def plain_words(section: Any, *keys: str) -> None:
+def plain_words(section: object, *keys: str) -> None:
     """Names, and paths of files: neither empty, nor longer than Linux takes, nor with control characters."""
     for key in keys:
         value = getattr(section, key)

@@ -5,7 +5,6 @@ dataclasses, so `2e-4` is a float; words that YAML takes for something else (`of
 """
 
 import dataclasses
-import difflib
 import functools
 import math
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from common.errors import UserError
+from common.words import nearest
 
 import yaml
 
@@ -229,9 +229,3 @@ def known_keys(cls: Any, prefix: str = "") -> list[str]:
 
 def _reason(error: yaml.YAMLError) -> str:
     return str(getattr(error, "reason", None) or getattr(error, "problem", error))
-
-
-def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """The end of a message that names the nearest known word; empty if none is near."""
-    close = difflib.get_close_matches(word, list(known), 1, cutoff=0.5)
-    return f' — did you mean "{close[0]}"?' if close else ""

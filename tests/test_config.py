@@ -62,7 +62,7 @@ def test_every_config_of_the_repo_loads_and_is_named_as_its_file(path):
         ("lora: {rnk: 8}\n", '4: unknown key "lora.rnk" — did you mean "lora.rank"?'),
         ("trian:\n  lr: 1\n", '5: unknown key "trian" — did you mean "train"?'),
         ("xyzzy: 1\n", '4: unknown key "xyzzy"'),
-        ("train:\n  seed: 1\n", '5: unknown key "train.seed" — did you mean "train.fused"?'),
+        ("train:\n  seed: 1\n", '5: unknown key "train.seed" — did you mean "seed"?'),
         ("seed: 1\nseed: 2\n", '5: key "seed" stands here twice'),
         ("lora:\n  rank: 1\n  rank: 2\n", '6: key "lora.rank" stands here twice'),
         ("train:\n  lr: fast\n", '5: "train.lr" takes a number, not "fast"'),
@@ -185,7 +185,7 @@ def test_overrides_reach_every_depth_and_absent_sections(config):
     ("override", "error"),
     [
         ("lora.rnk=8", 'override lora.rnk=8: unknown key "lora.rnk" — did you mean "lora.rank"?'),
-        ("rank=8", 'override rank=8: unknown key "rank" — did you mean "train"?'),
+        ("rank=8", 'override rank=8: unknown key "rank" — did you mean "lora.rank"?'),
         ("train.lr.x=1", 'override train.lr.x=1: "train.lr" takes a value, not a section'),
         ("seed=many", 'override seed=many: "seed" takes a whole number, not "many"'),
         ("seed=", 'override seed=: "seed" takes a whole number, not ""'),

@@ -13,8 +13,10 @@ from typing import Any
 from common.errors import UserError, first_line
 from common.files import SUMS, recover, replacing, sha256
 from common.runs import record
+from common.runs.results import Peak, Progress
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 
 
@@ -22,9 +24,8 @@ from safetensors import SafetensorError
 class State:
     """The state a training resumes from, beside weights and optimizer: `state.json`."""
 
-    identity: dict[str, str] = field(
-        default_factory=dict
-    )  # hashes of the configuration and the data; another one is another run
+    # hashes of the configuration and the data; another one is another run
+    identity: dict[str, str] = field(default_factory=dict)
     step: int = 0  # optimizer steps done
     evaluated: int = 0  # step of the last evaluation
     best_em: float | None = None  # percent, as best_f1
@@ -33,9 +34,9 @@ class State:
     waited: int = 0  # evaluations without a gain
     seconds: float = 0.0  # of training, evaluations included
     evaluation_seconds: float = 0.0
-    peak: dict[str, int | None] = field(default_factory=dict)  # bytes, as of `gauges.peaks`
+    peak: Peak = field(default_factory=dict)
 
-    def result(self, questions: int) -> dict[str, Any]:
+    def result(self, questions: int) -> Progress:
         """Fields of the training's record; `questions`: trained on in all steps."""
         return {
             "identity": self.identity,
@@ -78,7 +79,7 @@ def verify(folder: Path) -> None:
         raise UserError(f"{folder}: {damaged[0] if damaged else SUMS} is damaged; delete the folder or use FRESH=1")
 
 
-def save(folder: Path, model: Any, state: State, training: dict[str, Any] | None = None) -> None:
+def save(folder: Path, model: PeftModel, state: State, training: dict[str, Any] | None = None) -> None:
     """Adapter and `state`; with `training` (name → what has a state_dict), all that is needed to go on from here.
 
     Raises `UserError` where it cannot be written; what `folder` held is then still there.

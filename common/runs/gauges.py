@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.files import ROOT
+from common.runs.results import Peak
 
 import torch
 
@@ -27,19 +28,22 @@ def reset_peaks(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peaks(device: torch.device, before: dict[str, int | None] | None = None) -> dict[str, int | None]:
+UNKNOWN: Peak = {"allocated_bytes": None, "reserved_bytes": None, "rss_bytes": None}
+
+
+def peaks(device: torch.device, before: Peak = UNKNOWN) -> Peak:
     """Peak bytes: torch's allocator on a GPU; on a CPU the process's resident set since its start, loading included.
 
     `before`: the peaks of an earlier part of the same run, which count as well.
     """
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     cuda = device.type == "cuda"
-    found: dict[str, int | None] = {
+    found = {
         "allocated_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
         "reserved_bytes": torch.cuda.max_memory_reserved(device) if cuda else None,
         "rss_bytes": rss,
     }
-    return {name: max(value, (before or {}).get(name) or 0) if value else None for name, value in found.items()}
+    return {name: max(value, before.get(name) or 0) if value else None for name, value in found.items()}
 
 
 Mark = float | torch.cuda.Event  # seconds of the host's clock, or an event of the device

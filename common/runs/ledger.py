@@ -10,7 +10,7 @@ import contextlib
 import json
 import sqlite3
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from common.config import flat
 from common.errors import UserError, one_line_errors
 from common.files import atomic
 from common.runs import record
+from common.runs.results import Record, Section
 
-COLUMNS = {  # of each, its type and how it is found in a record
+COLUMNS: dict[str, tuple[str, Callable[[Record], object]]] = {  # of each, its type and how it is found in a record
     "created": ("text", lambda r: r["created"]),
     "kind": ("text", lambda r: r["kind"]),  # train, eval or bench
     "system": ("text", lambda r: r["system"]),
@@ -75,7 +76,7 @@ def find(ledger: Path, condition: str) -> list[dict[str, Any]]:
     return [dict(row) for row in rows]
 
 
-def differing(configs: Iterable[dict[str, Any]]) -> list[str]:
+def differing(configs: Iterable[Section]) -> list[str]:
     """Each configuration's overrides that are not the same in all of them."""
     flats = [flat(config) for config in configs]
     keys = [key for key in dict.fromkeys(key for f in flats for key in f) if key not in NOT_COMPARED]
@@ -83,12 +84,12 @@ def differing(configs: Iterable[dict[str, Any]]) -> list[str]:
     return [" ".join(f"{key}={f[key]}" for key in varied if key in f) for f in flats]
 
 
-def _gib(peak: dict[str, Any]) -> float | None:
+def _gib(peak: Mapping[str, int | None]) -> float | None:
     of = peak.get("allocated_bytes") or peak.get("rss_bytes")
     return of and of / 2**30
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 

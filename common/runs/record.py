@@ -21,10 +21,10 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from common.config import Config, apart_from_memory, flat, with_defaults, without_unset
 from common.data import prompt
@@ -32,6 +32,7 @@ from common.data.squad import Dataset
 from common.errors import UserError
 from common.files import ROOT, lock, write_text
 from common.metrics import score
+from common.runs.results import Record, Result, Section
 
 import yaml
 
@@ -75,8 +76,8 @@ def newest_run(config: Config, kind: str) -> Path | None:
 
 
 def open_run(
-    config: Config, kind: str, same: Callable[[dict[str, Any]], bool], fresh: bool = False
-) -> tuple[Path | None, dict[str, Any] | None]:
+    config: Config, kind: str, same: Callable[[Record], bool], fresh: bool = False
+) -> tuple[Path | None, Result | None]:
     """(the newest run of this configuration, None where a new one is to be made; its result where it has ended).
 
     `same`: whether a record is of the same data as this run. A finished run of other data is left alone.
@@ -101,7 +102,7 @@ def trained_adapter(config: Config) -> Path | None:
             raise UserError(f"adapter={config.adapter}: no such folder")
         return Path(config.adapter)
 
-    def decides(config: dict[str, Any]) -> list[Any]:
+    def decides(config: Section) -> list[object]:
         return [config["system"], config["seed"], weights_of(config["base"]), config["lora"], config["prompt"]["order"]]
 
     mine = config.to_dict()
@@ -132,22 +133,22 @@ def note_prompt(adapter: Path | None, config: Config) -> None:
             print(f"note: {adapter} was trained with {other}", file=sys.stderr)
 
 
-def _differ(a: dict[str, Any], b: dict[str, Any], parts: Sequence[str]) -> str:
+def _differ(a: Section, b: Section, parts: Sequence[str]) -> str:
     """The overrides by which `a` differs from `b`."""
     mine, other = (flat({part: config[part] for part in parts}) for config in (a, b))
     differ = (key for key in {**mine, **other} if mine.get(key) != other.get(key))
     return " ".join(f"{key}={yaml.safe_dump(mine.get(key)).partition(chr(10))[0]}" for key in differ)
 
 
-def _trains_as(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    def decides(config: dict[str, Any]) -> list[Any]:
+def _trains_as(a: Section, b: Section) -> bool:
+    def decides(config: Section) -> list[object]:
         data = [config["data"][key] for key in ("train", "train_paragraphs", "fix_offsets")]
         return [apart_from_memory(config["train"]), config["early_stop"], config["window"], data]
 
     return decides(a) == decides(b)
 
 
-def weights_of(base: dict[str, Any]) -> dict[str, Any]:
+def weights_of(base: Section) -> Section:
     """The keys of `base` that decide its numbers and ids: not its precision in computing, nor the memory it needs."""
     return {key: base[key] for key in ("path", "revision", "tokenizer", "random_weights", "quant", "double_quant")}
 
@@ -157,17 +158,17 @@ def write(
     config: Config,
     kind: str,
     data: Dataset,
-    device: dict[str, Any],
-    result: dict[str, Any],
-    made_by: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+    device: Section,
+    result: Mapping[str, object],
+    made_by: Section | None = None,
+) -> Record:
     """Write `record.json` and return it; `made_by` says more of what made the result (engine, tokenizer, …).
 
     Of it, `cutter` is the sha256 of the tokenizer that cut the text: it stands in the window in place of a name.
     """
     commit, dirty = code()
     made = dict(made_by or {})
-    record = {
+    record: Record = {
         "schema": SCHEMA,
         "kind": kind,
         "system": config.system,
@@ -188,13 +189,13 @@ def write(
             **made,
         },
         "config": config.to_dict(),
-        "result": result,
+        "result": cast(Result, result),
     }
     write_text(folder / "record.json", json.dumps(record, indent=1) + "\n")
     return record
 
 
-def must_match(config: Config, data: Dataset, window_tokenizer_sha256: str | None) -> dict[str, Any]:
+def must_match(config: Config, data: Dataset, window_tokenizer_sha256: str | None) -> Section:
     """The facts that two records must share to be compared."""
     return {
         "data": data.sha256,
@@ -205,18 +206,18 @@ def must_match(config: Config, data: Dataset, window_tokenizer_sha256: str | Non
     }
 
 
-def cut_by(window: dict[str, Any], tokenizer_sha256: str | None) -> dict[str, Any]:
+def cut_by(window: Section, tokenizer_sha256: str | None) -> Section:
     """A window as two records of it must have alike."""
     return {**window, "tokenizer": tokenizer_sha256 and tokenizer_sha256[:12]}
 
 
-def read_all(root: Path) -> list[dict[str, Any]]:
+def read_all(root: Path) -> list[Record]:
     """Every finished run's record below `root`, oldest first."""
     found = (read_one(path) for path in root.glob("*/record.json") if path.is_file())
     return sorted(found, key=lambda r: (r["created"], r["folder"]))
 
 
-def read_one(path: Path) -> dict[str, Any]:
+def read_one(path: Path) -> Record:
     """A `record.json`; its `folder` is where it is now, moved or not, and its `config` has all of today's keys."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -226,12 +227,12 @@ def read_one(path: Path) -> dict[str, Any]:
             cut = must["window"].get("tokenizer") or own  # before windows said what cut the text, it was the own one
             must["window"] = {**must["window"], "tokenizer": cut and BY_FILE + cut[:12]}
         config, created = with_defaults(found["config"]), found["created"]
-        return {**found, "config": config, "created": created, "folder": str(path.parent)}
+        return cast(Record, {**found, "config": config, "created": created, "folder": str(path.parent)})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a readable record ({error}); move the folder away") from error
 
 
-def read_questions(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def read_questions(evaluation: Record) -> dict[str, dict[str, Any]]:
     """Rows by question id. In evaluations older than articles, each question is its own article."""
     path = Path(evaluation["folder"]) / "questions.jsonl"
     try:
@@ -306,7 +307,7 @@ def _stem(config: Config, kind: str) -> str:
     return f"{config.system}-s{config.seed}-{config.hash(kind)}-{kind}"
 
 
-def mismatch(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def mismatch(a: Record, b: Record) -> dict[str, tuple[object, object]]:
     """The facts of `must_match` in which two records differ, of both; empty if they may be compared."""
     mine, other = a["must_match"], b["must_match"]
     cut = [m["window"]["tokenizer"] for m in (mine, other)]

@@ -10,12 +10,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from common.config import Rules
 from common.errors import UserError
 from common.metrics.stats import differences, slower, worse
 from common.runs import record
+from common.runs.results import Record
 
 MIB = 2**20
 KINDS = ("eval", "bench")
@@ -29,7 +30,7 @@ class Check:
     words: str
 
 
-Measured = dict[tuple[str, str], dict[int, dict[str, Any]]]  # (system, kind) → seed → record
+Measured = dict[tuple[str, str], dict[int, Record]]  # (system, kind) → seed → record
 
 
 def measured(runs: Path, again: bool = False) -> Measured:
@@ -85,12 +86,13 @@ def confirmed(checks: Sequence[Check], again: Sequence[Check]) -> list[Check]:
     ]
 
 
-Pairs = list[tuple[dict[str, Any], dict[str, Any]]]  # (accepted, new), seed by seed
+Pairs = list[tuple[Record, Record]]  # (accepted, new), seed by seed
 
 
 def _answers(system: str, pairs: Pairs, rules: Rules, alpha: float) -> list[Check]:
     out = []
-    for what, margin in (("em", rules.em_margin), ("f1", rules.f1_margin)):
+    margins: dict[Literal["em", "f1"], float] = {"em": rules.em_margin, "f1": rules.f1_margin}
+    for what, margin in margins.items():
         if pairs[0][0]["result"][what] is None:  # random weights
             continue
         sums: dict[str, float] = {}
@@ -133,12 +135,12 @@ def _latency(system: str, pairs: Pairs, rules: Rules, alpha: float) -> list[Chec
     return [Check(system, "p95", low <= rules.p95_ratio, words)]
 
 
-def _loads(timings: list[dict[str, Any]]) -> list[float]:
+def _loads(timings: list[Record]) -> list[float]:
     """The number of busy processes on the host before each timing, ours included; older records do not say."""
     return [host["load"] for r in timings if (host := r["result"].get("host"))]
 
 
-def _processes(timings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _processes(timings: list[Record]) -> list[dict[str, Any]]:
     """The samples of every process of all seeds."""
     files = [file for r in timings for file in Path(r["folder"]).glob("process-*.json")]
     found = [json.loads(file.read_text()) for file in files if not file.name.endswith(".nvml.json")]
@@ -149,7 +151,7 @@ def _processes(timings: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _memory(system: str, kind: str, pairs: Pairs, rules: Rules) -> list[Check]:
     """The check of the GPU allocator's peak. Empty on a CPU: a resident set varies by itself (340 MiB of 1,200)."""
-    old, new = ([pair[side]["result"]["peak"]["allocated_bytes"] for pair in pairs] for side in (0, 1))
+    old, new = ([pair[side]["result"]["peak"]["allocated_bytes"] or 0 for pair in pairs] for side in (0, 1))
     if not all(old + new):
         return []
     more = (max(new) - max(old)) / MIB

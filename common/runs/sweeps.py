@@ -108,13 +108,13 @@ def expected_seconds(jobs: Iterable[Job], kinds: Sequence[Kind]) -> tuple[float,
     jobs = list(jobs)
     for runs in {Path(job.config.runs) for job in jobs}:
         for r in record.read_all(runs):
-            if r["result"].get("seconds"):
-                took = r["result"]["seconds"] + r["result"].get("start_seconds", 0.0)
+            if seconds := r["result"].get("seconds"):
+                took = seconds + r["result"].get("start_seconds", 0.0)
                 known.setdefault((r["system"], r["kind"]), []).append(took)
-    seconds, unknown = 0.0, 0
+    total, unknown = 0.0, 0
     for job in jobs:
         for kind, _ in left(job, kinds):
             times = known.get((job.config.system, kind))
-            seconds += statistics.median(times) if times else 0.0
+            total += statistics.median(times) if times else 0.0
             unknown += not times
-    return seconds, unknown
+    return total, unknown

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 from common.config import Train
 from common.data.plan import Plan
@@ -14,6 +13,7 @@ from common.model.llama import Model, adapter_size
 from common.model.load import parameter_counts
 from common.model.pack import IGNORED, Pack, PadSizes, build_pack
 from common.model.tree_mask import pack_logits
+from common.runs.results import Sizes
 from common.train.cuda_graphs import CapturedPacks
 from common.train.fused import Fused, untrainable_reason
 
@@ -40,8 +40,7 @@ class Engine:
         self.counted_bytes: dict[str, int] | None = None  # at the peak, by what they are for; GPUs alone
         self._captured: CapturedPacks | None = None
         self.trained_weights, self.frozen_weights = parameter_counts(model)
-        reason = "train.fused=false" if not train.fused else untrainable_reason(model)
-        if reason:
+        if reason := "train.fused=false" if not train.fused else untrainable_reason(model):
             self._use_modules(model, reason)
         else:
             self._use_fused_layers(model)
@@ -57,7 +56,7 @@ class Engine:
             return self._captured(pack, weight)
         return self._forward_backward(pack.to(self.device), weight)
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Sizes:
         """Fields of the training's record."""
         return {
             "pack_tokens": self.pack_tokens,
@@ -75,19 +74,16 @@ class Engine:
     def _use_modules(self, model: Model, reason: str) -> None:
         train = self.train
         if train.memory_budget_gib:
-            raise UserError(
-                f"train.memory_budget_gib needs the fused layers; not with {reason}: set train.memory_budget_gib=null, "
-                "and train.pack_tokens and train.gradient_checkpointing by hand"
-            )
+            by_hand = "set train.memory_budget_gib=null, and train.pack_tokens and train.gradient_checkpointing by hand"
+            raise UserError(f"train.memory_budget_gib needs the fused layers; not with {reason}: {by_hand}")
         self.keep_layers, self.recomputed = model.config.num_hidden_layers, 0.0
         if train.gradient_checkpointing:
             self.keep_layers, self.recomputed = 0, 1.0
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.pack_tokens = train.pack_tokens or (CPU_PACK_TOKENS if self.device.type == "cpu" else GPU_PACK_TOKENS)
         self.description = f"layers by transformers and PEFT ({reason}), packs of {self.pack_tokens} tokens"
-        self.memory_advice = f"lower train.pack_tokens (now {self.pack_tokens})"
-        if not train.gradient_checkpointing:
-            self.memory_advice += ", or set train.gradient_checkpointing=true"
+        more = "" if train.gradient_checkpointing else ", or set train.gradient_checkpointing=true"
+        self.memory_advice = f"lower train.pack_tokens (now {self.pack_tokens}){more}"
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self._logits: Callable[[Pack, Tensor], Tensor] = functools.partial(pack_logits, model)
 
@@ -96,15 +92,14 @@ class Engine:
         n_tokens = sum(map(len, plan.rows(plan.trees)))
         answer_share = sum(len(b.answer_ids) for tree in plan.trees for b in tree.branches) / n_tokens
         step_tokens = n_tokens / plan.steps_per_epoch / self.ranks
-        free = _free_bytes(device)
-        shapes = memory.Shapes.of(model, adapter_size(model))
+        free, shapes = _free_bytes(device), memory.Shapes.of(model, adapter_size(model))
         # an evaluation runs between two steps, and the graphs' memory is not free for it
         evaluation = shapes.decoding_bytes(memory.LEAST_PASS_TOKENS, memory.LEAST_CACHE_TOKENS)
         choice = memory.choose(train, shapes, device, step_tokens, answer_share, free, evaluation)
         self.pack_tokens, self.keep_layers = choice.pack_tokens, choice.keep_layers
         self.description, self.counted_bytes = choice.description, None if free is None else choice.counted
-        self.memory_advice = f"lower train.pack_tokens (now {self.pack_tokens}), or "
-        self.memory_advice += f"{'lower' if train.memory_budget_gib else 'set'} train.memory_budget_gib"
+        how = "lower" if train.memory_budget_gib else "set"
+        self.memory_advice = f"lower train.pack_tokens (now {self.pack_tokens}), or {how} train.memory_budget_gib"
         layers = Fused(model, choice.keep_layers, choice.hold_layers)
         self.weights, self._logits, self.recomputed = [layers.flat], layers.logits, layers.recomputed
         if free is not None and has_flash_attention(device, model.dtype):
@@ -126,14 +121,9 @@ class Engine:
 
     def _forward_backward(self, pack: Pack, weight: Tensor | float) -> Tensor:
         """Loss [] of a pack on the device, times `weight`; its gradient is added."""
-        logits = self._logits(pack, pack.target_index).float()
-        by_token = F.cross_entropy(
-            logits,
-            pack.target_ids,
-            reduction="none",
-            ignore_index=IGNORED,
-            label_smoothing=self.train.label_smoothing,
-        )
+        logits, target = self._logits(pack, pack.target_index).float(), pack.target_ids
+        smoothing = self.train.label_smoothing
+        by_token = F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing)
         loss = (by_token if self.train.loss == "token" else by_token * pack.target_share).sum() * weight
         self.backward(loss)
         return loss.detach()

@@ -1,0 +1,157 @@
+"""The fields of a record, and of the result of each kind of run. Imports no torch.
+
+Percentages are named by their unit where they stand alone: `em` and `f1` are percent, shares are in [0, 1], times with
+`_ms` are milliseconds, others seconds, memory is bytes. None: not known, or not defined for this run.
+"""
+
+from typing import Any, TypedDict
+
+Section = dict[str, Any]  # a JSON object, such as a section of a configuration
+Spread = dict[str, Any]  # of times: `pN_ms`, and `pN_interval_ms` (95 %, None where n is too small)
+Peak = dict[str, int | None]  # `allocated_bytes` and `reserved_bytes` by torch, `rss_bytes` of the process
+
+
+class Progress(TypedDict, total=False):
+    """What a training's state adds to its result."""
+
+    identity: dict[str, str]  # hashes of configuration and data
+    em: float | None
+    f1: float | None
+    best_step: int | None
+    steps: int
+    questions: int  # trained on, in all steps
+    seconds: float | None
+    evaluation_seconds: float
+    questions_per_s: float | None
+    peak: Peak
+
+
+class Sizes(TypedDict, total=False):
+    """What the engine of a training adds to its result."""
+
+    pack_tokens: int
+    kept_layers: float  # whose activations are kept
+    recomputed: float  # share of the activations, by bytes
+    counted_bytes: dict[str, int] | None  # expected peak, by what it is for
+    trained_weights: int
+    frozen_weights: int
+
+
+class Common(TypedDict, total=False):
+    run: str
+    random_weights: bool
+    n: int  # questions answered
+
+
+class TrainResult(Progress, Sizes, Common, total=False):
+    selected_on: str  # dev or heldout
+    window_counts: dict[str, int]
+    stopped_early: bool
+    processes: int
+    idle_share: float | None
+    start_seconds: float
+
+
+class Accuracy(TypedDict, total=False):
+    em: float | None
+    em_interval: list[float] | None  # 95 %, Wilson
+    em_article_interval: list[float] | None  # 95 %, articles resampled
+    f1: float | None
+    f1_article_interval: list[float] | None
+
+
+class EvalResult(Accuracy, Common, total=False):
+    truncated_share: float
+    hit_limit_share: float
+    seconds: float | None
+    questions_per_s: float | None
+    adapter: str | None
+    adapter_sha256: str | None
+    processes: int  # here
+    peak: Peak
+    transcript_sha256: str  # this and what follows: of a hosted model
+    replayed: str | None
+    requests: int
+    requests_before: int
+    cost_usd: float | None
+    tokens_read: int | None
+    tokens_written: int | None
+    waited_s: float
+
+
+class Query(TypedDict, total=False):
+    """One timed query; times in seconds."""
+
+    total: float
+    first: float  # time to the first token
+    last: float | None  # time to the last token; None if a query has several prompts
+    tokens: int
+    passes: int
+    drafted: int
+    accepted: int
+    connect: float | None  # this and the next two: of a hosted model, not part of the total
+    server: float | None
+    waited: float
+
+
+class Process(TypedDict):
+    """What one process of a timing measured: `process-N.json`."""
+
+    ids: list[str]
+    modes: dict[str, list[Query]]
+    gauges: dict[str, Peak]  # by phase
+    made_by: Section
+    nvml: dict[str, Section]  # by phase
+
+
+class Mode(TypedDict, total=False):
+    """Figures of one process and mode."""
+
+    n: int
+    latency: Spread
+    ttft: Spread
+    tpot: Spread | None
+    mean_tokens: float
+    mean_passes: float
+    drafts_accepted: float | None
+    queries_per_s: float
+    connect: Spread  # this and the next two: of a hosted model
+    server: Spread
+    waited: Spread
+    processes_p95_ms: list[float]
+
+
+class BenchResult(Common, total=False):
+    natural: Mode
+    fixed: Mode  # not of a hosted model
+    latency: Spread  # this and the next three: the natural mode's
+    ttft: Spread
+    tpot: Spread | None
+    mean_tokens: float
+    phases: dict[str, Section]  # peaks, and what NVML saw
+    peak: Peak
+    nvml_peak: dict[str, int | None] | None
+    host: Section
+    engine: str
+    adapter: str | None
+    adapter_sha256: str | None
+
+
+class Result(TrainResult, EvalResult, BenchResult, total=False):
+    """The result of a run of any kind."""
+
+
+class Record(TypedDict):
+    """`record.json`."""
+
+    schema: int
+    kind: str
+    system: str
+    random_weights: bool
+    seed: int
+    folder: str
+    created: str  # ISO 8601, UTC
+    must_match: Section  # what two records must share to be compared: data, questions, prompt, scorer, window
+    may_differ: Section  # code, versions, device, engine, …
+    config: Section
+    result: Result
