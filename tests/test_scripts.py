@@ -217,17 +217,67 @@ def test_what_is_wrong_is_named(main, arguments, words):
 
 
 def test_make_alone_lists_every_target_with_one_line():
-    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    phony = re.search(r"^TARGETS := (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
     lines = run("make").stdout.splitlines()
     listed = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line.startswith("  ")}
     assert set(listed) == set(phony)
     assert all(listed.values())
 
 
-def test_a_mistyped_target_is_named():
-    result = run("make", "trian")
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        (["trian"], 'target "trian" is not known — did you mean "train"?'),
+        (["xyzzy"], 'target "xyzzy" is not known; make alone lists what is'),
+        (["eval", "raw7b"], 'target "raw7b" is not known; it is a system: MODEL=raw7b'),
+        (["train", "ARG=train.lr=1"], 'variable "ARG" is not known — did you mean "ARGS"?'),
+        (["train", "SEEDS=3"], 'variable "SEEDS" is not known — did you mean "SEED"?'),
+        (["eval", "model=raw7b"], 'variable "model" is not known — did you mean "MODEL"?'),
+        (["train", "learning_rate=1"], 'variable "learning_rate" is not known; it is a setting: ARGS="train.lr=…"'),
+        (["train", "train.lr=1"], 'variable "train.lr" is not known; it is a setting: ARGS="train.lr=…"'),
+    ],
+)
+def test_a_mistyped_target_or_variable_is_named_before_anything_runs(typed, says):
+    result = run("make", "--dry-run", *typed)
     assert result.returncode == 2
-    assert 'no target "trian"' in result.stderr
+    assert result.stderr.splitlines()[0] == f"error: {says}"
+    assert result.stdout == ""
+
+
+def test_variables_of_the_tools_that_make_starts_are_none_of_ours():
+    others = ["HF_HOME=/x", "CUDA_VISIBLE_DEVICES=0", "OPENAI_API_KEY=k", "HF_TOKEN=t", "SQUAD_DIR=/y"]
+    assert run("make", "--dry-run", "eval", "MODEL=raw7b", *others).returncode == 0
+
+
+ODD = "a (1) [x] it's, #2"  # as browsers and people name files
+
+
+@pytest.mark.parametrize(
+    ("typed", "module", "expected"),
+    [
+        (["eval", f"MODEL={ODD}.yaml", f"RUNS={ODD}"], "eval_loop.py", [f"{ODD}.yaml", f"runs='{ODD}'"]),
+        (["eval", f"ADAPTER={ODD}", "SEED=2"], "eval_loop.py", ["qlora7b", "runs=runs", "seed=2", f"adapter='{ODD}'"]),
+        (["export", f"OUT={ODD}"], "scripts.export", ["qlora7b", ODD, "runs=runs"]),
+        (["export"], "scripts.export", ["qlora7b", "", "runs=runs"]),
+        (["runs", f"RUNS={ODD}", "WHERE=em > 70"], "common.runs.ledger", [ODD, "em > 70"]),
+        (["report", f"RUNS={ODD}"], "scripts.report", [ODD]),
+        (["certify", f"RUN={ODD}"], "scripts.certify", [ODD]),
+        (["verify-scorer", f"PRED={ODD}", f"DATA={ODD} 2"], "common.metrics.score", [ODD, f"{ODD} 2"]),
+        (["compare", "PRED=a.json b.json", f"DATA={ODD}"], "common.metrics.compare", [ODD, "a.json b.json"]),
+        (["sweep", f"SWEEP={ODD}.yaml"], "scripts.sweep", [f"{ODD}.yaml", "runs=runs"]),
+    ],
+)
+def test_paths_with_spaces_and_brackets_arrive_whole(tmp_path, typed, module, expected):
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\nfor word; do printf "%s\\0" "$word"; done; printf "\\n"\n')
+    fake.chmod(0o755)
+    (tmp_path / ".ready").touch()
+    out = run("make", "-s", *typed, f"VENV={tmp_path}", "-o", str(tmp_path / ".ready")).stdout
+    commands = [line.split("\0")[:-1] for line in out.splitlines()]
+    (found,) = [command for command in commands if module in command[:2]]
+    arguments = found[found.index(module) + 1 :]
+    assert arguments == [word.replace("it's", "it''s") if "='" in word else word for word in expected]
 
 
 @pytest.mark.parametrize(("code", "reported"), [(0, True), (1, True), (2, False), (143, False)])
