@@ -17,6 +17,18 @@ from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMS = "SHA256SUMS"
+GZIP = b"\x1f\x8b"  # RFC 1952's first bytes
+_PACK = "unpack it, or pack it with gzip"
+SIGNATURES = {  # first bytes of files that are given for JSON
+    b"PK\x03\x04": "a zip archive; unzip it, and name the JSON file that was in it",
+    b"BZh": f"compressed by bzip2; {_PACK}",
+    b"\xfd7zXZ": f"compressed by xz; {_PACK}",
+    b"\x28\xb5\x2f\xfd": f"compressed by zstd; {_PACK}",
+    b"7z\xbc\xaf": f"a 7z archive; {_PACK}",
+    b"PAR1": "a Parquet table; write it as JSON",
+    b"version https://git-lfs": "a Git LFS pointer, not the file; git lfs pull fetches that",
+}
+_COMPLETE = "; is the file complete?"
 
 
 @contextmanager
@@ -95,11 +107,61 @@ def _flush(path: Path) -> None:
 
 
 def read_json(path: Path) -> object:
-    """The content of a JSON file, plain or gzipped. Raises `UserError` with file and, for bad JSON, line."""
+    """The content of a JSON file in UTF-8, plain or gzipped. Raises `UserError` that names what the file is instead."""
     try:
         raw = path.read_bytes()
-        return json.loads(gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw)  # RFC 1952's first bytes
+        raw = gzip.decompress(raw) if raw.startswith(GZIP) else raw
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: a folder; name a file in it") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}){_COMPLETE * (not error.errno)}") from error
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error}){_COMPLETE}") from error
+    for signature, what in SIGNATURES.items():
+        if raw.startswith(signature):
+            raise UserError(f"{path}: {what}")
+    encoding = json.detect_encoding(raw)  # by a byte order mark, or zeros among the first four bytes
+    if not encoding.startswith("utf-8"):
+        raise UserError(f"{path}: text in {encoding.upper()}; UTF-8 is read: iconv -f {encoding.upper()[:6]} -t UTF-8")
+    try:
+        text = raw.decode("utf-8-sig")
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start} ({raw[error.start]:#x}) is not UTF-8"
+        raise UserError(f"{path}: {where}, perhaps Latin-1: iconv -f LATIN1 -t UTF-8 converts it") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); is the file complete?") from error
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); is the file complete?") from error
+        raise UserError(f"{path}:{error.lineno}: {_unlike_json(text, error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of JSON. Raises `ValueError` where a key stands twice with two values, of which json keeps the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key, value in pairs:
+            if found[key] != value:
+                raise ValueError(f'"{key}" stands twice in an object, with two values')
+    return found
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is none of JSON's numbers")
+
+
+def _unlike_json(text: str, error: json.JSONDecodeError) -> str:
+    """What a text that is no JSON seems to be."""
+    start, first = text.lstrip()[:1], text.lstrip().partition("\n")[0]
+    if not start:
+        return "the file is empty"
+    if start == "<":
+        return "a web page or XML, not JSON; was the page saved in place of the file?"
+    if error.msg == "Extra data" and start in "{[" and text[: error.pos].count("\n") <= 1:
+        return "JSON lines, a document a line; one JSON document is expected"
+    if start not in "{[" and any(mark in first for mark in ",;\t"):
+        return "CSV or a table of another kind, not JSON"
+    if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
+        return f"not valid JSON ({error.msg}){_COMPLETE}"
+    return f"not valid JSON ({error.msg}, at column {error.colno})"

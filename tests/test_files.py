@@ -1,12 +1,20 @@
 """Files are whole or not there, and a lock is of one process."""
 
+import gzip
+import io
+import json
+import re
 import subprocess
 import sys
+import zipfile
 
-from common.files import atomic, lock, sha256, write_text
+from common.errors import UserError
+from common.files import atomic, lock, read_json, sha256, write_text
 from tests.conftest import ROOT
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 def test_a_file_takes_the_place_of_the_one_before_when_it_is_whole(tmp_path):
@@ -49,3 +57,67 @@ def test_a_lock_is_of_one_process_until_its_file_is_closed(tmp_path):
 def test_a_sum_is_that_of_sha256sum(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+# ---- JSON, and what is given for it --------------------------------------------------------------------------------
+
+
+def zipped() -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("dev.json", "{}")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (zipped(), ": a zip archive; unzip it"),
+        (b"BZh91AY", ": compressed by bzip2; unpack it"),
+        (b"\xfd7zXZ\x00", ": compressed by xz; unpack it"),
+        (b"\x28\xb5\x2f\xfd\x00", ": compressed by zstd; unpack it"),
+        (b"PAR1\x15", ": a Parquet table; write it as JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\n", ": a Git LFS pointer, not the file"),
+        ('{"a": 1}'.encode("utf-16"), ": text in UTF-16; UTF-8 is read: iconv -f UTF-16 -t UTF-8"),
+        ('{"a": 1}'.encode("utf-16-le"), ": text in UTF-16-LE; UTF-8 is read: iconv -f UTF-16 -t UTF-8"),
+        ('{"a": 1}'.encode("utf-32"), ": text in UTF-32; UTF-8 is read"),
+        ('{"a": "Orrín"}'.encode("latin-1"), r": byte 10 \(0xed\) is not UTF-8, perhaps Latin-1: iconv -f LATIN1"),
+        (b"", ":1: the file is empty"),
+        (b" \n ", ":2: the file is empty"),
+        (b"<!DOCTYPE html><html>", ":1: a web page or XML, not JSON"),
+        (b'{"a": 1}\n{"a": 2}\n', ":2: JSON lines, a document a line"),
+        (b"id,context,question\n1,a,b\n", ":1: CSV or a table of another kind"),
+        (b"id\tcontext\n1\ta\n", ":1: CSV or a table of another kind"),
+        (b'{"a": [1, 2', r":1: not valid JSON \(.*\); is the file complete\?$"),
+        (b'{"a": "cut he', r":1: not valid JSON \(.*\); is the file complete\?$"),
+        (b'{"a": 1,\n "b" 2}', r":2: not valid JSON \(Expecting ':' delimiter, at column 6\)$"),
+        (b'{"a": NaN}', ": NaN is none of JSON's numbers$"),
+        (b'{"a": -Infinity}', ": -Infinity is none of JSON's numbers$"),
+        (b'{"a": {"b": 1, "b": 2}}', ': "b" stands twice in an object, with two values$'),
+        (b"[" * 10**5, ": .*recursion"),
+        (gzip.compress(b'{"a": 1}', mtime=0)[:-9], r": cannot be read \(.*\); is the file complete\?$"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_no_json_is_named_for_what_it_is(tmp_path, raw, says, packed):
+    path = tmp_path / "d.json"
+    path.write_bytes(gzip.compress(raw) if packed and not raw.startswith(b"\x1f\x8b") else raw)
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}{says}"):
+        read_json(path)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    )
+)
+@pytest.mark.parametrize("around", [lambda raw: raw, gzip.compress, lambda raw: b"\xef\xbb\xbf" + raw])
+def test_json_is_read_plain_gzipped_and_with_a_byte_order_mark(tmp_path_factory, around, value):
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    path.write_bytes(around(json.dumps(value, ensure_ascii=True).encode()))
+    assert read_json(path) == value
+
+
+def test_a_key_that_stands_twice_with_one_value_is_no_mistake(tmp_path):
+    (tmp_path / "d.json").write_text('{"a": 1, "a": 1}')
+    assert read_json(tmp_path / "d.json") == {"a": 1}

@@ -68,18 +68,25 @@ def read(source: str, split: str, fix_offsets: bool = False) -> Dataset:
     origin = str(path or source)
     articles = _articles(path) if path else hub_articles(source, split)
     examples: list[Example] = []
-    seen: set[str] = set()
     fixed = 0
     for example in _examples(articles, origin):
-        if example.id in seen:
-            raise UserError(f"{origin}: question {example.id}: this id stands in the file twice")
-        seen.add(example.id)
         answers = tuple(_at_its_start(example, i, fix_offsets, origin) for i in range(len(example.answers)))
         fixed += sum(a != b for a, b in zip(answers, example.answers, strict=True))
         examples.append(replace(example, answers=answers))
-    if not examples:
-        raise UserError(f"{origin}: holds no question")
+    _unique_ids(examples, origin)
     return Dataset(examples, origin, fixed)
+
+
+def golds(source: str) -> list[Example]:
+    """Ids, articles and gold texts alone: what the official rules read. Offsets may be wrong, or missing.
+
+    Raises `UserError` with question and field.
+    """
+    path = locate(source, "dev")
+    origin = str(path or source)
+    examples = list(_examples(_articles(path) if path else hub_articles(source, "dev"), origin, golds_only=True))
+    _unique_ids(examples, origin)
+    return examples
 
 
 def first_paragraphs(examples: list[Example], n: int) -> list[Example]:
@@ -155,9 +162,16 @@ def locate(source: str, split: str) -> Path | None:
 
 def _articles(path: Path) -> list[object]:
     data = read_json(path)
-    articles = data.get("data") if isinstance(data, dict) else None
-    if not isinstance(articles, list):
-        raise UserError(f'{path}: not SQuAD v1.1: expected {{"data": [articles]}}')
+    articles = data.get("data") if isinstance(data, dict) else data
+    rows = articles if isinstance(articles, list) else []
+    if rows and isinstance(rows[0], dict) and "question" in rows[0]:
+        what = "a row for each question, as datasets writes them; SQuAD's layout is articles with paragraphs"
+    elif isinstance(data, dict) and data and all(isinstance(value, str) for value in data.values()):
+        what = "these seem to be predictions"
+    else:
+        what = ""
+    if what or not isinstance(data, dict) or not isinstance(articles, list):
+        raise UserError(f'{path}: not SQuAD v1.1: expected {{"data": [articles]}}{what and f"; {what}"}')
     return articles
 
 
@@ -198,7 +212,18 @@ def _field(parent: object, key: str, kind: type[T], where: str) -> T:
     return value
 
 
-def _examples(articles: Sequence[object], origin: str) -> Iterator[Example]:
+def _unique_ids(examples: Sequence[Example], origin: str) -> None:
+    """Raises `UserError` if an id stands twice, or there is no question."""
+    seen: set[str] = set()
+    for example in examples:
+        if example.id in seen:
+            raise UserError(f"{origin}: question {example.id}: this id stands in the file twice")
+        seen.add(example.id)
+    if not examples:
+        raise UserError(f"{origin}: holds no question")
+
+
+def _examples(articles: Sequence[object], origin: str, golds_only: bool = False) -> Iterator[Example]:
     for i, article in enumerate(articles, 1):
         title = _field(article, "title", str, f"{origin}: article {i}")
         for j, paragraph in enumerate(_field(article, "paragraphs", list, f"{origin}: article {i} ({title})"), 1):
@@ -210,13 +235,16 @@ def _examples(articles: Sequence[object], origin: str) -> Iterator[Example]:
                 question = _field(qa, "question", str, asked)
                 rows = _field(qa, "answers", list, asked)
                 if not rows:
-                    raise UserError(f"{asked}: has no answer; SQuAD v1.1 gives at least one")
-                answers = tuple(_answer(row, f"{asked}: answer {k}") for k, row in enumerate(rows, 1))
+                    v2 = "; is_impossible is of SQuAD v2" * (isinstance(qa, dict) and "is_impossible" in qa)
+                    raise UserError(f"{asked}: has no answer; SQuAD v1.1 gives at least one{v2}")
+                places = [f"{asked}: answer {k}" for k in range(1, len(rows) + 1)]
+                texts = [_field(row, "text", str, where) for row, where in zip(rows, places, strict=True)]
+                starts = [
+                    0 if golds_only else _field(row, "answer_start", int, where)
+                    for row, where in zip(rows, places, strict=True)
+                ]
+                answers = tuple(map(Answer, texts, starts))
                 yield Example(id_, title, context, question, answers)
-
-
-def _answer(row: object, where: str) -> Answer:
-    return Answer(_field(row, "text", str, where), _field(row, "answer_start", int, where))
 
 
 def _at_its_start(example: Example, i: int, fix: bool, origin: str) -> Answer:

@@ -6,6 +6,7 @@ A system is better if the exact McNemar test, adjusted for all tests of a table 
 difference over resampled articles agree. The test alone takes questions for independent; those of an article are not.
 """
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def compare(pairs: Sequence[tuple[str, str, Rows, Rows]]) -> list[Verdict]:
     adjusted = holm({str(i): p for i, (_, _, p) in enumerate(tests)})
     out = []
     for i, ((name_a, name_b, a, b), test) in enumerate(zip(pairs, tests, strict=True)):
-        article = {id_: row["article"] for id_, row in a.items()}
+        article = _column(a, "article")
         em, f1 = (differences(_column(a, name), _column(b, name)) for name in ("em", "f1"))
         gains = (*_points(em, article), *_points(f1, article))
         least = 100 * detectable(em, article) if gains[1] else None
@@ -93,19 +94,19 @@ def _p(p: float) -> str:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) < 3:
+    data, *words = argv or [""]
+    # make's PRED is one word, a file whose name may hold spaces or several names as a shell would take them apart
+    files = [file for word in words for file in ([word] if Path(word).is_file() else shlex.split(word))]
+    if len(files) < 2:
         raise UserError("usage: make compare PRED='a.json b.json …' DATA=dev.json (each plain or .gz)")
-    data, first, *others = argv
-    dev = squad.read(data, "dev").examples
+    first, *others = files
+    dev = squad.golds(data)
     article = {e.id: e.title for e in dev}
-    scored = {file: score.score(dev, score.read_predictions(Path(file))) for file in (first, *others)}
+    scored = {file: score.of_file(file, data, dev) for file in files}
+    rows: dict[str, Rows] = {}
     for file, s in scored.items():
-        incomplete = f", {s.missing} missing" if s.missing else ""
-        print(f"{file}: EM {s.em:.2f} F1 {s.f1:.2f}, n {s.n}{incomplete}")
-    rows = {
-        file: {id_: {"em": s.correct[id_], "f1": s.overlap[id_], "article": article[id_]} for id_ in article}
-        for file, s in scored.items()
-    }
+        print(f"{file}: EM {s.em:.2f} F1 {s.f1:.2f}, n {s.n}" + (f", {s.missing} missing" if s.missing else ""))
+        rows[file] = {id_: {"em": s.correct[id_], "f1": s.overlap[id_], "article": article[id_]} for id_ in article}
     for verdict in compare([(file, first, rows[file], rows[first]) for file in others]):
         alike = ""
         if verdict.em_interval:

@@ -4,6 +4,7 @@ Source: `evaluate-v1.1.py`, Rajpurkar et al. 2016 (https://rajpurkar.github.io/S
 their own maximum over the gold answers. A missing id scores 0 and stays in the denominator; an unknown id is ignored.
 """
 
+import json
 import re
 import string
 import sys
@@ -63,24 +64,31 @@ def score(examples: Iterable[squad.Example], predictions: Mapping[str, str]) -> 
 
 def read_predictions(path: Path) -> dict[str, str]:
     """The answers of a file in the official format, `{id: text}`, plain or gzipped. Raises `UserError`."""
-    try:
-        predictions = read_json(path)
-    except UserError as error:
-        cause = error.__cause__
-        what = "no such file" if isinstance(cause, FileNotFoundError) else f"cannot be read as JSON ({cause})"
-        raise UserError(f"{path}: {what}") from error
-    if not isinstance(predictions, dict) or not all(isinstance(text, str) for text in predictions.values()):
-        raise UserError(f"{path}: expected {{question id: answer text}}")
+    expected = "expected {question id: answer text}"
+    predictions = read_json(path)
+    if not isinstance(predictions, dict):
+        raise UserError(f"{path}: {'a list' if isinstance(predictions, list) else 'one value'}; {expected}")
+    for id_, text in predictions.items():
+        if not isinstance(text, str):
+            what = "a list of candidates" if isinstance(text, list) else json.dumps(text, ensure_ascii=False)[:40]
+            raise UserError(f'{path}: the answer to "{id_}" is {what}; {expected}, "" for no answer')
     return predictions
+
+
+def of_file(path: str, data: str, examples: Iterable[squad.Example]) -> Score:
+    """The score of a prediction file over `examples`, which are of `data`. Raises `UserError` if it answers none."""
+    predictions = read_predictions(Path(path))
+    result = score(examples, predictions)
+    if result.missing == result.n:
+        raise UserError(f"{path}: none of its {len(predictions)} answers is to a question of {data}")
+    return result
 
 
 def main() -> None:
     if len(sys.argv) != 3:
         raise UserError("usage: make verify-scorer PRED=predictions.json DATA=dev.json (each plain or .gz)")
-    predictions = read_predictions(Path(sys.argv[1]))
-    result = score(squad.read(sys.argv[2], "dev").examples, predictions)
-    if result.missing == result.n:
-        raise UserError(f"{sys.argv[1]}: none of its {len(predictions)} answers is to a question of {sys.argv[2]}")
+    _, path, data = sys.argv
+    result = of_file(path, data, squad.golds(data))
     if result.missing or result.unknown:
         print(f"{result.missing} missing, {result.unknown} unknown")
     print(f"EM {result.em:.4f} F1 {result.f1:.4f}")

@@ -112,7 +112,13 @@ def answered(*pairs):
         (b'{"data": [\n{"title": ', r"set\.json:2: not valid JSON .* is the file complete\?"),
         (gzip.compress(b'{"data": []}', mtime=0)[:-9], "cannot be read .* is the file complete"),
         (b"\x1f\x8b is not gzip's", r"cannot be read \(.*\); is the file complete\?"),
-        (b"\xff\xfe\x00", "cannot be read"),
+        ([{"id": "1", "question": "?", "context": "c", "answers": {}}], "a row for each question, as datasets writes"),
+        ({"data": [{"question": "?", "context": "c"}]}, "a row for each question, as datasets writes"),
+        ({"c1": "1820", "c2": "canal"}, "these seem to be predictions"),
+        (
+            broken(*QUESTION, {"id": "c1", "question": "?", "answers": [], "is_impossible": True}),
+            "c1: has no answer; SQuAD v1.1 gives at least one; is_impossible is of SQuAD v2",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_with_file_and_place(file, content, error):

@@ -4,6 +4,7 @@ import json
 import math
 import runpy
 from dataclasses import replace
+from pathlib import Path
 
 from common.errors import UserError
 from common.metrics import compare as module
@@ -250,3 +251,19 @@ def test_it_is_a_program(dev, files, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(module.__file__, run_name="__main__")
     assert capsys.readouterr().err.startswith("error: usage: make compare")
+
+
+def test_names_may_stand_in_one_word_as_a_shell_takes_them_apart(dev, files, tmp_path, capsys):
+    odd = tmp_path / "predictions (1).json"
+    odd.write_bytes(Path(files[1]).read_bytes())
+    main([str(dev), f"{files[0]} '{odd}'"])
+    apart = capsys.readouterr().out
+    main([str(dev), files[0], str(odd)])
+    assert capsys.readouterr().out == apart
+    assert f"{odd}: EM 40.00" in apart
+
+
+def test_a_file_that_answers_none_of_the_questions_is_no_system(dev, files, tmp_path):
+    other = predictions(tmp_path / "other.json", X="red")
+    with pytest.raises(UserError, match=f"{other}: none of its 1 answers is to a question of"):
+        main([str(dev), files[0], other])

@@ -217,23 +217,34 @@ def test_too_few_or_too_many_words_are_told_the_usage(verified, words):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "cannot be read as JSON"),
-        (b'{"q": "a', "cannot be read as JSON"),
-        (b"\xff\xfe\xfa", "cannot be read as JSON"),
-        (gzip.compress(b'{"q": "a"}', mtime=0)[:-9], "cannot be read as JSON"),
-        (gzip.compress(b"{}", mtime=0)[:10] + b"\x07" * 20, "cannot be read as JSON"),
-        (b'["q"]', "expected {question id: answer text}"),
-        (b'{"q": 3}', "expected {question id: answer text}"),
-        (b'{"q": "a", "r": null}', "expected {question id: answer text}"),
+        (b"", ":1: the file is empty"),
+        (b'{"q": "a', ":1: not valid JSON .*; is the file complete"),
+        (b'["q"]', ": a list; expected {question id: answer text}"),
+        (b'"q"', ": one value; expected {question id: answer text}"),
+        (b'{"q": 3}', ': the answer to "q" is 3; expected {question id: answer text}, "" for no answer'),
+        (b'{"q": "a", "r": null}', ': the answer to "r" is null; expected'),
+        (b'{"q": [{"text": "a", "probability": 0.9}]}', ': the answer to "q" is a list of candidates; expected'),
+        (b'{"predictions": {"q": "a"}}', ': the answer to "predictions" is {"q": "a"}; expected'),
+        (b'{"q": "a", "q": "b"}', ': "q" stands twice in an object, with two values'),
     ],
 )
 def test_predictions_that_cannot_be_read_are_named(tmp_path, content, said):
     path = tmp_path / "p.json"
     path.write_bytes(content)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=f"^{path}{said}"):
         read_predictions(path)
-    assert str(error.value).startswith(f"{path}: {said}")
     with pytest.raises(UserError, match="no such file"):
         read_predictions(tmp_path / "absent.json")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="a folder; name a file in it"):
         read_predictions(tmp_path)
+
+
+def test_the_official_rules_read_no_offsets(tmp_path, verified):
+    """Offsets that count CRLF as one, or are not there at all, change no score."""
+    answers = [{"text": "noon", "answer_start": 3}, {"text": "12:00"}]
+    qas = [{"id": "q", "question": "When?", "answers": answers}]
+    data, predictions = tmp_path / "d.json", tmp_path / "p.json"
+    paragraphs = [{"context": "It leaves\r\nat noon.", "qas": qas}]
+    data.write_text(json.dumps({"data": [{"title": "Ferry", "paragraphs": paragraphs}]}))
+    predictions.write_text('{"q": "at noon"}')
+    assert verified(predictions, data) == ["EM 0.0000 F1 66.6667"]
