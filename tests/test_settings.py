@@ -222,6 +222,7 @@ HASHES = {  # of each configs/*.yaml: any run, train, eval, bench; for good, sin
     "smollm2-qlora": "dd562cd0 7e89ca4e fc911ad3 dd562cd0",
     "smollm2-raw": "ebb564e3 e3a598f6 a0e01dca ebb564e3",
     "tinyllama1b": "2d79e094 c124b611 0926be1b 2d79e094",
+    "tinyllama1b-qlora": "5605aad1 df15eee9 c08a452e 5605aad1",
 }
 
 
