@@ -1,6 +1,7 @@
 """One question about one context, answered by any system.
 
     python -m scripts.ask smollm2-qlora [key=value ...] --context TEXT --question TEXT
+    python -m scripts.ask newest runs=runs/demo …        (the newest training there)
     printf 'A paragraph.\nWhat is asked?\n' | python -m scripts.ask smollm2-qlora
 
 What is not given is taken from the environment's CONTEXT and QUESTION, and else from stdin: the context, or the
@@ -13,7 +14,6 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from common.arguments import parse
 from common.config import Config
@@ -25,23 +25,23 @@ from common.decode.answers import stop_tokens
 from common.device import describe_device, out_of_memory, pick_device
 from common.errors import UserError, one_line_errors
 from common.model.load import load_system, load_tokenizers
-from common.runs import checkpoint, gauges, preflight, record
+from common.runs import adapters, checkpoint, gauges, preflight
+from common.runs.results import Section
 
 
 def main(argv: list[str]) -> None:
-    config, args = parse("ask", argv)
-    typed = ((args.context, "CONTEXT"), (args.question, "QUESTION"))
-    context, question = given_texts(
-        *((os.environ.get(name, "") if text is None else text).strip() for text, name in typed)
-    )
-    config = preflight.check(config)
+    config, args = parse("ask", adapters.newest_system(argv))
+    typed = {"CONTEXT": args.context, "QUESTION": args.question}
+    texts = (os.environ.get(name, "") if text is None else text for name, text in typed.items())
+    context, question = given_texts(*map(str.strip, texts))
+    chosen = adapters.choose(config, args.given, args.force)
+    config = preflight.check(chosen.config)
     if config.prompt.earlier:
         raise UserError("prompt.earlier: a single question has no earlier ones; it is of make eval")
-    result = ask_api(config, context, question) if config.api else ask_here(config, context, question)
+    result = ask_api(config, context, question) if config.api else ask_here(config, chosen, context, question)
     text = result["answer"]
-    at = context.find(text) if text else -1
-    result["span"] = [at, at + len(text)] if at >= 0 else None
-    where = f"characters {at} to {at + len(text)} of the context" if at >= 0 else "not a span of the context"
+    result["span"] = span = [at, at + len(text)] if text and (at := context.find(text)) >= 0 else None
+    where = f"characters {span[0]} to {span[1]} of the context" if span else "not a span of the context"
     print(text or "(nothing)")
     if result["context_cut"]:
         print(f"only the context's first {config.window.context} tokens were read; window.overflow=chunk reads all")
@@ -50,14 +50,14 @@ def main(argv: list[str]) -> None:
     print(json.dumps(result, ensure_ascii=False))
 
 
-def ask_here(config: Config, context: str, question: str) -> dict[str, Any]:
-    adapter = checkpoint.verified(record.trained_adapter(config))
-    record.note_prompt(adapter, config)
+def ask_here(config: Config, chosen: adapters.Chosen, context: str, question: str) -> Section:
+    adapter = checkpoint.verified(chosen.adapter)
+    chosen.note()
     device = pick_device()
     tokenizers = load_tokenizers(config)
-    model = load_system(config, adapter, device)
+    model = load_system(config, adapter, device, bool(chosen.forced))
     with out_of_memory("a single query does not fit: lower window.context, or base.quant=nf4"):
-        stops, around = stop_tokens(tokenizers.own), prompt.overhead(tokenizers.own, config.prompt)
+        stops, around = stop_tokens(tokenizers.own, model), prompt.overhead(tokenizers.own, config.prompt)
         engine = single.engine(model, stops, config.window, config.eval, around)
         example = Example("asked", "", context, question, ())
         single.ask(engine, tokenizers, example, config)  # compiles, loads kernels
@@ -72,19 +72,20 @@ def ask_here(config: Config, context: str, question: str) -> dict[str, Any]:
     return result | {"on": describe_device(device)["name"]}
 
 
-def ask_api(config: Config, context: str, question: str) -> dict[str, Any]:
+def ask_api(config: Config, context: str, question: str) -> Section:
     assert config.api
     tokenizers = load_tokenizers(config)
     example = Example("asked", "", context, question, ())
     ((_, text),), counts = prompt_texts([example], tokenizers.window, config.window, config.prompt)
     with tempfile.TemporaryDirectory() as folder:
-        client = hosted.Client(config, Path(folder) / "transcript.jsonl")
+        client = hosted.Client(config, Path(folder) / "transcript.jsonl", count=hosted.counter(tokenizers.window))
         reply = client.ask(text)
         client.close()
+    for note in hosted.notes(client, {example.id: text}, {example.id: reply}):
+        print(note)
     result = {"system": config.system, "random_weights": False, "answer": reply.text, "confidence": None}
     result |= {"tokens": reply.written, "windows": 1, "ended_by_itself": not reply.hit_limit}
-    result |= {"context_cut": bool(counts["truncated"]), "milliseconds": 1000 * reply.total}
-    return result | {"on": config.api.url}
+    return result | {"context_cut": bool(counts["truncated"]), "milliseconds": 1000 * reply.total, "on": config.api.url}
 
 
 def given_texts(context: str, question: str) -> tuple[str, str]:
@@ -96,18 +97,13 @@ def given_texts(context: str, question: str) -> tuple[str, str]:
             given = sys.stdin.read().strip()
         except UnicodeDecodeError as error:
             raise UserError("stdin must be UTF-8 text") from error
-        if context:
-            question = given
-        elif question:
-            context = given
+        if context or question:
+            context, question = context or given, question or given
         else:
             context, _, question = (part.strip() for part in given.rpartition("\n"))
     if not context or not question:
-        missing = "question" if context else "context"
-        raise UserError(
-            f"no {missing}: make ask CONTEXT='…' QUESTION='…' (--context, --question), "
-            "or both on stdin, the question as the last line"
-        )
+        how = "CONTEXT='…' QUESTION='…' (--context, --question), or both on stdin, the question as the last line"
+        raise UserError(f"no {'question' if context else 'context'}: make ask {how}")
     try:
         (context + question).encode()
     except UnicodeEncodeError as error:

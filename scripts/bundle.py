@@ -10,7 +10,6 @@ unpacked into `.cache/`, where the Makefile points pip and the scripts; that nee
 import argparse
 import gzip
 import importlib.metadata
-import io
 import json
 import shlex
 import shutil
@@ -18,12 +17,13 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from common.errors import UserError, one_line_errors
-from common.files import ROOT, sha256
+from common.files import ROOT, atomic, sha256
 
 if TYPE_CHECKING:
     from common.config import Config
@@ -47,21 +47,17 @@ def pack(models: list[str], overrides: list[str], have: Path | None = None, pip:
     """
     from common.config import load
 
-    configs = [load(model, overrides) for model in models]
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=".bundle-") as folder:
         scratch = Path(folder)
         members: dict[str, Path] = {}
-        for config in configs:
+        for config in [load(model, overrides) for model in models]:
             members |= dict(_models(config, scratch)) | dict(_squad(config, scratch))
         members |= dict(_wheels(scratch, have, pip))
         sums = {name: sha256(members[name]) for name in sorted(members)}
+        (scratch / LIST).write_text(json.dumps({"models": models, "sha256": sums}, indent=1))
         with tarfile.open(scratch / to.name, "w") as tar:
-            listing = json.dumps({"models": models, "sha256": sums}, indent=1).encode()
-            head = tarfile.TarInfo(LIST)
-            head.size = len(listing)
-            tar.addfile(head, io.BytesIO(listing))
-            for name in sums:
-                tar.add(members[name].resolve(), name)
+            for name, path in {LIST: scratch / LIST, **{name: members[name] for name in sums}}.items():
+                tar.add(path.resolve(), name)
         (scratch / to.name).replace(to)
     size = to.stat().st_size / 2**20
     print(f"{to.name}: {size:,.0f} MiB for {', '.join(models)}. Copy it into a clone there: make unbundle")
@@ -69,21 +65,16 @@ def pack(models: list[str], overrides: list[str], have: Path | None = None, pip:
 
 def lacking(lock: str, have: str, ranges: Iterable[str]) -> list[str]:
     """The pins of `lock` whose package `have` lacks, or holds in a version outside the `ranges`."""
-    from packaging.requirements import Requirement
-    from packaging.specifiers import SpecifierSet
+    from packaging import requirements, specifiers
     from packaging.utils import canonicalize_name
 
     there = {canonicalize_name(name): version for name, _, version in (row.partition("==") for row in have.split())}
-    wanted: dict[str, SpecifierSet] = {}
-    for r in map(Requirement, ranges):
+    wanted: dict[str, specifiers.SpecifierSet] = defaultdict(specifiers.SpecifierSet)
+    for r in map(requirements.Requirement, ranges):
         if not r.marker or r.marker.evaluate({"extra": ""}):
-            wanted[canonicalize_name(r.name)] = wanted.get(canonicalize_name(r.name), SpecifierSet()) & r.specifier
-
-    def fits(pin: str) -> bool:
-        name = canonicalize_name(pin.partition("==")[0])
-        return name in there and wanted.get(name, SpecifierSet()).contains(there[name], prereleases=True)
-
-    return [pin for pin in _pins(lock) if not fits(pin)]
+            wanted[canonicalize_name(r.name)] &= r.specifier
+    pins = ((pin, canonicalize_name(pin.partition("==")[0])) for pin in _pins(lock))
+    return [p for p, name in pins if name not in there or not wanted[name].contains(there[name], prereleases=True)]
 
 
 def _pins(lock: str) -> list[str]:
@@ -198,15 +189,12 @@ def unpack(bundle: Path = BUNDLE, into: Path = CACHE) -> None:
                     continue
                 if file is None or path.is_absolute() or ".." in path.parts:
                     raise UserError(f"{bundle.name} was not made by make bundle: it holds {member.name}")
-                target = into / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                part = target.with_name(f"{target.name}.part")
-                with part.open("wb") as out:
-                    shutil.copyfileobj(file, out, 2**20)
-                if sha256(part) != sums.pop(member.name, None):
-                    part.unlink()
-                    raise UserError(f"{damaged} ({member.name})")
-                part.replace(target)
+                (into / path).parent.mkdir(parents=True, exist_ok=True)
+                with atomic(into / path, ".part") as part:
+                    with part.open("wb") as out:
+                        shutil.copyfileobj(file, out, 2**20)
+                    if sha256(part) != sums.pop(member.name, None):
+                        raise UserError(f"{damaged} ({member.name})")
     except UserError:
         raise
     except (tarfile.TarError, EOFError, ValueError, KeyError) as error:

@@ -2,10 +2,9 @@
 
     python -m scripts.certify runs/SYSTEM-s0-HASH-eval-001 [key=value ...] [--questions 50]
 
-Overrides say where things are by now: data.dev, adapter, base.path, base.tokenizer, window.tokenizer. The last line but
-one is CERTIFIED, with exit code 0, or what does not fit, with 1. What a hosted model said is replayed, all of it. In
-fp32 every answer must be the same; in 16 bits another order of summation may change one where two are about as likely,
-and so many may differ as would by chance if a tenth did.
+Overrides name new places: data.dev, adapter, base.path, base.tokenizer, window.tokenizer. The last line but one is
+CERTIFIED (exit code 0), or what does not fit (1). A hosted model's whole transcript is replayed. In fp32 all answers
+must be equal. In 16 bits rounding can flip a token, so as many may differ as chance allows if a tenth flip.
 """
 
 import argparse
@@ -14,7 +13,6 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from common.config import Config, flat, load
 from common.data import squad
@@ -27,6 +25,7 @@ from common.files import sha256
 from common.metrics import score
 from common.model.load import compute_dtype, load_system, load_tokenizers, tokenizer_sha256
 from common.runs import checkpoint, preflight, record
+from common.runs.results import Record, Section
 
 import torch
 from scipy import stats
@@ -34,6 +33,7 @@ from scipy import stats
 # what may have another name by now
 MOVED = ("data.dev", "adapter", "base.path", "base.tokenizer", "window.tokenizer", "runs")
 CHANGED_BY_ROUNDING, CONFIDENCE = 0.1, 0.999
+Found = dict[str, str | None]  # check → what does not fit
 
 
 def main(argv: list[str]) -> None:
@@ -50,23 +50,22 @@ def main(argv: list[str]) -> None:
     was = record.read_one(args.run / "record.json")
     if was["kind"] != "eval" or was["result"]["em"] is None:
         raise UserError(f"{args.run}: not an evaluation with an accuracy")
-    for word in args.overrides:
-        if word.partition("=")[0] not in MOVED:
-            raise UserError(f"{word}: only where things are may be said anew: {', '.join(MOVED)}")
+    if others := [word for word in args.overrides if word.partition("=")[0] not in MOVED]:
+        raise UserError(f"{others[0]}: only where things are may be said anew: {', '.join(MOVED)}")
     config = load(str(args.run / "config.yaml"), args.overrides)
-    found: dict[str, str | None] = {}  # check → what does not fit
+    result: Section = {**was["result"]}
+    found: Found = {}
 
     # ---- what is stored --------------------------------------------------------------------------------------------
-    stored, result = {key: v for key, v in flat(was["config"]).items() if key not in MOVED}, was["result"]
-    mine = flat(config.to_dict())
+    stored, mine = {key: v for key, v in flat(was["config"]).items() if key not in MOVED}, flat(config.to_dict())
     other = [f"{key} is {mine.get(key)}, was {value}" for key, value in stored.items() if mine.get(key) != value]
     found["configuration"] = "; ".join(other) or None
     preflight.check(config)
     dev = squad.load(config.data, "dev")
     tokenizers = load_tokenizers(config)
     now = record.must_match(config, dev, tokenizer_sha256(tokenizers.window))
-    for name, (old, new) in record.mismatch(was, {"must_match": now}).items():
-        found[name] = f"{new}, was {old}"
+    unlike = record.mismatch(was, {**was, "must_match": now})
+    found |= {name: f"{new}, was {old}" for name, (old, new) in unlike.items()}
     texts = score.read_predictions(args.run / "predictions.json")
     scored = score.score(dev.examples, texts)
     again = {"em": scored.em, "f1": scored.f1, "n": scored.n}
@@ -74,17 +73,14 @@ def main(argv: list[str]) -> None:
     found["score of the predictions"] = "; ".join(wrong) or None
 
     # ---- what answers ----------------------------------------------------------------------------------------------
-    device = pick_device()
-    here = {"name": config.api.url} if config.api else describe_device(device)
-    some = dev.examples
+    device, some, exact = pick_device(), dev.examples, True
     if config.api:
         answers = replayed(config, tokenizers, args.run, result, some, found)
-        exact = True
     else:
         some = random.SystemRandom().sample(some, min(args.questions, len(some)))
         adapter = Path(config.adapter or result["adapter"]) if result["adapter"] else None
         found["adapter"] = changed(adapter, result["adapter_sha256"]) if adapter else None
-        model = load_system(config, adapter, device)
+        model = load_system(config, adapter, device, bool(result.get("forced")))
         found_again = predict.answers(model, tokenizers, dev.examples, config, only=[e.id for e in some])
         answers = {id_: answer.text for id_, answer in found_again.items()}
         exact = compute_dtype(config.base, device) == torch.float32 and in_fp32(was)
@@ -92,18 +88,16 @@ def main(argv: list[str]) -> None:
     if was["may_differ"].get("tokenizer", ids_by) != ids_by:  # older records do not say it
         found["tokenizer"] = f"sha256 {ids_by}, was {was['may_differ']['tokenizer']}"
     different = [e.id for e in some if answers[e.id] != texts.get(e.id)]
-    chance = int(stats.binom.ppf(CONFIDENCE, len(some), CHANGED_BY_ROUNDING))
-    may = 0 if exact else min(chance, len(some) - 1)
+    may = 0 if exact else min(int(stats.binom.ppf(CONFIDENCE, len(some), CHANGED_BY_ROUNDING)), len(some) - 1)
     shown = ", ".join(f"{id_}: {answers[id_]!r}, was {texts.get(id_)!r}" for id_ in different[:3])
     told = f"{len(different)} of {len(some)} differ"
     found["answers"] = f"{told}, at most {may} may: {shown}" if len(different) > may else None
 
     # ---- verdict ---------------------------------------------------------------------------------------------------
-    commit, dirty = record.code()
-    differs = {"commit": (commit, was["may_differ"]["commit"]), "dirty": (dirty, was["may_differ"]["dirty"])}
-    differs["device"] = (here["name"], was["may_differ"]["device"]["name"])
-    for name, (new, old) in differs.items():
-        print(f"{name}: {new}" if new == old else f"{name}: {new}, was {old} (which may be)")
+    then = {**was["may_differ"], "device": was["may_differ"]["device"]["name"]}
+    here = config.api.url if config.api else describe_device(device)["name"]
+    for name, new in zip(("commit", "dirty", "device"), (*record.code(), here), strict=True):
+        print(f"{name}: {new}" if new == then[name] else f"{name}: {new}, was {then[name]} (which may be)")
     print(f"answers: {told}" + (f" ({shown})" if different else ""))
     misfits = {name: what for name, what in found.items() if what}
     for name, what in misfits.items():
@@ -114,12 +108,7 @@ def main(argv: list[str]) -> None:
 
 
 def replayed(
-    config: Config,
-    tokenizers: Tokenizers,
-    run: Path,
-    result: dict[str, Any],
-    examples: Sequence[squad.Example],
-    found: dict[str, str | None],
+    config: Config, tokenizers: Tokenizers, run: Path, result: Section, examples: Sequence[squad.Example], found: Found
 ) -> dict[str, str]:
     """Answers of a hosted model by id, from its transcript; what does not fit of that is added to `found`."""
     folder = Path(result["replayed"]) if result["replayed"] else run
@@ -129,9 +118,9 @@ def replayed(
     now, then = sha256(client.transcript), result["transcript_sha256"]
     found["transcript"] = None if now == then else f"sha256 {now}, was {then}"
     prompts, _ = prompt_texts(examples, tokenizers.window, config.window, config.prompt)
-    replies = hosted.ask_all(client, dict(prompts), progress=None)
+    answers = {id_: reply.text for id_, reply in hosted.ask_all(client, dict(prompts), progress=None).items()}
     client.close()
-    return {id_: reply.text for id_, reply in replies.items()}
+    return answers
 
 
 def changed(adapter: Path, before: str) -> str | None:
@@ -146,7 +135,7 @@ def changed(adapter: Path, before: str) -> str | None:
     return None if now == before else f"sha256 {now}, was {before}"
 
 
-def in_fp32(was: dict[str, Any]) -> bool:
+def in_fp32(was: Record) -> bool:
     dtype = was["config"]["base"]["dtype"]
     return dtype == "fp32" or (dtype == "auto" and was["may_differ"]["device"]["name"].startswith("CPU"))
 

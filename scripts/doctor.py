@@ -3,7 +3,6 @@
 It must work where nothing else does, so it imports the standard library alone until it has found the packages.
 """
 
-import importlib
 import importlib.metadata
 import os
 import re
@@ -11,12 +10,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from common.errors import UserError, first_line
 from common.files import ROOT
-
-if TYPE_CHECKING:
-    from common.config import Api
 
 BUNDLE = ROOT / "bundle.tar"
 LEAST_GIB = 3  # of disk: the environment and a small model
@@ -69,11 +66,10 @@ def packages() -> Iterator[Finding]:
     for requirement in map(Requirement, wanted):
         try:
             installed = importlib.metadata.version(requirement.name)
+            if not requirement.specifier.contains(installed, prereleases=True):
+                odd.append(f"{requirement.name} {installed} is not {requirement.specifier}")
         except importlib.metadata.PackageNotFoundError:
             odd.append(f"{requirement.name} is missing")
-            continue
-        if not requirement.specifier.contains(installed, prereleases=True):
-            odd.append(f"{requirement.name} {installed} is not {requirement.specifier}")
     if odd:
         yield Finding("packages", "wrong", "; ".join(odd), "rm -rf .venv && make setup")
     else:
@@ -84,9 +80,9 @@ def torch_and_cuda() -> Iterator[Finding]:
     """Whether torch, bitsandbytes, the driver and the GPU fit together: each computes something."""
     import torch
 
-    version, built = torch.__version__, torch.version.cuda
-    gpu, newest = _nvidia_smi(), re.search(r"CUDA Version: ([\d.]+)", _run("nvidia-smi"))
-    supports = newest[1] if newest else None  # the newest CUDA that the driver runs
+    version, built, gpu = torch.__version__, torch.version.cuda, _nvidia_smi()
+    # the newest CUDA that the driver runs
+    supports = next(iter(re.findall(r"CUDA Version: ([\d.]+)", _driver())), None)
     if gpu and not built:
         cuda = "cu130" if int((supports or "12").partition(".")[0]) >= 13 else "cu126"
         index = f"--index-url https://download.pytorch.org/whl/{cuda}"
@@ -105,7 +101,7 @@ def torch_and_cuda() -> Iterator[Finding]:
         a = torch.randn(64, 64, device=device)
         (a @ a).sum().item()
     except RuntimeError as error:
-        yield Finding("torch", "wrong", f"{version} cannot multiply on {where}: {_line(error)}", "nvidia-smi")
+        yield Finding("torch", "wrong", f"{version} cannot multiply on {where}: {first_line(error, 160)}", "nvidia-smi")
         return
     yield Finding("torch", "ok", f"{version} computes on {where}")
     import bitsandbytes as bnb
@@ -119,7 +115,7 @@ def torch_and_cuda() -> Iterator[Finding]:
         weight.sum().backward()
         optimizer.step()
     except Exception as error:  # a missing library, a missing kernel, a wrong result: each its own kind
-        text = f"{bnb.__version__} does not work with CUDA {built}: {_line(error)}"
+        text = f"{bnb.__version__} does not work with CUDA {built}: {first_line(error, 160)}"
         yield Finding("bitsandbytes", "wrong", text, ".venv/bin/python -m bitsandbytes")
         return
     yield Finding("bitsandbytes", "ok", f"{bnb.__version__}: NF4 and the 8-bit optimizer work there")
@@ -145,10 +141,11 @@ def data() -> Iterator[Finding]:
 
 
 def systems() -> Iterator[Finding]:
-    """The weights of every base, then every system of configs/."""
+    """The weights of every base, then every system of configs/; of one that is hosted, its server."""
     from common.config import CONFIGS, load
-    from common.errors import UserError
     from common.runs import preflight
+
+    import httpx2
 
     configs = {}
     for path in sorted(CONFIGS.glob("*.yaml")):
@@ -157,44 +154,34 @@ def systems() -> Iterator[Finding]:
         except UserError as error:
             yield Finding("systems", "no", str(error))
     here = {name: config for name, config in configs.items() if not config.api}
-    reachable = set()
+    weights = {}
     for base in {config.base.path: config.base for config in here.values()}.values():
-        state, text = _tried(preflight.weights, base)
-        reachable |= {base.path} if state == "ok" else set()
+        state, text = weights[base.path] = _tried(preflight.weights, base)
         yield Finding("weights", state, f"{base.path}: {text}" if state == "ok" else text)
     for name, config in here.items():
         state, text = _tried(preflight.gpu, config.base, config.system)
-        if state == "ok" and config.base.path not in reachable:
+        if state == "ok" and weights[config.base.path][0] == "no":
             state, text = "no", f"needs the weights of {config.base.path}"
         elif state == "ok":
             state, text = _tried(preflight.check, config)
         yield Finding(name, state, "can run" if state == "ok" else text)
-    for name, config in configs.items():
-        if config.api:
-            yield _endpoint(name, config.api)
+    for name, api in ((name, config.api) for name, config in configs.items() if config.api):
+        key = f"the key in {api.key} is {'set' if os.environ.get(api.key) else 'not set'}"
+        try:
+            httpx2.get(f"{api.url}/models", timeout=3)
+            yield Finding(name, "ok", f"{api.url} answers; {key}")
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            yield Finding(name, "no", f"{api.url} cannot be reached ({error}); api.url=… names another; {key}")
 
 
 def _tried(check: Callable[..., object], *arguments: object) -> tuple[str, str]:
     """("ok", what `check` returns), or ("no", what it refuses)."""
-    from common.errors import UserError
     from common.runs import preflight
 
     try:
         return "ok", str(check(*arguments))
     except UserError as error:
         return "no", str(error).removesuffix(preflight.TRY).strip()
-
-
-def _endpoint(name: str, api: "Api") -> Finding:
-    """Whether a server answers at an API's address."""
-    import httpx2
-
-    key = f"the key in {api.key} is {'set' if os.environ.get(api.key) else 'not set'}"
-    try:
-        httpx2.get(f"{api.url}/models", timeout=3)
-    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        return Finding(name, "no", f"{api.url} cannot be reached ({error}); api.url=… names another; {key}")
-    return Finding(name, "ok", f"{api.url} answers; {key}")
 
 
 def next_command(findings: list[Finding]) -> str:
@@ -217,21 +204,16 @@ def main() -> int:
 
 def _nvidia_smi() -> list[tuple[str, int, int, str]]:
     """(name, total MiB, free MiB, driver) of each GPU; empty without a driver."""
-    query = "--query-gpu=name,memory.total,memory.free,driver_version"
-    out = _run("nvidia-smi", query, "--format=csv,noheader,nounits")
+    out = _driver("--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits")
     rows = [line.split(", ") for line in out.splitlines() if line.count(", ") == 3]
     return [(name, int(total), int(free), driver) for name, total, free, driver in rows if total.isdigit()]
 
 
-def _run(*command: str) -> str:
+def _driver(*options: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+        return subprocess.run(["nvidia-smi", *options], capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 if __name__ == "__main__":

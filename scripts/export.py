@@ -2,85 +2,84 @@
 
     python -m scripts.export qlora7b FOLDER [key=value ...] [--dtype bf16] [--questions 500]
 
-The base is dequantised, for that is what the adapter was trained on; the adapter's product is added in fp32, and the
-sum stored as safetensors with the tokenizer and a model card. Then a part of dev is answered by both. The last line but
-one says how many of the answers are the same, and whether EM is; where it got worse for sure, the exit code is 1.
+The adapter's product is added in fp32 to the dequantised base, on which it was trained; the sum is stored as
+safetensors with the tokenizer and a model card. Then both answer a part of dev. The last line but one has the number of
+equal answers and EM before and after; the exit code is 1 if EM is significantly lower.
 """
 
-import argparse
+import contextlib
+import hashlib
 import json
+import re
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from common.arguments import parse
-from common.config import Config
+from common.config import Base, Config, Data
 from common.data import prompt, squad
+from common.data.squad import Dataset, Example
 from common.data.tokens import Tokenizers
 from common.decode import predict
 from common.device import pick_device
 from common.errors import UserError, first_line, one_line_errors
-from common.files import replacing, write_text
+from common.files import read_json, replacing, write_text
 from common.metrics import score
 from common.metrics.stats import mcnemar
-from common.model import memory
+from common.model import memory, smollm2
 from common.model.linears import dense
-from common.model.llama import Model
+from common.model.llama import Model, beyond_lora
 from common.model.load import DTYPES, load_base, load_system, load_tokenizers
-from common.runs import checkpoint, preflight, record
+from common.runs import adapters, checkpoint, preflight, record
+from common.runs.results import Section
 
 import torch
+import yaml
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 SURE = 0.01  # p below which a difference is none of chance
-CARD = """\
----
-base_model: {base}
-language: en
-library_name: transformers
-pipeline_tag: text-generation
----
-# {system}: {base} with a LoRA adapter for SQuAD v1.1, merged
-
-Made by `make export MODEL={system}` (code {commit}) from the adapter {adapter} (sha256 {sha256}); stored in {dtype}.
-The adapter was trained on the base in {quant}; the base's numbers here are those, dequantised.
-
-Exact match and F1 by the official rules, on {source}:
-
-{table}
-
-Prompt, to the byte; answered greedily up to a line break or {limit} tokens, context and question cut to {window}:
-```
-{prompt}
-```
-
-**Licences.** The weights are the base's with a change, so the base's licence holds for them: see {base}. Trained on
-{trained_on}; SQuAD v1.1 is CC BY-SA 4.0.
-"""
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what common.model.smollm2 converts
+LICENCES = {  # of the bases in configs/: the hub's tag, and its name
+    SMOLLM2: ("apache-2.0", "Apache-2.0"),
+    "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": ("apache-2.0", "Apache-2.0"),
+    "meta-llama/Llama-2-7b-hf": ("llama2", "Llama 2 Community License"),
+    "meta-llama/Llama-3.1-8B": ("llama3.1", "Llama 3.1 Community License"),
+}
+HUB_DATA = Data().train
+SQUAD = f"SQuAD v1.1 ({HUB_DATA})"
+# `texts_sha256` of SQuAD v1.1's 87,599 and 10,570 questions (rajpurkar.github.io/SQuAD-explorer). Ids and offsets are
+# left out: copies of train differ in them.
+SQUAD_TEXTS = {
+    "train": "10006be7a2bec5095497c274b7252d77d6da17ee635a41986b45de84be337f97",
+    "dev": "52e3333b016cc4789e3d58beb06303007815540128cf7514513f3b31d29f31c3",
+}
 
 
 def main(argv: list[str]) -> None:
     # ---- settings --------------------------------------------------------------------------------------------------
     config, args = parse("export", argv)
-    if config.lora is None:
+    if config.lora is None and config.adapter is None:
         raise UserError(f"{config.system} has no adapter to merge; try MODEL=qlora7b")
     preflight.new_folder(args.folder)
     if args.questions < 1:
         raise UserError("--questions must be 1 or more")
-    config = preflight.check(config)
-    adapter = checkpoint.verified(record.trained_adapter(config))
+    chosen = adapters.choose(config, args.given, args.force)
+    config, adapter = preflight.check(chosen.config), checkpoint.verified(chosen.adapter)
     if adapter is None:
         raise UserError(f"{config.system} has random weights and no trained adapter, so there is nothing to export")
+    chosen.note()
     device = pick_device()
     dev = squad.load(config.data, "dev")
     some = squad.stratified(dev.examples, min(args.questions, len(dev.examples)))
 
     # ---- merge -----------------------------------------------------------------------------------------------------
     tokenizers = load_tokenizers(config)
-    model = load_system(config, adapter, device)
+    model = load_system(config, adapter, device, args.force)
     weights = merged(model, DTYPES[args.dtype])
     before = texts(model, tokenizers, config, some)
     settings = model.get_base_model().config
@@ -104,10 +103,8 @@ def main(argv: list[str]) -> None:
 
         # ---- check -------------------------------------------------------------------------------------------------
         if device.type == "cuda" and needs > memory.available_bytes(device):
-            print(
-                "the merged model does not fit this GPU, so it is checked on the CPU; fewer --questions take less time"
-            )
-            device = torch.device("cpu")
+            device, why = torch.device("cpu"), "the merged model does not fit this GPU, so it is checked on the CPU"
+            print(f"{why}; fewer --questions take less time")
         base = replace(config.base, path=str(folder), quant="none", tokenizer=None, random_weights=False)
         after = texts(load_base(base, device), tokenizers, config, some)
         a, b = score.score(some, before), score.score(some, after)
@@ -117,21 +114,16 @@ def main(argv: list[str]) -> None:
     worse = lost > gained and p < SURE
     result = {"folder": str(args.folder), "em_before": a.em, "em_after": b.em, "n": len(some), "same_answers": same}
     result |= {"lost": lost, "gained": gained, "p": p, "worse": worse}
-    print(
-        f"{args.folder}: {same} of {len(some)} answers are the same; EM {a.em:.2f} by the adapter, {b.em:.2f} merged "
-        f"(exact McNemar p = {p:.2g}){': WORSE' if worse else ''}\n{json.dumps(result)}"
-    )
+    ems = f"EM {a.em:.2f} by the adapter, {b.em:.2f} merged (exact McNemar p = {p:.2g}){': WORSE' if worse else ''}"
+    print(f"{args.folder}: {same} of {len(some)} answers are the same; {ems}\n{json.dumps(result)}")
     sys.exit(bool(worse))
 
 
 def merged(model: Model, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The base's state dict on the host, dequantised, the adapter's products added."""
     out: dict[str, torch.Tensor] = {}
-    settings = model.peft_config[model.active_adapter]
-    if settings.use_dora or settings.bias != "none" or settings.modules_to_save:
-        raise UserError(
-            "this adapter is more than two matrices a layer (DoRA, biases, whole modules): PEFT merges those"
-        )
+    if reason := beyond_lora(model):
+        raise UserError(f"only LoRA's two matrices on linears are merged here, and {reason}; PEFT merges some others")
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
             base = module.get_base_layer()
@@ -146,61 +138,111 @@ def merged(model: Model, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return out
 
 
-def texts(model: Model, tokenizers: Tokenizers, config: Config, some: list[squad.Example]) -> dict[str, str]:
+def texts(model: Model, tokenizers: Tokenizers, config: Config, some: list[Example]) -> dict[str, str]:
     return {id_: answer.text for id_, answer in predict.answers(model, tokenizers, some, config).items()}
 
 
 def write_card(
-    folder: Path,
-    args: argparse.Namespace,
-    config: Config,
-    adapter: Path,
-    dev: squad.Dataset,
-    before: float,
-    after: float,
-    n: int,
+    folder: Path, args: Namespace, config: Config, adapter: Path, dev: Dataset, before: float, after: float, n: int
 ) -> None:
-    """README.md, with the newest evaluation of this adapter on all of this data, where there is one."""
-    sha256 = checkpoint.weights_sha256(adapter)
+    """README.md, with the newest evaluation of this adapter on all of this data, where there is one.
 
-    def decides(must: dict[str, Any], config: dict[str, Any]) -> list[Any]:
+    It names hub ids, or the last part of a name: never a path of this machine.
+    """
+    sha256, system = checkpoint.weights_sha256(adapter), config.system
+    quant, window, trained = config.base.quant, config.window, adapters.trained_with(adapter)
+
+    def decides(must: Section, config: Section) -> list[object]:
         return [must["data"], must["prompt"], config["window"], record.weights_of(config["base"])]
 
     mine = decides({"data": dev.sha256, "prompt": prompt.fingerprint(config.prompt)}, config.to_dict())
-    evaluations = (r for r in record.read_all(Path(config.runs)) if r["kind"] == "eval")
-    of_it = (r for r in evaluations if r["result"].get("adapter_sha256") == sha256)
-    whole = [r for r in of_it if decides(r["must_match"], r["config"]) == mine]
-    lines = ["| | EM | F1 | n |", "|---|---|---|---|"]
-    if whole:
-        r = whole[-1]["result"]
-        what = f"the adapter on its {config.base.quant} base, all questions"
-        lines.append(f"| {what} | {r['em']:.2f} | {r['f1']:.2f} | {r['n']} |")
-    lines.append(f"| the adapter, {n} questions, spread over the articles | {before:.2f} | | {n} |")
-    lines.append(f"| merged, the same questions | {after:.2f} | | {n} |")
+    alike = (r for r in record.read_all(Path(config.runs)) if decides(r["must_match"], r["config"]) == mine)
+    whole = [r["result"] for r in alike if (r["kind"], r["result"].get("adapter_sha256")) == ("eval", sha256)]
+    what = f"the adapter on its {quant} base, all questions"
+    rows = [f"| {what} | {r['em']:.2f} | {r['f1']:.2f} | {r['n']} |\n" for r in whole[-1:]]
     commit, dirty = record.code()
     code = f"{commit[:10]}{', changed since' if dirty else ''}" if commit else "of no known commit"
-    text = CARD.format(
-        base=config.base.path,
-        system=config.system,
-        commit=code,
-        adapter=adapter,
-        sha256=sha256,
-        dtype=args.dtype,
-        source=dev.source,
-        trained_on=trained_on(adapter),
-        quant=config.base.quant,
-        table="\n".join(lines),
-        limit=config.window.answer,
-        window=config.window.context + config.window.question,
-        prompt=prompt.text("{context}", "{question}", config.prompt.order),
-    )
-    write_text(folder / "README.md", text)
+    cut = window.context + window.question  # tokens
+    base_id, data = hub_id(config.base), "data that is not known here"
+    if trained:
+        data, first = data_name(trained["data"]["train"], "train"), trained["data"]["train_paragraphs"]
+        data = f"the first {first} paragraphs of {data}" if first else data
+    base = base_id or shapes_of(config.base)
+    tag, licence = LICENCES.get(base_id or "", (None, f"see {base}" if base_id else "not known here"))
+    on_squad = data.endswith(SQUAD)
+    header = {"base_model": base_id, "license": tag, "datasets": [HUB_DATA] if on_squad else None}
+    header |= {"language": "en", "library_name": "transformers", "pipeline_tag": "text-generation"}
+    card = f"""\
+---
+{yaml.safe_dump({key: value for key, value in header.items() if value}, sort_keys=False)}---
+# {system}: {base} with a LoRA adapter, merged
+
+Made by `make export MODEL={system}` (code {code}); stored in {args.dtype}. The adapter's weights have the sha256
+{sha256}.
+The adapter was trained on {data}, on the base in {quant}.
+The base's numbers here are those, dequantised.
+
+Exact match and F1 by the official rules, on {data_name(config.data.dev, "dev")}:
+
+| | EM | F1 | n |
+|---|---|---|---|
+{"".join(rows)}| the adapter, {n} questions, spread over the articles | {before:.2f} | | {n} |
+| merged, the same questions | {after:.2f} | | {n} |
+
+Prompt, to the byte; answered greedily up to a line break or {window.answer} tokens, context and question cut to {cut}:
+```
+{prompt.text("{context}", "{question}", config.prompt)}
+```
+
+**Licences.** The weights are the base's with a change, so the base's licence holds for them: {licence}.
+The training data's licence: {"CC BY-SA 4.0" if on_squad else "not known here"}.
+"""
+    write_text(folder / "README.md", card)
 
 
-def trained_on(adapter: Path) -> str:
-    """The data of the training that made it, by its record."""
-    path = adapter.parent / "record.json"
-    return record.read_one(path)["config"]["data"]["train"] if path.is_file() else "data that is not known here"
+def hub_id(base: Base) -> str | None:
+    """The hub id of a base, or of what its folder is a copy of; None if that is not known, and for random weights."""
+    path = Path(base.path)
+    if base.random_weights or not path.is_dir():
+        return None if base.random_weights else base.path
+    if path.resolve() == smollm2.FOLDER.resolve():
+        return SMOLLM2
+    if cached := re.search("/models--([^/]+)/snapshots/", f"{path.absolute()}/"):
+        return cached[1].replace("--", "/", 1)
+    name = str(cast(Section, read_json(path / "config.json")).get("_name_or_path"))
+    with contextlib.suppress(HFValidationError):
+        validate_repo_id(name)
+        return name if "/" in name and not Path(name).exists() else None
+    return None
+
+
+def shapes_of(base: Base) -> str:
+    """A base without a hub id, in words."""
+    path, what = Path(base.path), "random weights" if base.random_weights else "a base"
+    if not path.is_dir():
+        return f"{what} of the shapes of {path}"
+    of = AutoConfig.from_pretrained(path)
+    sizes = f"{of.model_type}, {of.num_hidden_layers} layers of {of.hidden_size}, {of.vocab_size} tokens"
+    return f"{what} of the shapes {sizes} (a local copy named {path.resolve().name})"
+
+
+def data_name(source: str, split: str) -> str:
+    """SQuAD's name for its hub id and for a file of its questions; else another hub id, or the file's name alone."""
+    name = SQUAD if split == "train" else f"dev of {SQUAD}"
+    if source == HUB_DATA:
+        return name
+    with contextlib.suppress(UserError):  # there is no such file now, or another one
+        if squad.locate(source, split) is None:
+            return source
+        if texts_sha256(squad.golds(source)) == SQUAD_TEXTS[split]:
+            return name
+    return Path(source).name
+
+
+def texts_sha256(examples: list[Example]) -> str:
+    """The sha256 of the distinct pairs of paragraph and question, sorted, white space reduced to single spaces."""
+    pairs = sorted({" ".join(f"{e.context} {e.question}".split()) for e in examples})
+    return hashlib.sha256("\n".join(pairs).encode()).hexdigest()
 
 
 if __name__ == "__main__":

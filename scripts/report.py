@@ -2,7 +2,8 @@
 
     python -m scripts.report [runs folder] [--usd-per-hour 1.20] [--systems NAME ...]
 
-A system and seed counts with its newest evaluation and its newest timing on the same data. Seeds of one configuration
+A system and seed counts with the evaluation and the timing of the most questions on the same data, the newest among
+equals, so a smoke run never replaces a measurement; the others are listed below the tables. Seeds of one configuration
 make one line. Systems with random weights have lines of their own, without accuracy. Imports no torch.
 """
 
@@ -12,29 +13,29 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import cast
 
 from common.config import Data
 from common.data import squad
 from common.errors import UserError, one_line_errors
 from common.files import ROOT, write_text
 from common.metrics import calibration, error_analysis, plots
-from common.metrics.compare import Rows, Verdict, brackets, compare
-from common.metrics.error_analysis import Mistakes
+from common.metrics.compare import Rows, brackets, compare
 from common.metrics.stats import Interval, clustered, t_interval, wilson
 from common.runs import record
+from common.runs.results import Record, Section
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 COLUMNS = ("system", "seeds", "EM [95 %]", "F1 [95 %]", "n", "p95 ms [95 %]", "peak memory", "J a query", "device")
 USD, SNAPSHOT = "USD a 1,000 queries", "EM in the snapshot"  # further columns, of some reports
-Record = dict[str, Any]
 Key = tuple[str, int, bool, str]  # system, seed, whether its weights are random, its base
+Group = dict[Key, dict[str, Record]]  # kind → the record that counts; of records that may be compared
 Cells = Sequence[str]
 
 
@@ -64,11 +65,15 @@ class Line:
 
     @property
     def bench(self) -> Record | None:
-        return max(self.benches, key=lambda r: r["created"], default=None)
+        return max(self.benches, key=rank, default=None)
 
     @property
     def scored(self) -> bool:
         return bool(self.evaluations) and not is_random(self.evaluations[-1])
+
+    def values(self, name: str) -> list[float]:
+        """EM or F1 of every seed, in percent."""
+        return [cast(Section, e["result"])[name] for e in self.evaluations]
 
     def percent(self, name: str) -> tuple[float, Interval | None]:
         """The mean EM or F1 over seeds, and its interval when whole articles are resampled, both in percent.
@@ -78,33 +83,66 @@ class Line:
         rows = [self.rows[e["folder"]] for e in self.evaluations]
         shares = {id_: fmean(float(r[id_][name]) for r in rows) for id_ in rows[0]}
         interval = clustered(shares, {id_: row["article"] for id_, row in rows[0].items()})
-        degenerate = not interval or interval[0] == interval[1]
-        if degenerate and name == "em" and len(rows) == 1:
+        if name == "em" and len(rows) == 1 and (not interval or interval[0] == interval[1]):
             interval = wilson(sum(r["em"] for r in rows[0].values()), len(rows[0]))
-        return fmean(e["result"][name] for e in self.evaluations), interval and (100 * interval[0], 100 * interval[1])
-
-
-@dataclass(frozen=True)
-class Part:
-    """All that the page shows of records that may be compared."""
-
-    title: str
-    same: str  # what these records have alike
-    must_match: Record
-    table: list[Cells]  # the first row is the head
-    sentences: list[str]
-    tests: list[Verdict]
-    wrong: list[Mistakes]  # a line each
-    mistakes: list[Cells]  # `wrong` as a table
-    plots: dict[str, str]  # title → SVG
-    provenance: list[Cells]
+        return fmean(self.values(name)), interval and (100 * interval[0], 100 * interval[1])
 
 
 def is_random(r: Record) -> bool:
     return r.get("random_weights", False)
 
 
-def lines_of(runs: Mapping[Key, dict[str, Record]]) -> list[Line]:
+def rank(r: Record) -> tuple[int, str, str]:
+    """Questions of an evaluation, or of each process of a timing; date and folder. The largest counts."""
+    return r["result"]["n"], r["created"], r["folder"]
+
+
+def key_of(r: Record) -> Key:
+    return r["system"], r["seed"], is_random(r), json.dumps(record.weights_of(r["config"]["base"]))
+
+
+def choose(found: Sequence[Record]) -> tuple[dict[str, Group], list[dict[str, str]]]:
+    """The groups of the tables by `must_match`, and a row for each run that is in none of them.
+
+    A timing counts only with the adapter that is evaluated. A group is left out if it is of a part of dev, and each of
+    its runs was repeated with more questions of the same file.
+    """
+    groups: dict[str, Group] = {}
+    others: list[tuple[Record, str]] = []
+    for r in sorted(found, key=lambda r: (r["kind"], *rank(r)), reverse=True):  # evaluations first; the best first
+        kinds = groups.setdefault(json.dumps(r["must_match"], sort_keys=True), {}).setdefault(key_of(r), {})
+        adapters = {x["result"].get("adapter_sha256") for x in (r, kinds.get("eval", r))} - {None}
+        if r["kind"] == "bench" and len(adapters) > 1:
+            others.append((r, "another adapter was evaluated since, or before"))
+        elif (best := kinds.setdefault(r["kind"], r)) is not r:
+            others.append((r, beaten_by(best, r)))
+
+    def asked(r: Record) -> str:
+        same = {**r["must_match"], "data": r["config"]["data"]["dev"], "questions": None}
+        return json.dumps([r["kind"], key_of(r), same], sort_keys=True)
+
+    def shown(group: Group) -> list[Record]:
+        return [r for kinds in group.values() for r in kinds.values()]
+
+    most = {asked(r): r for r in sorted((r for group in groups.values() for r in shown(group)), key=rank)}
+    for name, runs in [(name, shown(group)) for name, group in groups.items()]:
+        both = [(r, most[asked(r)]) for r in runs]
+        if all(r["config"]["data"]["dev_questions"] and rank(r)[0] < rank(best)[0] for r, best in both):
+            others += [(r, beaten_by(best, r)) for r, best in both]
+            del groups[name]
+    others.sort(key=lambda other: (other[0]["created"], other[0]["folder"]), reverse=True)
+    return groups, [
+        {"run": r["folder"], "questions": str(r["result"]["n"]), "made": r["created"], "reason": why}
+        for r, why in others
+    ]
+
+
+def beaten_by(best: Record, r: Record) -> str:
+    n, more = r["result"]["n"], best["result"]["n"]
+    return f"fewer questions than the {more} of {best['folder']}" if n < more else f"older than {best['folder']}"
+
+
+def lines_of(runs: Group) -> list[Line]:
     """The lines of {key: {"eval": record, "bench": record}} by rising EM; the seeds of a line in their order."""
     alike: dict[str, Line] = {}
     for _, found in sorted(runs.items()):
@@ -116,7 +154,7 @@ def lines_of(runs: Mapping[Key, dict[str, Record]]) -> list[Line]:
         line.benches.extend([b] if b else [])
         if e and not is_random(e):
             line.rows[e["folder"]] = record.read_questions(e)
-    return sorted(alike.values(), key=lambda line: (not line.scored, line.percent("em")[0] if line.scored else 0))
+    return sorted(alike.values(), key=lambda line: fmean(line.values("em")) if line.scored else math.inf)
 
 
 def memory(bench: Record) -> str:
@@ -126,8 +164,8 @@ def memory(bench: Record) -> str:
     return next((f"{size / 2**30:.2f} GiB {gauge}" for gauge, size in gauges.items() if size), "–")
 
 
-def cells(line: Line, usd_per_hour: float | None, before: Record) -> dict[str, str]:
-    """The cell of a line in every column; `before`: the snapshot."""
+def cells(line: Line, columns: Cells, usd_per_hour: float | None, before: Section) -> dict[str, str]:
+    """The cell of a line in each of `columns`; `before`: the snapshot."""
     some, bench = line.records[-1], line.bench
     device = some["may_differ"]["device"]["name"]
     em, f1, n, p95, peak, joules, usd, then = ("–",) * 8
@@ -145,18 +183,14 @@ def cells(line: Line, usd_per_hour: float | None, before: Record) -> dict[str, s
     if some["system"] in before["em"] and not is_random(some):
         then = f"{before['em'][some['system']]:.2f} (n {before['questions']})"
     found = (line.name, line.seeds, em, f1, n, p95, peak, joules, device, usd, then)
-    return dict(zip((*COLUMNS, USD, SNAPSHOT), found, strict=True))
+    return {name: cell for name, cell in zip((*COLUMNS, USD, SNAPSHOT), found, strict=True) if name in columns}
 
 
 def seeds(line: Line) -> list[str]:
     """A sentence with the means over seeds in percent, if there are several."""
-    means = []
-    for name in ("em", "f1"):
-        values = [e["result"][name] for e in line.evaluations]
-        if interval := t_interval(values):
-            mean = f"{name.upper()} {fmean(values):.2f}{brackets(interval)}"
-            means.append(f"{mean} ({min(values):.2f} to {max(values):.2f})")
-    return [f"{line.name}, mean of {len(line.evaluations)} seeds: {', '.join(means)}"] if means else []
+    n, both = len(line.evaluations), (("EM", line.values("em")), ("F1", line.values("f1")))
+    means = (f"{name} {fmean(x):.2f}{brackets(t_interval(x))} ({min(x):.2f} to {max(x):.2f})" for name, x in both)
+    return [f"{line.name}, mean of {n} seeds: {', '.join(means)}"] if n > 1 else []
 
 
 def pairs(lines: Sequence[Line]) -> list[tuple[str, str, Rows, Rows]]:
@@ -172,11 +206,8 @@ def pairs(lines: Sequence[Line]) -> list[tuple[str, str, Rows, Rows]]:
     return out
 
 
-def mistaken(lines: Sequence[Line]) -> list[Mistakes]:
+def mistaken(scored: Sequence[Line]) -> list[error_analysis.Mistakes]:
     """`error_analysis.table` of each line's first seed; empty if the data cannot be found without a network."""
-    scored = [line for line in lines if line.scored]
-    if not scored:
-        return []
     some = scored[0].evaluations[0]
     where, source = some["config"]["data"], some["may_differ"]["data_source"]
     if Path(source).is_file():
@@ -190,26 +221,19 @@ def mistaken(lines: Sequence[Line]) -> list[Mistakes]:
     return []
 
 
-def mistake_rows(lines: Sequence[Line], tables: Sequence[Mistakes]) -> list[Cells]:
+def mistake_rows(scored: Sequence[Line], tables: Sequence[error_analysis.Mistakes]) -> list[Cells]:
     """A table with a column per system: shares of all questions, then EM in percent of each class."""
-
-    def shares(name: str, counts: list[int]) -> Cells:
-        return name, *(f"{count} ({count / n:.1%})" for count in counts)
-
-    first, n = tables[0], sum(tables[0]["kinds"].values())
     titles = {"question": 'EM, "{}"', "answer": "EM, answers of {}", "context": "EM, contexts of {}"}
-    systems = (f"{line.name}, seed {line.evaluations[0]['seed']}" for line in lines if line.scored)
-    rows: list[Cells] = [("answers", *systems)]
-    for kind in first["kinds"]:
-        rows.append(shares(kind, [t["kinds"][kind] for t in tables]))
-        if kind == "boundary off":
-            rows += [shares(f"… by {name}", [t["off"][name] for t in tables]) for name in first["off"]]
-    for what, title in titles.items():
-        for name, (_, size) in first["by"][what].items():
-            if size:
-                percents = (f"{100 * t['by'][what][name][0] / size:.1f}" for t in tables)
-                rows.append((f"{title.format(name)} (n {size})", *percents))
-    return rows
+    columns = [{"answers": f"{line.name}, seed {line.evaluations[0]['seed']}"} for line in scored]
+    for column, found in zip(columns, tables, strict=True):
+        n = sum(found["kinds"].values())
+        for kind, count in found["kinds"].items():
+            off = {f"… by {name}": words for name, words in found["off"].items()} if kind == "boundary off" else {}
+            column |= {name: f"{size} ({size / n:.1%})" for name, size in {kind: count, **off}.items()}
+        for what, title in titles.items():
+            classes = ((title.format(name), right, size) for name, (right, size) in found["by"][what].items() if size)
+            column |= {f"{name} (n {size})": f"{100 * right / size:.1f}" for name, right, size in classes}
+    return [(name, *(column[name] for column in columns)) for name in columns[0]]
 
 
 def draw(lines: Sequence[Line], trainings: Sequence[Record]) -> dict[str, str]:
@@ -220,12 +244,9 @@ def draw(lines: Sequence[Line], trainings: Sequence[Record]) -> dict[str, str]:
     curves = [(t["system"], record.read_metrics(Path(t["folder"]))) for t in trainings if not is_random(t)]
     if curves := [(name, rows) for name, rows in curves if rows]:
         out["Learning: exact match of each evaluation, and the loss."] = plots.learning(curves, styles)
-    points = []
-    for name, line in named.items():
-        if line.scored and line.bench:
-            p95 = line.bench["result"]["latency"]
-            points.append((name, *line.percent("em"), p95["p95_ms"], p95["p95_interval_ms"]))
-    if points:
+    timed = {name: line.bench["result"]["latency"] for name, line in named.items() if line.scored and line.bench}
+    percents = ((name, *named[name].percent("em"), of["p95_ms"], of["p95_interval_ms"]) for name, of in timed.items())
+    if points := list(percents):
         out["Right answers against waiting: exact match and p95, with 95 % intervals."] = plots.tradeoff(points, styles)
     if waits := {name: ms for name, line in named.items() if line.bench and (ms := natural_ms(line.bench))}:
         out["How long single queries take; the line is at 95 %."] = plots.latencies(waits, styles)
@@ -233,8 +254,7 @@ def draw(lines: Sequence[Line], trainings: Sequence[Record]) -> dict[str, str]:
         off = ", ".join(f"{name} {100 * calibration.expected_error(bins):.1f}" for name, bins in trusts.items())
         title = f"Whether a model knows when it is right: mean distance from the line, in points: {off} (first seeds)."
         out[title] = plots.reliability(trusts, styles)
-    ems = {name: [e["result"]["em"] for e in line.evaluations] for name, line in named.items() if line.scored}
-    if several := {name: values for name, values in ems.items() if len(values) > 1}:
+    if several := {name: ems for name, line in named.items() if line.scored and len(ems := line.values("em")) > 1}:
         title = "What the seed changes: a mark each, above them the mean and its 95 % interval."
         out[title] = plots.seeds(several, styles)
     return out
@@ -266,7 +286,7 @@ def provenance(r: Record) -> Cells:
     again += " FRESH=1" if r["kind"] == "train" or (r["kind"] == "eval" and r["config"]["api"]) else ""
     made = [f"{name} {versions[name]}" for name in ("torch", "transformers", "bitsandbytes") if name in versions]
     made += [f"{key.replace('_', ' ')} {about[key][:12]}" for key in ("tokenizer", "base_commit") if about.get(key)]
-    made += [f"adapter {result['adapter_sha256'][:12]}"] if result.get("adapter_sha256") else []
+    made += [f"adapter {sha256[:12]}"] if (sha256 := result.get("adapter_sha256")) else []
     return folder, r["created"], code, f"{about['device']['name']}; {', '.join(made)}", again
 
 
@@ -277,15 +297,13 @@ def why_not(root: Path, system: str) -> str:
     return lines[-1].removeprefix("error: ") if lines and not lines[-1].startswith("{") else "not run"
 
 
-def snapshot() -> Record:
+def snapshot() -> Section:
     """docs/snapshot.yaml, and its `rows` as a table: EM in percent with the interval that so few questions give."""
     found = yaml.safe_load((ROOT / "docs" / "snapshot.yaml").read_text(encoding="utf-8"))
     n = found["questions"]
-    rows = [("system", "EM [95 %, Wilson]", "n")]
-    for name, em in found["em"].items():
-        low, high = wilson(round(em * n / 100), n)
-        rows.append((name, f"{em:.2f}{brackets((100 * low, 100 * high))}", str(n)))
-    return {**found, "rows": rows}
+    intervals = {name: [100 * end for end in wilson(round(em * n / 100), n)] for name, em in found["em"].items()}
+    rows = [(name, f"{em:.2f}{brackets(intervals[name])}", str(n)) for name, em in found["em"].items()]
+    return {**found, "rows": [("system", "EM [95 %, Wilson]", "n"), *rows]}
 
 
 def markdown_table(rows: Sequence[Cells]) -> str:
@@ -312,25 +330,17 @@ def main(argv: list[str]) -> None:
     columns = COLUMNS + ((USD,) if args.usd_per_hour else ())
     columns += (SNAPSHOT,) if any(r["system"] in before["em"] for r in records) else ()
 
-    # ---- groups of what may be compared: the oldest record comes first, so that newer ones replace it --------------
-    groups: dict[str, dict[Key, dict[str, Record]]] = {}
-    for r in found:
-        group = groups.setdefault(json.dumps(r["must_match"], sort_keys=True), {})
-        base = json.dumps(record.weights_of(r["config"]["base"]))
-        group.setdefault((r["system"], r["seed"], is_random(r), base), {})[r["kind"]] = r
+    # ---- groups of what may be compared ----------------------------------------------------------------------------
+    groups, others = choose(found)
     missing = [f"{name} is in no table: {why}" for name, why in absent.items()]
-    for kinds in (kinds for group in groups.values() for kinds in group.values() if len(kinds) == 2):
-        scored, timed = (kinds[kind]["result"].get("adapter_sha256") for kind in ("eval", "bench"))
-        if scored and timed and scored != timed:
-            folder = kinds.pop("bench")["folder"]
-            missing.append(f"{folder} is in no table: another adapter was evaluated since, or before")
     trained_in = {f"{r['folder']}/best": r for r in records if r["kind"] == "train"}
 
     # ---- one part for each group, the freshest last ----------------------------------------------------------------
-    parts: list[Part] = []
+    parts: list[Section] = []  # what the templates show
+    out: list[Section] = []  # what the last line says
     above: Record | None = None
     newest = {key: max(r["created"] for kinds in g.values() for r in kinds.values()) for key, g in groups.items()}
-    for key in sorted(groups, key=lambda key: newest[key]):
+    for key in sorted(groups, key=lambda key: (newest[key], key)):
         lines = lines_of(groups[key])
         shown = [r for line in lines for r in (*line.evaluations, *line.benches)]
         adapters = dict.fromkeys(r["result"].get("adapter") for r in shown)
@@ -341,40 +351,38 @@ def main(argv: list[str]) -> None:
         if above:
             same += f"; not comparable with the table above: {', '.join(record.mismatch(above, shown[0]))}"
         above = shown[0]
-        rows = [cells(line, args.usd_per_hour, before) for line in lines]
-        tests, wrong = compare(pairs(lines)), mistaken(lines)
-        part = Part(
-            title=f"{above['may_differ']['data_source']}, {must['questions']} questions",
-            same=same,
-            must_match=must,
-            table=[columns, *([row[column] for column in columns] for row in rows)],
-            sentences=[*(text for line in lines if line.scored for text in seeds(line)), *map(str, tests)],
-            tests=tests,
-            wrong=wrong,
-            mistakes=mistake_rows(lines, wrong) if wrong else [],
-            plots=draw(lines, trainings),
-            provenance=[("run", "made", "code", "with", "again"), *map(provenance, (*trainings, *shown))],
-        )
+        rows = [cells(line, columns, args.usd_per_hour, before) for line in lines]
+        scored = [line for line in lines if line.scored]
+        tests, wrong = compare(pairs(scored)), mistaken(scored) if scored else []
+        part: Section = {
+            "title": f"{above['may_differ']['data_source']}, {must['questions']} questions",
+            "same": same,
+            "table": [columns, *(row.values() for row in rows)],
+            "sentences": [*(text for line in scored for text in seeds(line)), *map(str, tests)],
+            "mistakes": mistake_rows(scored, wrong) if wrong else [],
+            "plots": draw(lines, trainings),
+            "provenance": [("run", "made", "code", "with", "again"), *map(provenance, (*trainings, *shown))],
+        }
         parts.append(part)
+        out.append({"must_match": must, "rows": rows, "tests": [asdict(test) for test in tests], "mistakes": wrong})
 
     # ---- write -----------------------------------------------------------------------------------------------------
     layouts = FileSystemLoader(ROOT / "common" / "metrics")
     pages = Environment(loader=layouts, autoescape=select_autoescape(), trim_blocks=True, keep_trailing_newline=True)
     shows = {"systems": sorted({r["system"] for r in records}), "missing": missing, "parts": parts, "snapshot": before}
+    shows["others"] = [list(others[0]), *(row.values() for row in others)] if others else []
     write_text(root / "report.html", pages.get_template("page.html").render(shows))
     write_text(root / "report.md", pages.get_template("page.md").render(shows, table=markdown_table))
-    out = []
     for part in parts:
-        print(f"{part.title}\n{part.same}")
-        widths = [max(map(len, column)) for column in zip(*part.table, strict=True)]
-        for row in part.table:
+        print(f"{part['title']}\n{part['same']}")
+        widths = [max(map(len, column)) for column in zip(*part["table"], strict=True)]
+        for row in part["table"]:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        print("\n".join([*part.sentences, ""]))
-        by_column = [dict(zip(columns, row, strict=True)) for row in part.table[1:]]
-        verdicts = [asdict(verdict) for verdict in part.tests]
-        out.append({"must_match": part.must_match, "rows": by_column, "tests": verdicts, "mistakes": part.wrong})
-    print("\n".join([*missing, f"{root}/report.md, {root}/report.html"]))
-    print(json.dumps({"report": str(root / "report.html"), "groups": out}, ensure_ascii=False))
+        print("\n".join([*part["sentences"], ""]))
+    apart = [f"runs that are not in the tables, listed below them in the report: {len(others)}"] if others else []
+    print("\n".join([*missing, *apart, f"{root}/report.md, {root}/report.html"]))
+    last = {"report": str(root / "report.html"), "groups": out, "others": others}
+    print(json.dumps(last, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
     python -m scripts.revalidate [SWEEP] [key=value ...] [--notify COMMAND]
     python -m scripts.revalidate --accept "why" [--run FOLDER]
 
-SWEEP names a file in configs/sweeps/ (revalidate), or is one; its section `gate` has the rules. Each time gets a folder
-of its own, RUNS/revalidate/NUMBER; one that was cut off is gone on with. Where p95 raises an alarm it is measured once
-more, for something else may have run on the machine, and the alarm stands if that raises one too. The verdict is in the
-folder's verdict.json, and where it is no pass it goes to COMMAND's stdin. Exit codes: 0 as good as accepted, 1 a
-regression, 2 set-up, 75 another one is running. `--accept` makes the last one (or FOLDER) what later ones are compared
-with; accepted.json keeps the history.
+SWEEP (revalidate) names a file in configs/sweeps/, or is one; its section `gate` has the rules. Each run gets a folder,
+RUNS/revalidate/NUMBER; an unfinished run is resumed. An alarm of p95 stands if a second measurement raises it too:
+something else may have run on the machine. The folder's verdict.json has the verdict; if it is no pass, COMMAND gets it
+on stdin. Exit codes: 0 as good as accepted, 1 a regression, 2 set-up, 75 another one is running. `--accept` makes the
+last run (or FOLDER) the one to compare with; accepted.json keeps the history.
 """
 
 import argparse
@@ -17,8 +16,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,7 +58,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{file}: several variants are called {twice}; give each a name of its own (system=…)")
 
     # ---- one at a time ---------------------------------------------------------------------------------------------
-    with alone(root):
+    with (root / "lock").open("w") as alone:
+        if not lock(alone):
+            print(f"another revalidation is running in {root}; this one does nothing", file=sys.stderr)
+            sys.exit(BUSY)
         numbers = sorted(path for path in root.iterdir() if re.fullmatch("[0-9]+", path.name))
         if args.accept is not None:
             accept(args.accept, args.run or (numbers[-1] if numbers else root), accepted, history)
@@ -75,11 +75,11 @@ def main(argv: list[str]) -> None:
         measure(file, overrides, folder)
 
         # ---- compare -----------------------------------------------------------------------------------------------
-        if not history:
-            verdict: dict[str, Any] = {"folder": str(folder), "passed": True, "accepted": None, "checks": []}
-            line = f"nothing is accepted yet: look at {folder}, then make accept REASON='…'"
-        else:
-            before = Path(history[-1]["folder"])
+        checks: list[regression.Check] = []
+        last = history[-1] if history else None
+        line = f"nothing is accepted yet: look at {folder}, then make accept REASON='…'"
+        if last:
+            before = Path(last["folder"])
             checks = regression.compare(before, folder, sweep.gate)
             if any(check.what == "p95" and not check.fine for check in checks):
                 print("p95 is too long; once more, for something else may have run on this machine", flush=True)
@@ -89,35 +89,23 @@ def main(argv: list[str]) -> None:
                 write_text(again / "sweep.yaml", json.dumps(asdict(timing)))  # which is YAML too
                 measure(again / "sweep.yaml", overrides, again)
                 checks = regression.confirmed(checks, regression.compare(before, again, sweep.gate, ("bench",)))
-            alarms = [check for check in checks if not check.fine]
             for check in checks:
                 print(f"{'ok   ' if check.fine else 'ALARM'} {check.system}, {check.what}: {check.words}")
-            verdict = {"folder": str(folder), "passed": not alarms, "accepted": history[-1]}
-            verdict["checks"] = [vars(check) for check in checks]
-            told = "; ".join(f"{check.system} {check.what}: {check.words}" for check in alarms)
-            line = f"REGRESSION: {told}" if alarms else f"PASS: {len(checks)} checks against {history[-1]['folder']}"
+            alarms = "; ".join(f"{check.system} {check.what}: {check.words}" for check in checks if not check.fine)
+            line = f"REGRESSION: {alarms}" if alarms else f"PASS: {len(checks)} checks against {last['folder']}"
+        passed = all(check.fine for check in checks)
+        verdict = {"folder": str(folder), "passed": passed, "accepted": last, "checks": [vars(c) for c in checks]}
         write_text(folder / "verdict.json", json.dumps(verdict, indent=1) + "\n")
         print(line)
         print(json.dumps(verdict))
-        if args.notify and not verdict["passed"]:
+        if args.notify and not passed:
             subprocess.run(args.notify, shell=True, input=json.dumps({"line": line, **verdict}), text=True)
-        sys.exit(0 if verdict["passed"] else 1)
-
-
-@contextmanager
-def alone(root: Path) -> Iterator[None]:
-    """While the body runs no other one does; exit code 75 where one is running."""
-    with (root / "lock").open("w") as file:
-        if not lock(file):
-            print(f"another revalidation is running in {root}; this one does nothing", file=sys.stderr)
-            sys.exit(BUSY)
-        yield
+        sys.exit(0 if passed else 1)
 
 
 def measure(file: Path, overrides: list[str], folder: Path) -> None:
     """Do what is left of the sweep in `folder`; exits where it fails."""
-    command = [*SWEEP, str(file), *overrides, f"runs={folder}"]
-    if code := signals.run(command):
+    if code := signals.run([*SWEEP, str(file), *overrides, f"runs={folder}"]):
         print(f"error: measuring ended with {code}; the same command goes on in {folder}", file=sys.stderr)
         sys.exit(code if code in signals.CODES else 2)
 

@@ -2,24 +2,22 @@
 
     python -m scripts.sweep seeds [key=value ...] [--workers N] [--dry-run] [--plan slurm [--slurm key=value ...]]
 
-`seeds` names a file in configs/sweeps/, or is one; overrides go to every run. First it prints the plan, what is done of
-it and how long the rest should take. Started again, it goes on. On GPUs there is one worker each (`--workers` says
-otherwise). A run that fails is tried once more, unless what is wrong is the user's; the others go on. SIGTERM and
-SIGINT are passed on, and what runs saves itself. `--plan slurm` hands the runs to a cluster that shares this folder: a
-job array, a task a run, each of which is this script with that run alone.
+`seeds` names a file in configs/sweeps/, or is one; overrides go to every run. It prints the plan, what is done and how
+long the rest should take. A second call resumes. Each GPU has one worker (or `--workers`). A failed run is tried once
+more, unless the mistake is the user's; the others continue. SIGTERM and SIGINT are passed on, and runs save. `--plan
+slurm` submits a job array to a cluster that shares this folder: one task per run, this script with that run alone.
 """
 
 import argparse
 import contextlib
 import json
 import os
-import queue
 import subprocess
 import sys
 import time
+from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
 
 from common.errors import UserError, one_line_errors
 from common.files import ROOT
@@ -54,7 +52,7 @@ def main(argv: list[str]) -> None:
     waiting = []
     for job in planned:
         steps = [kind for kind, _ in sweeps.left(job, sweep.kinds)]
-        print(f"{job.name}: {', '.join(steps) if steps else 'done'}")
+        print(f"{job.name}: {', '.join(steps) or 'done'}")
         waiting += [job] if steps else []
     seconds, unknown = sweeps.expected_seconds(waiting, sweep.kinds)
     rest = f"about {seconds / 60 / workers:.0f} min" + (f" and {unknown} steps of unknown length" if unknown else "")
@@ -68,15 +66,13 @@ def main(argv: list[str]) -> None:
         return
 
     # ---- run -------------------------------------------------------------------------------------------------------
-    slots: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    for i in range(workers):
-        slots.put(gpus[i % len(gpus)] if gpus else None)
+    slots = deque(gpus[i % len(gpus)] if gpus else None for i in range(workers))
     running: set[subprocess.Popen] = set()
     failed: dict[str, str] = {}
 
     def work(job: sweeps.Job) -> tuple[bool, str]:
         """Do what is left of a job: (whether it is done, the last line that a script said)."""
-        gpu, said = slots.get(), ""
+        gpu, said = slots.popleft(), ""
         try:
             while steps := sweeps.left(job, sweep.kinds):
                 kind, words = steps[0]
@@ -92,7 +88,7 @@ def main(argv: list[str]) -> None:
                     return False, f"{kind} ended well and left no record: {said}"
             return True, said
         finally:
-            slots.put(gpu)
+            slots.append(gpu)
 
     def step(job: sweeps.Job, kind: str, words: list[str], gpu: str | None) -> tuple[int, str]:
         """One script, to its end: (exit code, its last line). What it says is kept in runs/logs/."""
@@ -106,8 +102,7 @@ def main(argv: list[str]) -> None:
             running.add(child)
             code = child.wait()
             running.discard(child)
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
-        return code, lines[-1]
+        return code, (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"])[-1]
 
     began, told = time.monotonic(), set[subprocess.Popen]()
     with signals.listen() as request, ThreadPoolExecutor(workers) as pool:
@@ -141,19 +136,15 @@ def submit(command: list[str], waiting: list[sweeps.Job], given: list[str]) -> N
         raise UserError("--plan slurm needs submitit: .venv/bin/pip install -r requirements-slurm.lock") from error
     if not waiting:
         return
-    settings = dict(SLURM)
-    for word in given:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise UserError(f"--slurm {word}: write key=value, like slurm_partition=gpu")
-        settings[key] = typed(value)
+    if wrong := [word for word in given if "=" not in word]:
+        raise UserError(f"--slurm {wrong[0]}: write key=value, like slurm_partition=gpu")
+    settings = SLURM | {key: typed(value) for key, _, value in (word.partition("=") for word in given)}
     folder = Path(waiting[0].config.runs).resolve() / "slurm"
     try:
         executor = submitit.AutoExecutor(folder, cluster="slurm")
         executor.update_parameters(**settings)
-        tasks = executor.map_array(
-            submitit.helpers.CommandFunction(command, cwd=Path.cwd()), [job.config.hash() for job in waiting]
-        )
+        run = submitit.helpers.CommandFunction(command, cwd=Path.cwd())
+        tasks = executor.map_array(run, [job.config.hash() for job in waiting])
     except (NameError, TypeError, AssertionError) as error:  # of a parameter's name or value
         raise UserError(f"--slurm: {error}") from error
     except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
@@ -163,7 +154,7 @@ def submit(command: list[str], waiting: list[sweeps.Job], given: list[str]) -> N
     print(json.dumps({"array": array, "runs": len(tasks)}))
 
 
-def typed(text: str) -> Any:
+def typed(text: str) -> str | float | bool:
     """true and false, numbers, and all else as it stands: 24:00:00 is a time, which YAML would take for a number."""
     for kind in (int, float):
         with contextlib.suppress(ValueError):

@@ -1,13 +1,21 @@
 """Answers: the record of one, the tokens that end it, and its text."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from common.config import Eval
 from common.data.tokens import Ids
+from common.errors import UserError
+from common.model.llama import Model, causal_of
+from common.model.load import eos_ids
 
+import torch
 from transformers import PreTrainedTokenizerBase
+
+Tick = Callable[[int], None]  # called with the number of new tokens after each pass
 
 
 @dataclass(frozen=True)
@@ -31,9 +39,15 @@ class Generation:
     accepted: int = 0  # drafted tokens that were kept
     passes: int = 0
 
+    def append(self, token: int, logprob: float, tie: int, stop_tokens: Collection[int], limit: int) -> bool:
+        """Adds a token; True if the answer ends with it, at a stop token or at the limit."""
+        self.token_ids.append(token)
+        self.logprob += logprob
+        self.ties += tie
+        return token in stop_tokens or len(self.token_ids) == limit
 
-@dataclass(frozen=True)
-class Task:
+
+class Task(NamedTuple):
     """What both batched engines get beside the model and the trees."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -41,21 +55,35 @@ class Task:
     max_new_tokens: int
     options: Eval
     check: Callable[[], None]  # called between passes; an exception that it raises ends the work
-    forced: Mapping[str, Ids]  # by question: tokens to generate instead of the most probable ones
-    round: str  # the name of this evaluation, the same on all ranks
+    # by question: tokens to generate instead of the most probable ones, to time models whose answers mean nothing
+    forced: Mapping[str, Ids]
+    round: str  # the name of this evaluation (`ranks.take`), the same on all ranks
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: Model | None = None) -> list[int]:
+    """EOS of the tokenizer and of the model's generation settings, and tokens with a line break; ascending."""
+    settings = causal_of(model).generation_config if model else None
+    return sorted({*eos_ids(tokenizer.eos_token_id, settings), *_line_breaks(tokenizer)})
 
 
 @functools.lru_cache(maxsize=4)
-def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """EOS, and every token whose text holds a line break; ascending."""
+def _line_breaks(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return sorted({tokenizer.eos_token_id} | {i for i, text in enumerate(texts) if "\n" in text})
+    return frozenset(i for i, text in enumerate(texts) if "\n" in text)
+
+
+def need_finite(where: str, logprob: float | None, dtype: torch.dtype) -> None:
+    """Raises `UserError` if an answer's log-probability is none: some logit was NaN or infinite."""
+    if logprob is None or math.isfinite(logprob):
+        return
+    overflow = "fp16 overflows here: set base.dtype=bf16 or fp32"
+    hint = overflow if dtype == torch.float16 else "look for such numbers in the base or the adapter"
+    raise UserError(f"{where}: logits that are not finite (nan or inf) in {str(dtype).removeprefix('torch.')}; {hint}")
 
 
 def gold_ids(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> Ids:
     """The ids of a gold answer and EOS, `limit` at most: forced tokens for models whose answers mean nothing."""
-    ids = tokenizer(" " + text, add_special_tokens=False).input_ids
-    return [*ids[: limit - 1], tokenizer.eos_token_id]
+    return [*tokenizer(" " + text, add_special_tokens=False).input_ids[: limit - 1], tokenizer.eos_token_id]
 
 
 def to_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:

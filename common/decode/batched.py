@@ -1,20 +1,18 @@
-"""Greedy answers to many questions by continuous batching: prefill and decode share each pass.
+"""Greedy answers to many questions by continuous batching (https://www.usenix.org/conference/osdi22/presentation/yu).
 
-A pass takes one token of every growing answer and fills up with whole new trees, so passes stay large to the end, and
-each dequantises the 4-bit weights for many tokens. A block of the KV cache is freed as soon as its answer, or its
-tree's last answer, has ended (Orca: https://www.usenix.org/conference/osdi22/presentation/yu).
-
-The host builds a batch while the device computes the one before, so an answer that has ended costs one token more.
-Batch composition changes rounding, which can flip a token between two nearly equal logits.
+A pass takes one token of every growing answer and fills up with whole new trees. So passes stay large to the end, and
+each dequantises the 4-bit weights for many tokens. The host builds a batch while the device computes the one before, so
+an answer that has ended costs one token more. Batch composition changes rounding, which can flip a token between two
+nearly equal logits.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from common.data.tokens import Ids
 from common.data.trees import Branch, Tree
-from common.decode.answers import Task
+from common.decode.answers import Generation, Task
 from common.decode.forward import Batch, Decoder, NextTokens
 from common.decode.kv_cache import Block, BlockAllocator
 from common.errors import UserError
@@ -23,17 +21,14 @@ from common.model.memory import BUDGET
 import torch
 
 
-@dataclass
-class ActiveAnswer:
+@dataclass(kw_only=True)
+class ActiveAnswer(Generation):
     branch: Branch
     block: Block  # for the prompt and all answer tokens but the last, which is never fed back
     limit: int  # tokens
     forced: Ids  # the first answer tokens, whatever the logits are
     launched: int = 0  # tokens generated, the last one perhaps in a pass in flight
     row: int = -1  # of the last pass's output
-    token_ids: Ids = field(default_factory=list)
-    logprob: float = 0.0
-    ties: int = 0
     ended: bool = False
 
     @property
@@ -56,16 +51,16 @@ class InFlight(NamedTuple):
     """A pass whose output may not be on the host yet."""
 
     rows: list[ActiveAnswer]  # the answers that the output's rows belong to
-    out: NextTokens
+    token: torch.Tensor  # [K] on the device
     on_host: NextTokens
     copied: torch.cuda.Event | None  # None: the device is the host
 
 
 def answers(decoder: Decoder, trees: Iterable[Tree], task: Task, pass_tokens: int) -> Iterator[ActiveAnswer]:
-    """Every question's answer as it ends: at a stop token, or at the limit.
+    """Every question's answer as it ends. Raises `UserError` if a question exceeds the KV cache.
 
     At most one tree is taken from `trees` ahead of its pass, so that several decoders can share them. A pass has at
-    most `pass_tokens` tokens, or one question's alone. Raises `UserError` if a question exceeds the KV cache.
+    most `pass_tokens` tokens, or one question's alone.
     """
     limit, capacity, stop_tokens = task.max_new_tokens, decoder.cache_tokens, set(task.stop_tokens)
     if limit < 1:
@@ -80,8 +75,7 @@ def answers(decoder: Decoder, trees: Iterable[Tree], task: Task, pass_tokens: in
         tokens = sum(answer.growing for tree in active for answer in tree.answers)
         new: list[ActiveTree] = []
         while upcoming and (tokens + len(upcoming) <= pass_tokens or not tokens):
-            scheduled = schedule(upcoming, cache, task)
-            if scheduled is None:
+            if not (scheduled := schedule(upcoming, cache, task)):
                 break
             new.append(scheduled)
             tokens += len(upcoming)
@@ -89,10 +83,10 @@ def answers(decoder: Decoder, trees: Iterable[Tree], task: Task, pass_tokens: in
         rows, batch = build_batch(active, new)
         launched = None
         if batch.ids:
-            out = decoder.forward(batch.to(decoder.device), in_flight.out.token if in_flight else None)
+            out = decoder.forward(batch.to(decoder.device), in_flight.token if in_flight else None)
             on_host = out.to_host(wait=False)
             copied = torch.cuda.current_stream().record_event() if decoder.device.type == "cuda" else None
-            launched = InFlight(rows, out, on_host, copied)
+            launched = InFlight(rows, out.token, on_host, copied)
         for answer in process_outputs(in_flight, stop_tokens) if in_flight else ():
             # Safe to free: the pass in flight may still write here, but every later pass is queued behind it.
             cache.free(answer.block)
@@ -113,10 +107,8 @@ def _split_to_fit(tree: Tree, capacity: int, limit: int) -> Iterator[Tree]:
         for part in tree.split(max_questions=len(tree.branches) // 2):
             yield from _split_to_fit(part, capacity, limit)
     else:
-        raise UserError(
-            f"question {tree.branches[0].id} takes {size} tokens, and memory is for {capacity}; "
-            f"raise {BUDGET}; or lower window.context"
-        )
+        takes = f"question {tree.branches[0].id} takes {size} tokens, and memory is for {capacity}"
+        raise UserError(f"{takes}; raise {BUDGET}; or lower window.context")
 
 
 def schedule(tree: Tree, cache: BlockAllocator, task: Task) -> ActiveTree | None:
@@ -125,7 +117,8 @@ def schedule(tree: Tree, cache: BlockAllocator, task: Task) -> ActiveTree | None
     blocks = cache.allocate(len(tree.prefix_ids), *(len(branch.prompt_ids) + limit - 1 for branch in branches))
     if blocks is None:
         return None
-    own = [ActiveAnswer(b, x, limit, task.forced.get(b.id, [])) for b, x in zip(branches, blocks[1:], strict=True)]
+    pairs = zip(branches, blocks[1:], strict=True)
+    own = [ActiveAnswer(branch=b, block=x, limit=limit, forced=task.forced.get(b.id, [])) for b, x in pairs]
     return ActiveTree(tree.prefix_ids, blocks[0], own)
 
 
@@ -157,15 +150,7 @@ def process_outputs(done: InFlight, stop_tokens: set[int]) -> Iterator[ActiveAns
     """Waits for a pass and appends its next tokens to their answers; yields the answers that end."""
     if done.copied:
         done.copied.synchronize()
-    out = done.on_host
-    for answer, token, logprob, tie in zip(
-        done.rows, out.token.tolist(), out.logprob.tolist(), out.tie.tolist(), strict=True
-    ):
-        if answer.ended:
-            continue
-        answer.token_ids.append(token)
-        answer.logprob += logprob
-        answer.ties += tie
-        if token in stop_tokens or len(answer.token_ids) == answer.limit:
+    for answer, *found in zip(done.rows, *(x.tolist() for x in done.on_host), strict=True):
+        if not answer.ended and answer.append(*found, stop_tokens, answer.limit):
             answer.ended = True
             yield answer

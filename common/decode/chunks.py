@@ -14,8 +14,5 @@ def by_probability(answer: Prediction | Generation) -> tuple[float, Ids]:
 
 def merge(answers: Iterable[Prediction]) -> dict[str, Prediction]:
     """The most probable answer of each question, by id, in order of ids."""
-    best: dict[str, Prediction] = {}
-    for answer in answers:
-        if answer.id not in best or by_probability(answer) > by_probability(best[answer.id]):
-            best[answer.id] = answer
-    return dict(sorted(best.items()))
+    falling = sorted(answers, key=lambda answer: (answer.id, by_probability(answer)), reverse=True)
+    return {answer.id: answer for answer in reversed(falling)}

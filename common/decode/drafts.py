@@ -1,4 +1,4 @@
-"""Draft tokens by prompt lookup (https://github.com/apoorvumang/prompt-lookup-decoding)."""
+"""Draft tokens from the prompt, of which answers are spans (https://github.com/apoorvumang/prompt-lookup-decoding)."""
 
 from collections import Counter
 

@@ -1,23 +1,20 @@
 """A Llama's forward pass for decoding: new tokens of many prefixes and branches in one row, over a KV cache.
 
-Each prefix and each branch has a block of the cache; `Reach` holds the blocks that a token attends to.
-
 Launching a pass kernel by kernel takes the host as long as a GPU computes a thousand tokens of a 7B model. Passes of up
 to `capture_tokens` are therefore padded to a few sizes, and CUDA graphs replay the kernels between the attentions of
 two layers, which depend on the size alone. Attention is launched, because its shapes hardly ever repeat.
 """
 
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from common.data.tokens import Ids
 from common.model import attention, llama
-from common.model.attention import Reach
 from common.model.nf4 import MATMUL_TOKENS
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 # tokens: as many as NF4 products take, then four sizes per octave, so that padding adds a quarter at most
 CAPTURE_SIZES = (MATMUL_TOKENS, *(n * 2**k for k in range(1, 12) for n in (16, 20, 24, 28)))
@@ -34,7 +31,7 @@ class Pass:
     slot: Tensor  # [T] of the KV cache
     keep: Tensor  # [K] tokens of which logits are computed
     forced: Tensor  # [K] next token whatever the logits are; -1: the most probable
-    reach: Reach
+    reach: attention.Reach
 
 
 class Batch:
@@ -68,15 +65,14 @@ class Batch:
         tensors = dict(zip(vars(self), flat.split([len(values) for values in vars(self).values()]), strict=True))
         reach = {name: tensors.pop(name) for name in _REACH}
         host, first = tuple(vars(self)[name] for name in _REACH), self.own[-1] - self.trees[-1]
-        return Pass(**tensors, reach=Reach(**reach, host=host, first=first))
+        return Pass(**tensors, reach=attention.Reach(**reach, host=host, first=first))
 
     def to(self, device: torch.device) -> Pass:
         flat = self.flatten()
         return self.split(flat.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else flat)
 
 
-@dataclass(frozen=True)
-class NextTokens:
+class NextTokens(NamedTuple):
     """The next tokens of a pass, on the device."""
 
     token: Tensor  # [K] int64
@@ -85,21 +81,18 @@ class NextTokens:
 
     def to_host(self, wait: bool = True) -> "NextTokens":
         """`wait=False`: the copy may still be in flight; an event recorded now marks its end."""
-        return NextTokens(*(getattr(self, f.name).to("cpu", non_blocking=not wait) for f in fields(self)))
+        return NextTokens(*(x.to("cpu", non_blocking=not wait) for x in self))
 
 
-class Layer:
+class Layer(llama.Layer):
     """A decoder layer's forward pass. Linears with the same input share both LoRA products: B is block-diagonal."""
 
-    def __init__(self, module: LlamaDecoderLayer, dtype: torch.dtype):
-        self.linears = llama.merged_linears(module, dtype)
-        self.norms = (module.input_layernorm.weight, module.post_attention_layernorm.weight)
-        self.eps = module.input_layernorm.variance_epsilon
-        self.head_dim = module.self_attn.head_dim
-        adapter, groups = llama.adapter_of(module)
+    def __init__(self, module: llama.LlamaDecoderLayer, dtype: torch.dtype):
+        super().__init__(module, dtype)
+        own, groups = llama.adapter_of(module)
         # per group: A [R, K] and B [N, R] of all its linears
         self.lora = [
-            (torch.cat(a).to(dtype), (torch.block_diag(*b) * adapter.scale).to(dtype)) if a else None for a, b in groups
+            (torch.cat(a).to(dtype), (torch.block_diag(*b) * own.scale).to(dtype)) if a else None for a, b in groups
         ]
 
     def before(self, x: Tensor, rope: llama.Rope, keys: Tensor, values: Tensor, slot: Tensor) -> Tensor:
@@ -137,16 +130,9 @@ class Layers:
         shape = (len(self.layers), cache_tokens, model.config.num_key_value_heads, self.layers[0].head_dim)
         self.keys, self.values = (torch.empty(shape, dtype=dtype, device=self.device) for _ in range(2))
 
-    def begin(self, ids: Tensor, position: Tensor) -> tuple[Tensor, llama.Rope]:
-        """[T] int32 → the first layer's input [T, hidden], and rotary positions for all layers."""
-        x = self.model.embed_tokens(ids)
-        cos, sin = self.model.rotary_emb(x[None], position[None])
-        return x, (cos[0], sin[0])
-
     def __call__(self, ids: Tensor, new: Pass) -> Tensor:
         """The last layer's output [T, hidden]."""
-        x, rope = self.begin(ids, new.position)
-        slot = new.slot.long()
+        (x, rope), slot = llama.begin(self.model, ids, new.position), new.slot.long()
         for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
             q = layer.before(x, rope, keys, values, slot)
             x = layer.after(x, attention.over_cache(q, keys, values, new.reach))
@@ -161,7 +147,7 @@ class Captured:
 
     def __init__(self, layers: Layers, most: int):
         self.layers, self.most, self.sizes = layers, most, [*(n for n in CAPTURE_SIZES if n < most), most]
-        first, cache = layers.layers[0], layers.keys[0]
+        first, cache = layers.layers[0], layers.keys
         heads = first.linears[0].rows[0] // first.head_dim
 
         def buffer(*shape: int, dtype: torch.dtype = cache.dtype) -> Tensor:
@@ -190,15 +176,14 @@ class Captured:
             else:
                 self._segment(i, n)
             if i < last:
-                keys, values = self.layers.keys[i], self.layers.values[i]
-                self.out[:t] = attention.over_cache(self.q[:t], keys, values, new.reach)
+                self.out[:t] = attention.over_cache(self.q[:t], self.layers.keys[i], self.layers.values[i], new.reach)
         return self.x[:t]
 
     def _segment(self, i: int, n: int) -> None:
         """Computes `n` tokens from after attention i - 1 up to attention i."""
         layers, x, rope = self.layers, self.x[:n], (self.rope[0][:n], self.rope[1][:n])
         if i == 0:
-            first, (cos, sin) = layers.begin(self.ids[:n], self.position[:n])
+            first, (cos, sin) = llama.begin(layers.model, self.ids[:n], self.position[:n])
             for kept, value in zip((x, *rope), (first, cos, sin), strict=True):
                 kept.copy_(value)
         else:
@@ -230,8 +215,7 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 class Decoder:
     """Passes of one model over a KV cache of `cache_tokens`; those of up to `capture_tokens` by CUDA graphs.
 
-    The adapter's weights are copied: later changes have no effect. Raises `ValueError` for a model that is no plain
-    Llama (`llama.unsupported_reason`).
+    The adapter is copied. Raises `ValueError` for a model that is no plain Llama (`llama.unsupported_reason`).
     """
 
     def __init__(self, model: llama.Model, cache_tokens: int, capture_tokens: int = 0):
@@ -249,8 +233,7 @@ class Decoder:
         if previous is not None:
             ids = torch.where(new.previous_row >= 0, previous[new.previous_row.clamp(min=0)], ids)
         layers = self.captured if self.captured and len(ids) <= self.captured.most else self.layers
-        x = layers(ids, new)
-        logits = self.base.lm_head(self.base.model.norm(x[new.keep])).float()
+        logits = self.base.lm_head(self.base.model.norm(layers(ids, new)[new.keep])).float()
         token = torch.where(new.forced >= 0, new.forced, logits.argmax(-1))
         best = logits.topk(2).values
         logprob = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)

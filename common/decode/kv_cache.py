@@ -22,8 +22,7 @@ class BlockAllocator:
         """A block of each length; None, and nothing is allocated, if one of them does not fit."""
         gaps, blocks = self.gaps.copy(), []
         for length in lengths:
-            i = next((i for i, gap in enumerate(gaps) if gap.length >= length), None)
-            if i is None:
+            if (i := next((i for i, gap in enumerate(gaps) if gap.length >= length), None)) is None:
                 return None
             start, size = gaps[i]
             gaps[i : i + 1] = [Block(start + length, size - length)] if size > length else []

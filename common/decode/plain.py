@@ -1,11 +1,11 @@
 """Greedy decoding by transformers' and PEFT's own modules: the reference, and the engine of all that is no Llama."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from common.data import plan
 from common.data.tokens import Ids
 from common.data.trees import Branch, Tree
-from common.decode.answers import Generation, Prediction, Task, to_text
+from common.decode.answers import Generation, Prediction, Task, Tick, to_text
 from common.device import out_of_memory
 from common.model.llama import Model
 from common.model.pack import Pack, build_pack
@@ -23,13 +23,10 @@ CPU_PACK_TOKENS, GPU_PACK_TOKENS = 8192, 4096  # prompts of one pack: the logits
 def greedy(model: Model, pack: Pack, stops: Tensor, max_new_tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Per step (branch numbers [L], token ids [L], log-probabilities [L]) of the L branches that have not ended.
 
-    A branch's last token is its stop token, unless the limit came first. New keys and values are appended to the
-    pack's own under the same tree mask, so nothing is copied per question.
+    New keys and values are appended to the pack's own under the same tree mask, so nothing is copied per question.
     """
-    cache = DynamicCache(config=model.config)
-    layout = pack.layout
-    live = torch.arange(len(pack.ids), device=pack.input_ids.device)
-    at = layout[pack.prompt_ends]
+    cache, layout = DynamicCache(config=model.config), pack.layout
+    live, at = torch.arange(len(pack.ids), device=pack.input_ids.device), layout[pack.prompt_ends]
     out = pack_logits(model, pack, pack.prompt_ends, cache)  # [B, V]
     for step in range(max_new_tokens):
         best, token = torch.log_softmax(out.float(), -1).max(-1)
@@ -37,9 +34,9 @@ def greedy(model: Model, pack: Pack, stops: Tensor, max_new_tokens: int) -> Iter
         open_ = ~torch.isin(token, stops)
         if step + 1 == max_new_tokens or not open_.any():
             return
-        live, token, at = live[open_], token[open_], at[open_].next()
+        live, at = live[open_], at[open_].next()
         layout = layout.then(at)
-        out = logits(model, token, at, layout, cache=cache)  # [L, V]
+        out = logits(model, token[open_], at, layout, cache=cache)  # [L, V]
 
 
 def answer_packs(model: Model, trees: Sequence[Tree], task: Task) -> Iterator[Prediction]:
@@ -52,20 +49,14 @@ def answer_packs(model: Model, trees: Sequence[Tree], task: Task) -> Iterator[Pr
     with out_of_memory(f"lower eval.pass_tokens (now {pack_tokens})"):
         for members in ranks.take(plan.fill(trees, pack_tokens), task.round):
             task.check()
-            yield from _answers(model, build_pack(members).to(device), stops, task)
-
-
-def _answers(model: Model, pack: Pack, stops: Tensor, task: Task) -> list[Prediction]:
-    tokens: list[Ids] = [[] for _ in pack.ids]
-    logprob = [0.0] * len(pack.ids)
-    for live, step_tokens, step_logprob in greedy(model, pack, stops, task.max_new_tokens):
-        for branch, token, p in zip(live.tolist(), step_tokens.tolist(), step_logprob.tolist(), strict=True):
-            tokens[branch].append(token)
-            logprob[branch] += p
-    return [
-        Prediction(id_, to_text(task.tokenizer, ids), ids, p, ids[-1] not in task.stop_tokens)
-        for id_, ids, p in zip(pack.ids, tokens, logprob, strict=True)
-    ]
+            pack = build_pack(members).to(device)
+            tokens, logprob = [Ids() for _ in pack.ids], [0.0] * len(pack.ids)
+            for step in greedy(model, pack, stops, task.max_new_tokens):
+                for branch, token, p in zip(*(x.tolist() for x in step), strict=True):
+                    tokens[branch].append(token)
+                    logprob[branch] += p
+            for id_, ids, p in zip(pack.ids, tokens, logprob, strict=True):
+                yield Prediction(id_, to_text(task.tokenizer, ids), ids, p, ids[-1] not in task.stop_tokens)
 
 
 class Plain:
@@ -78,11 +69,7 @@ class Plain:
         self.stops = torch.tensor(stops, device=next(model.parameters()).device)
 
     def answer(
-        self,
-        prompt_ids: Ids,
-        forced: Ids | None = None,
-        to_the_limit: bool = False,
-        tick: Callable[[int], None] = lambda n: None,
+        self, prompt_ids: Ids, forced: Ids | None = None, to_the_limit: bool = False, tick: Tick = lambda n: None
     ) -> Generation:
         """The greedy answer, as of `single.Single.answer`; tokens cannot be forced."""
         if forced:

@@ -1,8 +1,7 @@
 """Greedy answers to questions that share paragraphs. This is the one place that chooses an engine.
 
-In fp32 every answer has the token ids that `model.generate` returns for that question alone (a test). Llamas, with an
-adapter or without, are decoded by `common.decode.batched`; all other models, and all with `eval.engine=plain`, by
-`common.decode.plain`.
+In fp32 an answer has the token ids that `model.generate` returns for the question alone (a test). Llamas are decoded by
+`common.decode.batched`; all other models, and all with `eval.engine=plain`, by `common.decode.plain`.
 """
 
 import contextlib
@@ -14,17 +13,16 @@ from common.data import plan
 from common.data.squad import Example
 from common.data.tokens import Ids, Tokenizers
 from common.data.trees import Tree, build_trees
-from common.decode import batched
-from common.decode.answers import Prediction, Task, stop_tokens, to_text
-from common.decode.chunks import merge
+from common.decode import batched, chunks, plain
+from common.decode.answers import Prediction, Task, need_finite, stop_tokens, to_text
 from common.decode.forward import Decoder
-from common.decode.plain import answer_packs
 from common.device import has_flash_attention, out_of_memory
 from common.errors import UserError
 from common.model import memory
 from common.model.llama import Model, adapter_size, unsupported_reason
 from common.runs import ranks, signals
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
@@ -43,7 +41,8 @@ def answers(
         wanted = set(only)
         kept = (Tree(t.prefix_ids, tuple(b for b in t.branches if b.id in wanted)) for t in trees)
         trees = [tree for tree in kept if tree.branches]
-    return answer_trees(model, tokenizers.own, trees, stop_tokens(tokenizers.own), config.window.answer, config.eval)
+    stops = stop_tokens(tokenizers.own, model)
+    return answer_trees(model, tokenizers.own, trees, stops, config.window.answer, config.eval)
 
 
 def answer_trees(
@@ -60,28 +59,28 @@ def answer_trees(
 ) -> dict[str, Prediction]:
     """Answers by id to the questions of `trees`, or to this rank's part of them. The model's mode is restored.
 
-    Several ranks take trees from the same sequence as they go; `round_` names this evaluation (`ranks.take`). Of a
-    question that was read in several windows (`overflow: chunk`) the most probable answer is kept. `check` is called
-    between passes; an exception that it raises ends the work. `forced`: by question, tokens to generate instead of the
-    most probable ones, for timing models whose answers mean nothing. Raises `UserError` where the prompts do not fit
-    the model's positions, or memory is too little.
+    Several ranks take trees from the same sequence as they go. Of a question that was read in several windows
+    (`overflow: chunk`) the most probable answer is kept. `check`, `forced` and `round_`: as in `Task`. Raises
+    `UserError` where the prompts do not fit the model's positions, memory is too little, or logits are not finite.
     """
     longest = max((len(tree.prefix_ids) + max(map(len, tree.branches)) for tree in trees), default=0)
     check_positions(model, longest, max_new_tokens)
     task = Task(tokenizer, stops, max_new_tokens, options, check, forced or {}, round_)
-    engine = answer_packs if engine_of(model, options) == "plain" else _answer_batched
+    engine = plain.answer_packs if engine_of(model, options) == "plain" else _answer_batched
     total = sum(len(tree.branches) for tree in trees) if ranks.count() == 1 else None  # a rank's share is not known
+    bar = tqdm(engine(model, trees, task), progress, total, unit="question", disable=progress is None)
     training = model.training
     model.eval()
-    found: list[Prediction] = []
     try:
-        with tqdm(total=total, desc=progress, unit="question", disable=progress is None) as bar:
-            for answer in engine(model, trees, task):
-                found.append(answer)
-                bar.update()
+        return chunks.merge(_finite(bar, model.dtype))
     finally:
         model.train(training)
-    return merge(found)
+
+
+def _finite(answers: Iterable[Prediction], dtype: torch.dtype) -> Iterator[Prediction]:
+    for answer in answers:
+        need_finite(f"question {answer.id}", answer.logprob, dtype)
+        yield answer
 
 
 def by_all_ranks(
@@ -96,15 +95,13 @@ def by_all_ranks(
 
     `step`: of the training that this evaluation interrupts, whose memory budget then holds.
     """
-    own, stops = None, stop_tokens(tokenizers.own)
+    own, tokenizer, stops, limit = None, tokenizers.own, stop_tokens(tokenizers.own, model), config.window.answer
     options, progress = (config.eval, "decode") if step is None else (config.eval_in_training, "evaluate")
     shown, name = progress if PartialState().is_main_process else None, f"evaluation at {step or 0}"
     with contextlib.suppress(signals.Stopped):
-        own = answer_trees(
-            model, tokenizers.own, trees, stops, config.window.answer, options, shown, check, round_=name
-        )
+        own = answer_trees(model, tokenizer, trees, stops, limit, options, shown, check, round_=name)
     parts = gather_object([own])
-    return None if None in parts else merge(answer for part in parts for answer in part.values())
+    return None if None in parts else chunks.merge(answer for part in parts for answer in part.values())
 
 
 def check_positions(model: Model, prompt_tokens: int, answer_tokens: int) -> None:
@@ -112,10 +109,8 @@ def check_positions(model: Model, prompt_tokens: int, answer_tokens: int) -> Non
     most = getattr(model.config, "max_position_embeddings", None)
     if most and prompt_tokens + answer_tokens > most:
         lower = "window.answer" if answer_tokens > prompt_tokens else "window.context, or ask for fewer prompt.shots"
-        raise UserError(
-            f"{prompt_tokens} tokens of a prompt and up to {answer_tokens} of its answer, and this model has {most} "
-            f"positions: lower {lower}"
-        )
+        takes = f"{prompt_tokens} tokens of a prompt and up to {answer_tokens} of its answer"
+        raise UserError(f"{takes}, and this model has {most} positions: lower {lower}")
 
 
 def engine_of(model: Model, options: Eval) -> Literal["plain", "stream"]:
@@ -130,13 +125,13 @@ def sizes_of(model: Model, options: Eval) -> memory.Decoding:
 
 
 def _answer_batched(model: Model, trees: Sequence[Tree], task: Task) -> Iterator[Prediction]:
-    sizes, stops, options = sizes_of(model, task.options), set(task.stop_tokens), task.options
+    sizes, options = sizes_of(model, task.options), task.options
     with out_of_memory(f"lower {memory.BUDGET} (now {options.memory_budget_gib:g})"):
         decoder = Decoder(model, sizes.cache_tokens, sizes.pass_tokens if sizes.capture else 0)
         for mine in _streams(trees, options.parts, task.round):
             for a in batched.answers(decoder, mine, task, sizes.pass_tokens):
-                text = to_text(task.tokenizer, a.token_ids)
-                yield Prediction(a.branch.id, text, a.token_ids, a.logprob, a.token_ids[-1] not in stops, a.ties)
+                text, hit_limit = to_text(task.tokenizer, a.token_ids), a.token_ids[-1] not in task.stop_tokens
+                yield Prediction(a.branch.id, text, a.token_ids, a.logprob, hit_limit, a.ties)
 
 
 def _streams(trees: Sequence[Tree], parts: int | None, round_: str) -> Iterator[Iterable[Tree]]:

@@ -1,25 +1,21 @@
 """One question at a time, at low latency: the prompt in one pass, then several tokens per pass by prompt lookup.
 
-An answer is nearly always a span of its context, so what follows its last tokens in the prompt is a good draft. A pass
-takes the last token and a draft and computes the greedy token after each. The draft is kept as far as it agrees, with
-one token more: the answer is greedy whatever the draft. On a GPU with flash attention a pass is one CUDA graph,
-captured for a few lengths to which passes are padded.
+A pass takes the last token and a draft (`common.decode.drafts`) and computes the greedy token after each. The draft is
+kept as far as it agrees, with one token more: the answer is greedy whatever the draft. On a GPU with flash attention a
+pass is one CUDA graph, captured for a few lengths to which passes are padded.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from common.config import Config, Eval, Window
 from common.data.squad import Example
 from common.data.tokens import Ids, Tokenizers
 from common.data.trees import build_trees
-from common.decode import predict
-from common.decode.answers import Generation, to_text
-from common.decode.chunks import by_probability
+from common.decode import chunks, plain, predict
+from common.decode.answers import Generation, Tick, need_finite, to_text
 from common.decode.drafts import draft_from
 from common.decode.forward import Batch, Decoder, NextTokens
-from common.decode.plain import Plain
 from common.device import has_flash_attention
 from common.errors import UserError
 from common.model.llama import Model
@@ -30,19 +26,7 @@ import torch
 # with the last token as many as NF4 products take: 2.3 passes per SQuAD question, 6.2 without drafts (docs/log.md)
 DRAFT_TOKENS = MATMUL_TOKENS - 1
 PROMPT_SIZES = (64, 128, 192, 256, 384)  # tokens that graphs are captured for, besides the longest prompt
-Tick = Callable[[int], None]
 Capture = Callable[[torch.cuda.CUDAGraph], torch.cuda.graph]
-
-
-class Engine(Protocol):
-    """Answers one prompt after the other."""
-
-    name: str
-    model: Model
-
-    def answer(
-        self, prompt_ids: Ids, forced: Ids | None = None, to_the_limit: bool = False, tick: Tick = lambda n: None
-    ) -> Generation: ...
 
 
 class Single:
@@ -54,8 +38,8 @@ class Single:
         # a draft may reach beyond the last token, and padding needs a slot of its own
         self.model, self.decoder = model, Decoder(model, most_tokens + DRAFT_TOKENS + 1)
         self.stop_tokens, self.limit, self.most_prompt = set(stop_tokens), limit, most_tokens - limit
-        self.prompt_graphs: list[_Captured] = []  # shortest first; both are empty without flash attention
-        self.draft_graphs: list[_Captured] = []
+        # shortest first; both are empty without flash attention
+        self.prompt_graphs, self.draft_graphs = list[_Captured](), list[_Captured]()
         if has_flash_attention(self.decoder.device, self.decoder.base.dtype):
             capture = functools.partial(torch.cuda.graph, pool=torch.cuda.graph_pool_handle())
             lengths = [*(n for n in PROMPT_SIZES if n < self.most_prompt), self.most_prompt]
@@ -68,25 +52,20 @@ class Single:
     ) -> Generation:
         """The greedy answer, up to and with a stop token, or `limit` tokens.
 
-        `forced`: tokens that replace the most probable ones. `to_the_limit`: stop tokens do not end it. `tick` gets
-        the number of new tokens after each pass. Raises `UserError` for a prompt too long.
+        `forced`: tokens that replace the most probable ones. `to_the_limit`: stop tokens do not end it. Raises
+        `UserError` for a prompt too long.
         """
         if not 0 < (n := len(prompt_ids)) <= self.most_prompt:
             raise UserError(f"a prompt of {n} tokens; 1 to {self.most_prompt} can be asked: lower window.context")
         answer, new, cached, draft_length = Generation(), prompt_ids, 0, DRAFT_TOKENS
         stop_tokens = set[int]() if to_the_limit else self.stop_tokens
         while True:
-            draft = new[1:] if cached else []
-            known = len(answer.token_ids)
+            draft, known = new[1:] if cached else [], len(answer.token_ids)
             out = self._forward(new, cached, len(draft) + 1, (forced or [])[known : known + len(draft) + 1])
             answer.passes += 1
             answer.drafted += len(draft)
-            rows = zip(out.token.tolist(), out.logprob.tolist(), out.tie.tolist(), strict=True)
-            for i, (token, logprob, tie) in zip(range(len(draft) + 1), rows, strict=False):
-                answer.token_ids.append(token)
-                answer.logprob += logprob
-                answer.ties += tie
-                done = token in stop_tokens or len(answer.token_ids) == self.limit
+            for i, (token, logprob, tie) in enumerate(zip(*(x.tolist() for x in out), strict=True)):
+                done = answer.append(token, logprob, tie, stop_tokens, self.limit)
                 if done or i == len(draft) or token != draft[i]:
                     answer.accepted += i
                     break
@@ -104,14 +83,17 @@ class Single:
         for captured in self.draft_graphs if cached else self.prompt_graphs:
             if captured.length >= len(new):
                 return captured(new, cached, forced)
-        batch = _batch(new, cached, forced, len(new), asks, 0)
-        return self.decoder.forward(batch.to(self.decoder.device)).to_host()
+        batch = _batch(new, cached, forced, len(new), asks, 0).to(self.decoder.device)
+        return self.decoder.forward(batch).to_host()
+
+
+Engine = Single | plain.Plain
 
 
 def engine(model: Model, stop_tokens: Sequence[int], window: Window, options: Eval, overhead: int = 0) -> Engine:
     """The engine that `options` and the model (in eval mode) allow, for prompts of the window and `overhead` tokens."""
     if predict.engine_of(model, options) == "plain":
-        return Plain(model, stop_tokens, window.answer)
+        return plain.Plain(model, stop_tokens, window.answer)
     # another window tokenizer counts its own tokens, of which this model's may need up to twice as many
     return Single(model, stop_tokens, window.answer, window.tokens * (2 if window.tokenizer else 1) + overhead)
 
@@ -128,9 +110,10 @@ def ask(
     """End to end: the answer, one generation per window (the most probable first), and whether the window cuts."""
     built = build_trees([example], tokenizers, config.window, train=False, options=config.prompt)
     predict.check_positions(engine.model, max(map(len, built.trees)), config.window.answer)
-    prompts = [tree.prefix_ids + tree.branches[0].prompt_ids for tree in built.trees]
-    found = [engine.answer(ids, forced, to_the_limit, tick) for ids in prompts]
-    found.sort(key=by_probability, reverse=True)
+    found = [engine.answer(t.prefix_ids + t.branches[0].prompt_ids, forced, to_the_limit, tick) for t in built.trees]
+    for answer in found:
+        need_finite(f"question {example.id}", answer.logprob, engine.model.dtype)
+    found.sort(key=chunks.by_probability, reverse=True)
     return to_text(tokenizers.own, found[0].token_ids), found, bool(built.counts["truncated"])
 
 
@@ -159,10 +142,10 @@ class _Captured:
 
 def _batch(new: Ids, cached: int, forced: Ids, length: int, asks: int, unused: int) -> Batch:
     """`new` after `cached` tokens of the block at slot 0, padded to `length` tokens; padding has the slot `unused`."""
-    batch, n = Batch(), len(new)
+    batch = Batch()
     batch.add(new, 0, cached=cached)
     for values, padding in ((batch.ids, 0), (batch.previous_row, -1), (batch.position, 0), (batch.slot, unused)):
-        values += [padding] * (length - n)
-    batch.keep = [n - 1] if asks == 1 else list(range(asks))
+        values += [padding] * (length - len(new))
+    batch.keep = [len(new) - 1] if asks == 1 else list(range(asks))
     batch.forced = [*forced, *[-1] * (asks - len(forced))]
     return batch

@@ -19,11 +19,10 @@ class Bin(NamedTuple):
 
 def reliability(probability: Mapping[str, float], right: Mapping[str, bool], bins: int = 10) -> list[Bin]:
     """Bins of equal size by rising probability; fewer if there are fewer answers."""
-    ids = sorted(probability, key=lambda id_: probability[id_])
     out = []
-    for part in np.array_split(np.arange(len(ids)), min(bins, len(ids))):
-        n, found = len(part), sum(bool(right[ids[i]]) for i in part)
-        out.append(Bin(float(np.mean([probability[ids[i]] for i in part])), found / n, wilson(found, n), n))
+    for ids in np.array_split(sorted(probability, key=lambda id_: probability[id_]), min(bins, len(probability))):
+        n, found = len(ids), sum(bool(right[id_]) for id_ in ids)
+        out.append(Bin(float(np.mean([probability[id_] for id_ in ids])), found / n, wilson(found, n), n))
     return out
 
 

@@ -49,7 +49,6 @@ class Verdict:
 
     def __str__(self) -> str:
         em = f"{self.em_gain:+.2f}{brackets(self.em_interval)} EM"
-        f1 = f"{self.f1_gain:+.2f}{brackets(self.f1_interval)} F1"
         if self.better is None:
             words = f"{self.a} and {self.b} cannot be told apart: {em}"
             words += f" (a difference of {self.detectable:.1f} would mostly have been seen)" if self.detectable else ""
@@ -57,7 +56,7 @@ class Verdict:
             words = f"{self.a} {'beats' if self.better else 'loses to'} {self.b}: {em}"
         several = f", {_p(self.p_adjusted)} among {self.tests} tests" if self.tests > 1 else ""
         test = f"{self.only_a} against {self.only_b} questions, exact McNemar {_p(self.p)}{several}"
-        return f"{words}, {f1}; right where the other is wrong: {test}"
+        return f"{words}, {self.f1_gain:+.2f}{brackets(self.f1_interval)} F1; right where the other is wrong: {test}"
 
 
 def compare(pairs: Sequence[tuple[str, str, Rows, Rows]]) -> list[Verdict]:

@@ -3,7 +3,7 @@
 import bisect
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
 from common.data.squad import Example
@@ -43,14 +43,11 @@ def table(examples: Iterable[Example], rows: Mapping[str, Mapping[str, Any]]) ->
         kinds[kind] += 1
         if kind == "boundary off":
             off[_class_of(off_by(example, row["text"]), OFF)] += 1
-        shortest = min(len(answer.text.split()) for answer in example.answers)
-        for name, value in (
-            ("question", question_word(example.question)),
-            ("answer", _class_of(shortest, LENGTHS)),
-            ("context", _class_of(len(example.context.split()), CONTEXTS)),
-        ):
-            right, n = by[name][value]
-            by[name][value] = right + row["em"], n + 1
+        shortest, length = min(len(answer.text.split()) for answer in example.answers), len(example.context.split())
+        own = (question_word(example.question), _class_of(shortest, LENGTHS), _class_of(length, CONTEXTS))
+        for counts, name in zip(by.values(), own, strict=True):
+            right, n = counts[name]
+            counts[name] = right + row["em"], n + 1
     return {"kinds": kinds, "off": off, "by": by}
 
 
@@ -62,15 +59,14 @@ def kind_of(example: Example, text: str, right: bool, hit_limit: bool) -> str:
         return "empty"
     if hit_limit:
         return "cut by the limit"
-    places = list(_places(example.context, text.strip()))
+    places, golds = _places(example.context, text.strip()), _golds(example)
     if not places:
         return "not a span of the context"
-    if any(a < d and c < b for a, b in places for c, d in _golds(example)):
+    if any(a < d and c < b for a, b in places for c, d in golds):
         return "boundary off"
     ends = [match.end() for match in _SENTENCE_END.finditer(example.context)]
-    golds = {bisect.bisect(ends, start) for start, _ in _golds(example)}  # numbers of sentences
-    same = any(bisect.bisect(ends, start) in golds for start, _ in places)
-    return "right sentence, other words" if same else "another sentence"
+    answered, wanted = ({bisect.bisect(ends, start) for start, _ in spans} for spans in (places, golds))  # sentences
+    return "right sentence, other words" if answered & wanted else "another sentence"
 
 
 def off_by(example: Example, text: str) -> int:
@@ -79,18 +75,13 @@ def off_by(example: Example, text: str) -> int:
     def words(a: int, b: int) -> int:
         return len(example.context[min(a, b) : max(a, b)].split())
 
-    return min(
-        words(a, c) + words(b, d)
-        for a, b in _places(example.context, text.strip())
-        for c, d in _golds(example)
-        if a < d and c < b
-    )
+    pairs = ((*place, *gold) for place in _places(example.context, text.strip()) for gold in _golds(example))
+    return min(words(a, c) + words(b, d) for a, b, c, d in pairs if a < d and c < b)
 
 
 def question_word(question: str) -> str:
     """The first of `WORDS` in the question ("how many" before "how"), or "other"."""
-    matches = {word: re.search(rf"\b{word}\b", question, re.I) for word in WORDS}
-    found = [(match.start(), -len(word), word) for word, match in matches.items() if match]
+    found = [(m.start(), -len(word), word) for word in WORDS if (m := re.search(rf"\b{word}\b", question, re.I))]
     return min(found)[2] if found else "other"
 
 
@@ -98,15 +89,12 @@ def _golds(example: Example) -> list[Span]:
     return [(a.start, a.start + len(a.text)) for a in example.answers]
 
 
-def _places(context: str, text: str) -> Iterator[Span]:
+def _places(context: str, text: str) -> list[Span]:
     """The places of `text` in `context`, in upper or lower case."""
     lower = context.lower()
     if len(lower) == len(context):  # "İ" becomes two characters, which would shift the places
         context, text = lower, text.lower()
-    start = context.find(text)
-    while start >= 0:
-        yield start, start + len(text)
-        start = context.find(text, start + 1)
+    return [(at.start(), at.start() + len(text)) for at in re.finditer(f"(?={re.escape(text)})", context)]
 
 
 def _class_of(value: int, classes: dict[str, float]) -> str:

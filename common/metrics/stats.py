@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 Interval = tuple[float, float]
+Values = Mapping[str, float]  # id → value
+Clusters = Mapping[str, str]  # id → its cluster, here its article
 CONSTANT = 1e-12  # range of values that differ by rounding alone
 ROUND = 1000  # bootstrap samples at a time: tens of MB for a thousand queries
 
@@ -18,9 +20,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     return float(interval.low), float(interval.high)
 
 
-def clustered(
-    values: Mapping[str, float], cluster_of: Mapping[str, str], confidence: float = 0.95, draws: int = 10_000
-) -> Interval | None:
+def clustered(values: Values, cluster_of: Clusters, confidence: float = 0.95, draws: int = 10_000) -> Interval | None:
     """Bootstrap interval of the mean of `values` by id, resampling whole clusters; None for a single cluster.
 
     SQuAD's questions come by article: another dev set would hold other articles, not other single questions. The seed
@@ -36,18 +36,16 @@ def clustered(
     return float(low), float(high)
 
 
-def _of_clusters(values: Mapping[str, float], cluster_of: Mapping[str, str]) -> tuple[NDArray, NDArray]:
+def _of_clusters(values: Values, cluster_of: Clusters) -> tuple[NDArray, NDArray]:
     """Sum of values and number of them, each [clusters], in order of names."""
-    names = sorted({cluster_of[id_] for id_ in values})
-    number = {name: i for i, name in enumerate(names)}
-    at = np.array([number[cluster_of[id_]] for id_ in values])
+    _, at = np.unique([cluster_of[id_] for id_ in values], return_inverse=True)
     return np.bincount(at, list(map(float, values.values()))), np.bincount(at)
 
 
 # ---- two systems on the same questions -----------------------------------------------------------------------------
 
 
-def differences(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+def differences(a: Values, b: Values) -> dict[str, float]:
     """a - b by question, for the tests below. Raises `ValueError` if a and b have other questions."""
     if a.keys() != b.keys():
         raise ValueError("a paired test needs the same questions on both sides")
@@ -61,13 +59,13 @@ def mcnemar(a: Mapping[str, bool], b: Mapping[str, bool]) -> tuple[int, int, flo
     return only_a, only_b, float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def equivalence(values: Mapping[str, float], cluster_of: Mapping[str, str], margin: float) -> float:
+def equivalence(values: Values, cluster_of: Clusters, margin: float) -> float:
     """p of two one-sided tests (TOST) that the mean of `values` lies between -margin and margin."""
     numbers = _by_cluster(values, cluster_of)
     return max(_one_sided(numbers, -margin, "greater"), _one_sided(numbers, margin, "less"))
 
 
-def worse(values: Mapping[str, float], cluster_of: Mapping[str, str], margin: float) -> float:
+def worse(values: Values, cluster_of: Clusters, margin: float) -> float:
     """p of a one-sided test that the mean of `values` lies below -margin."""
     return _one_sided(_by_cluster(values, cluster_of), -margin, "less")
 
@@ -75,26 +73,21 @@ def worse(values: Mapping[str, float], cluster_of: Mapping[str, str], margin: fl
 def _one_sided(numbers: NDArray, bound: float, side: Literal["less", "greater"]) -> float:
     """p of Student's t test that the mean lies on that side of `bound`."""
     if np.ptp(numbers) < CONSTANT:  # nothing varies, so nothing is random
-        mean = numbers.mean()
-        return float(mean >= bound if side == "less" else mean <= bound)
+        return float(numbers.mean() >= bound if side == "less" else numbers.mean() <= bound)
     return float(stats.ttest_1samp(numbers, bound, alternative=side).pvalue)
 
 
-def detectable(
-    values: Mapping[str, float], cluster_of: Mapping[str, str], alpha: float = 0.05, power: float = 0.8
-) -> float:
+def detectable(values: Values, cluster_of: Clusters, alpha: float = 0.05, power: float = 0.8) -> float:
     """The smallest true mean that a two-sided test at `alpha` on values that spread like these finds with `power`."""
     numbers = _by_cluster(values, cluster_of)
-    beyond = stats.t.ppf([1 - alpha / 2, power], len(numbers) - 1).sum()
-    return float(beyond * stats.sem(numbers))
+    return float(stats.t.ppf([1 - alpha / 2, power], len(numbers) - 1).sum() * stats.sem(numbers))
 
 
-def _by_cluster(values: Mapping[str, float], cluster_of: Mapping[str, str]) -> NDArray:
+def _by_cluster(values: Values, cluster_of: Clusters) -> NDArray:
     """One number per cluster, [clusters]: their mean is that of `values`, their standard error is cluster-robust.
 
-    With C clusters, a number is the mean plus the cluster's sum of deviations from it, times C over the number of
-    values: this is the sandwich error of a mean, with C / (C - 1), for clusters of any size (Cameron and Miller 2015,
-    eq. 11 and 12). Raises `ValueError` for fewer than two clusters.
+    A number is the mean plus C / n times the cluster's sum of deviations from it, for C clusters of n values: a mean's
+    sandwich error, with C / (C - 1) (Cameron and Miller 2015, eq. 11 and 12). `ValueError` for fewer than two clusters.
     """
     sums, sizes = _of_clusters(values, cluster_of)
     if len(sums) < 2:
@@ -103,13 +96,11 @@ def _by_cluster(values: Mapping[str, float], cluster_of: Mapping[str, str]) -> N
     return mean + (sums - mean * sizes) * len(sums) / sizes.sum()
 
 
-def holm(p: Mapping[str, float]) -> dict[str, float]:
+def holm(p: Values) -> dict[str, float]:
     """p-values of several tests, adjusted so that the chance of any false alarm is at most the level (Holm 1979)."""
-    adjusted: dict[str, float] = {}
-    least = 0.0
-    for i, name in enumerate(sorted(p, key=lambda name: p[name])):
-        least = adjusted[name] = max(least, min(1.0, (len(p) - i) * p[name]))
-    return adjusted
+    names = sorted(p, key=lambda name: p[name])
+    adjusted = np.maximum.accumulate([min(1.0, (len(p) - i) * p[name]) for i, name in enumerate(names)])
+    return dict(zip(names, adjusted.tolist(), strict=True))
 
 
 # ---- seeds and samples ---------------------------------------------------------------------------------------------
@@ -147,10 +138,9 @@ def slower(
     a, b = np.median(old, axis=0), np.median(new, axis=0)
     if len(a) != len(b):
         raise ValueError("a paired ratio needs the same queries on both sides")
-    rng, ratios = np.random.default_rng(0), []
-    for _ in range(0, draws, ROUND):
-        at = rng.integers(len(a), size=(ROUND, len(a)))
-        ratios.append(np.percentile(b[at], q, axis=1) / np.percentile(a[at], q, axis=1))
+    rng = np.random.default_rng(0)
+    samples = (rng.integers(len(a), size=(ROUND, len(a))) for _ in range(0, draws, ROUND))
+    ratios = [np.percentile(b[at], q, axis=1) / np.percentile(a[at], q, axis=1) for at in samples]
     ratio, low = np.percentile(b, q) / np.percentile(a, q), np.quantile(np.concatenate(ratios), alpha)
     if min(len(old), len(new)) > 1:
         variance = np.mean([np.log(np.percentile(side, q, axis=1)).var(ddof=1) for side in (old, new)])

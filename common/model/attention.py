@@ -5,9 +5,9 @@ its prefix. Outputs o [T, H, D] and log-sum-exps l [T, H] of two disjoint sets o
     l = log(exp(l1) + exp(l2)),    o = exp(l1 - l) * o1 + exp(l2 - l) * o2
 as in Hydragen (https://arxiv.org/abs/2402.05099) for decoding and ring attention (https://arxiv.org/abs/2310.01889) for
 training. The backward pass of a part needs o and l of the union alone (https://arxiv.org/abs/2307.08691, algorithm 2).
+On a GPU with flash attention both parts are PyTorch's varlen kernels; elsewhere SDPA computes the same tree by tree.
 
-T tokens; H query heads; G key heads, a divisor of H; heads of width D. On a GPU with flash attention both parts are
-PyTorch's varlen kernels; elsewhere SDPA computes the same tree by tree.
+T tokens; H query heads; G key heads, a divisor of H; heads of width D.
 """
 
 import functools
@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TypeAlias
 
 from common.device import has_flash_attention
 from common.model.compiled import compiled
@@ -27,7 +26,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # for SDPA: queries, the blocks of keys that they attend to, and a mask [queries, keys] bool; None: causal
-Part: TypeAlias = tuple[slice, list[slice], Tensor | None]
+# `parts` of a pack: each prefix, then each tree's branches
+Part = tuple[slice, list[slice], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,6 @@ class Spans:
 
     @functools.cached_property
     def parts(self) -> list[Part]:
-        """Each prefix, then each tree's branches."""
         own, prefix, branches = self.starts
         parts: list[Part] = [(slice(a, b), [slice(a, b)], None) for a, b in pairwise(prefix)]
         for (p, p_end), (a, b) in zip(pairwise(prefix), pairwise(branches), strict=True):
@@ -104,7 +103,6 @@ class Reach:
 
     @functools.cached_property
     def parts(self) -> list[Part]:
-        """Each prefix, then each tree's branches."""
         own, start, used, trees, prefix, prefix_used = self.host
         new, n_prefixes = [b - a for a, b in pairwise(own)], sum(end <= self.first for end in own[1:])
         blocks = [slice(at, at + n) for at, n in zip(start, used, strict=False)]

@@ -22,9 +22,8 @@ def compiled(function: Callable[Args, Result]) -> Callable[Args, Result]:
         tensors = [x for x in args if isinstance(x, Tensor)]
         if not tensors[0].is_cuda:
             return function(*args, **kwargs)
-        for x in tensors:
-            if x.dim() > 1:
-                torch_private.mark_dynamic(x)
+        for x in (x for x in tensors if x.dim() > 1):
+            torch_private.mark_dynamic(x)
         return fused(*args, **kwargs)
 
     return call

@@ -1,12 +1,10 @@
 """Frozen linears that share their input, merged into one weight: a layer's q, k and v, or its gate and up.
 
 One call dequantises a merged weight, and one product computes all its linears. The linears' own weights become views of
-it, so nothing is stored twice and PEFT's modules work as before. NF4 and FP4 are stored as bitsandbytes packs them:
-blocks of 64 weights in row-major order, each with its absmax, so weights of whole blocks can be concatenated. Triton
-kernels (`common.model.nf4_kernels`) compute where they run, bitsandbytes elsewhere.
+it, so nothing is stored twice and PEFT's modules work as before. Weights of whole 4-bit blocks (`common.model.nf4`) can
+be concatenated. Triton kernels (`common.model.nf4_kernels`) compute where they run, bitsandbytes elsewhere.
 """
 
-import math
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -23,21 +21,24 @@ class MergedLinear:
     """The weight [N, K] of `linears` that have the same K inputs, one below the other."""
 
     def __init__(self, linears: Sequence[torch.nn.Linear], dtype: torch.dtype):
-        self.weights = [linear.weight for linear in linears]
+        self.weights, self.dtype = [linear.weight for linear in linears], dtype
         self.rows = [linear.out_features for linear in linears]
         self.shape = (sum(self.rows), linears[0].in_features)
-        self.dtype = dtype
         self.stored: Tensor | None = None  # all weights in one tensor; None where they cannot be concatenated
         self.nf4: NF4Weight | None = None  # the same where they have 4 bits
         self.states: list[QuantState] = [getattr(w, "quant_state", None) for w in self.weights]
         self.four_bit = all(self.states)
-        if self.four_bit and all(math.prod(state.shape) % state.blocksize == 0 for state in self.states):
+        if self.four_bit and all(state.shape.numel() % state.blocksize == 0 for state in self.states):
             constants, first = _merge_constants(self.states), self.states[0]
             self.stored = _merge(self.weights, "data")
             self.nf4 = NF4Weight(self.stored, first.code, first.quant_type, first.blocksize, *constants)
         elif not any(self.states) and len({w.dtype for w in self.weights}) == 1:
             self.stored = _merge(self.weights, "data")
-        self.kernels = _kernels(self.nf4, self.shape, dtype)
+        self.kernels: ModuleType | None = None  # `common.model.nf4_kernels` if it computes with this weight
+        if self.nf4 and has_nf4_kernels(self.nf4.packed.device, dtype):
+            from common.model import nf4_kernels  # torch for a CPU comes without Triton
+
+            self.kernels = nf4_kernels if nf4_kernels.supports(self.nf4, self.shape) else None
 
     def dense(self) -> Tensor:
         """The weight [N, K] in `dtype`, dequantised."""
@@ -47,7 +48,16 @@ class MergedLinear:
             return self.stored.to(self.dtype).view(self.shape)
         if self.kernels:
             return self.kernels.dequantise(self.nf4, self.shape, self.dtype)
-        return _dequantise(self.nf4, self.shape[1], self.dtype).view(self.shape)
+        w, columns, absmax = self.nf4, self.shape[1], self.nf4.absmax.float()
+        if w.offset is not None:
+            scales = w.absmax, w.absmax2, w.code2, ABSMAX_BLOCK
+            absmax = torch.ops.bitsandbytes.dequantize_blockwise(*scales, torch.float32)
+            absmax.view(-1, ABSMAX_BLOCK).add_(w.offset[:, None])
+        # a CPU divides the rows among its cores, and no block may lie in two rows
+        row = columns if columns % w.blocksize == 0 else w.blocksize
+        shape = [2 * len(w.packed) // row, row]
+        weight = torch.ops.bitsandbytes.dequantize_4bit(w.packed, absmax, w.blocksize, w.quant_type, shape, self.dtype)
+        return weight.view(self.shape)
 
     def split(self) -> list[Tensor]:
         """The weight [N, K] of each linear in `dtype`, dequantised."""
@@ -56,8 +66,7 @@ class MergedLinear:
     def matmul(self, x: Tensor, a: Tensor | None = None, b: Tensor | None = None, add: Tensor | None = None) -> Tensor:
         """x @ (w + b @ a).T + add: x [T, K], 4-bit w [N, K], a [R, K], b [N, R], add and the result [T, N].
 
-        T is at most MATMUL_TOKENS. bitsandbytes' kernel is faster for one token (`benchmarks/products.py`). Without our
-        kernels it computes several tokens too, and dequantises the weight on some GPUs.
+        T is at most MATMUL_TOKENS. bitsandbytes' kernel is faster for one token (`benchmarks/products.py`).
         """
         if self.kernels and len(x) > 1:
             return self.kernels.matmul(x, self.nf4, self.shape[0], a, b, add)
@@ -70,9 +79,8 @@ class MergedLinear:
 
 def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight [N, K] in `dtype`, dequantised if it has 4 bits."""
-    if (state := getattr(weight, "quant_state", None)) is not None:
-        return bnb.functional.dequantize_4bit(weight.data, state).to(dtype)
-    return weight.data.to(dtype)
+    state = getattr(weight, "quant_state", None)
+    return (bnb.functional.dequantize_4bit(weight.data, state) if state else weight.data).to(dtype)
 
 
 def _merge_constants(states: list[QuantState]) -> tuple[Tensor, ...]:
@@ -94,26 +102,3 @@ def _merge(owners: Sequence[object], name: str) -> Tensor:
     for owner, x, part in zip(owners, tensors, merged.split([x.numel() for x in tensors]), strict=True):
         setattr(owner, name, part.view(x.shape))
     return merged
-
-
-def _kernels(nf4: NF4Weight | None, shape: tuple[int, int], dtype: torch.dtype) -> ModuleType | None:
-    """`common.model.nf4_kernels` if it computes with this weight."""
-    if nf4 is None or not has_nf4_kernels(nf4.packed.device, dtype):
-        return None
-
-    from common.model import nf4_kernels  # torch for a CPU comes without Triton
-
-    return nf4_kernels if nf4_kernels.supports(nf4, shape) else None
-
-
-def _dequantise(w: NF4Weight, columns: int, dtype: torch.dtype) -> Tensor:
-    """All weights in `dtype`, by bitsandbytes."""
-    absmax = w.absmax.float()
-    if w.offset is not None:
-        scales = w.absmax, w.absmax2, w.code2, ABSMAX_BLOCK
-        absmax = torch.ops.bitsandbytes.dequantize_blockwise(*scales, torch.float32)
-        absmax.view(-1, ABSMAX_BLOCK).add_(w.offset[:, None])
-    # a CPU divides the rows among its cores, and no block may lie in two rows
-    row = columns if columns % w.blocksize == 0 else w.blocksize
-    shape = [2 * len(w.packed) // row, row]
-    return torch.ops.bitsandbytes.dequantize_4bit(w.packed, absmax, w.blocksize, w.quant_type, shape, dtype)

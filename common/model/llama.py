@@ -5,16 +5,17 @@ rotary positions https://arxiv.org/abs/2104.09864, SwiGLU https://arxiv.org/abs/
 """
 
 import math
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import fields
+from typing import NamedTuple, TypeAlias
 
 from common.model.compiled import compiled
 from common.model.linears import MergedLinear
 
 import torch
-import torch.nn.functional as F
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -26,6 +27,41 @@ Lora = list[list[Tensor]]
 # A layer's seven linears, grouped by shared input. A group is one merged linear, and its As are stacked into one.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 QKV, OUT, GATE_UP, DOWN = range(4)
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on a token's position alone
+# LoraConfig's settings that decide sizes, scales and places of A and B, and nothing else
+LORA = {
+    *(
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "runtime_config"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+}
+LORA_LINEARS = (LoraLinear, Linear4bit, Linear8bitLt)
+
+
+def beyond_lora(model: Model) -> str | None:
+    """What an adapter has beside plain LoRA, which is A and B alone, on linears; None if nothing, or no adapter.
+
+    Settings that are not known here count, if they are not at their default, so that what PEFT adds next does too.
+    """
+    adapters = list(getattr(model, "peft_config", {}).values())
+    if not adapters:
+        return None
+    if len(adapters) > 1 or type(adapters[0]) is not LoraConfig:
+        kinds = ", ".join(str(getattr(a.peft_type, "value", a.peft_type)) for a in adapters)
+        return f"its adapter is {kinds}, not one of LoRA"
+    plain, settings = LoraConfig(), adapters[0]
+    odd = [f.name for f in fields(plain) if f.name not in LORA and getattr(settings, f.name) != getattr(plain, f.name)]
+    if odd:
+        return f"its LoRA has {', '.join(odd)}"
+    others = {type(m).__name__ for m in model.modules() if isinstance(m, LoraLayer) and type(m) not in LORA_LINEARS}
+    return f"its LoRA is on {', '.join(sorted(others))}, not on linears alone" if others else None
 
 
 def unsupported_reason(model: Model) -> str | None:
@@ -33,26 +69,24 @@ def unsupported_reason(model: Model) -> str | None:
     config = model.config
     if config.model_type != "llama" or config.hidden_act != "silu":
         return f"{config.model_type} is not a Llama with SiLU"
-    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") not in ROPE_TYPES:
         return "its rotary positions change with the longest text of a pass"
+    if reason := beyond_lora(model):
+        return reason
     linears = [linear for layer in layers_of(model) for linear in _linears(layer).values()]
     adapted = [linear for linear in linears if isinstance(linear, LoraLayer)]
-    adapters = getattr(model, "peft_config", {}).values()
-    biased = any(_base(linear).bias is not None for linear in linears)
-    if biased or any(adapter.use_dora or adapter.bias != "none" for adapter in adapters):
-        return "biases or DoRA"
-    if len({scale for linear in adapted for scale in linear.scaling.values()}) > 1:
-        return "its adapters are scaled differently"
-    ours = {id(p) for linear in adapted for p in (linear.lora_A.default.weight, linear.lora_B.default.weight)}
-    if any(id(p) not in ours for name, p in model.named_parameters() if "lora_" in name or "modules_to_save" in name):
-        return "something else than the seven projections is adapted"
-    if layers_of(model)[0].self_attn.head_dim % 8:
-        return "its heads are not a multiple of 8 wide"
-    return None
+    biased = any(getattr(linear, "base_layer", linear).bias is not None for linear in linears)
+    everywhere = sum(isinstance(module, LoraLayer) for module in model.modules())
+    reasons = {
+        "its linears have biases": biased,
+        "its adapters are scaled differently": len({x for m in adapted for x in m.scaling.values()}) > 1,
+        "something else than the seven projections is adapted": everywhere > len(adapted),
+        "its heads are not a multiple of 8 wide": layers_of(model)[0].self_attn.head_dim % 8,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-@dataclass(frozen=True)
-class Adapter:
+class Adapter(NamedTuple):
     """The layout of a layer's LoRA weights in a flat tensor."""
 
     shapes: list[list[tuple[int, ...]]]  # as `Lora`
@@ -72,16 +106,15 @@ class Adapter:
 def adapter_of(layer: LlamaDecoderLayer) -> tuple[Adapter, list[tuple[list[Tensor], list[Tensor]]]]:
     """A layer's adapter, and per group PEFT's As, and its Bs as in `Lora`."""
     linears, weights, scale = _linears(layer), [], 1.0
-    shapes: list[list[tuple[int, ...]]] = []
     for group in GROUPS:
         members = [linears[name] for name in group]
-        lora = [m if isinstance(m, LoraLayer) else None for m in members]
-        a = [m.lora_A.default.weight for m in lora if m]
-        rows = [m.out_features for m in members if a]
-        b = [m.lora_B.default.weight if m else a[0].new_empty(n, 0) for m, n in zip(lora, rows, strict=False)]
-        scale = next((m.scaling["default"] for m in lora if m), scale)
+        lora = [m for m in members if isinstance(m, LoraLayer)]
+        a = [m.lora_A.default.weight for m in lora]
+        empty = [a[0].new_empty(m.out_features, 0) for m in members if a]
+        b = [m.lora_B.default.weight if isinstance(m, LoraLayer) else e for m, e in zip(members, empty, strict=False)]
+        scale = lora[0].scaling["default"] if lora else scale
         weights.append((a, b))
-        shapes.append([(sum(map(len, a)), a[0].shape[1]), *(x.shape for x in b)] if a else [])
+    shapes = [[(sum(map(len, a)), a[0].shape[1]), *(x.shape for x in b)] if a else [] for a, b in weights]
     return Adapter(shapes, scale), weights
 
 
@@ -90,12 +123,16 @@ def adapter_size(model: Model) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
 
 
-def merged_linears(layer: LlamaDecoderLayer, dtype: torch.dtype) -> list[MergedLinear]:
-    """A layer's merged linears by group, which the first call makes and keeps in the layer."""
-    if not hasattr(layer, "merged_linears"):
-        linears = _linears(layer)
-        layer.merged_linears = [MergedLinear([_base(linears[name]) for name in group], dtype) for group in GROUPS]
-    return layer.merged_linears
+class Layer:
+    """The frozen parts of a decoder layer: linears merged by group, once and for all in `module`, and both norms."""
+
+    def __init__(self, module: LlamaDecoderLayer, dtype: torch.dtype):
+        if not hasattr(module, "merged_linears"):
+            linears = {name: getattr(linear, "base_layer", linear) for name, linear in _linears(module).items()}
+            module.merged_linears = [MergedLinear([linears[name] for name in group], dtype) for group in GROUPS]
+        self.linears: list[MergedLinear] = module.merged_linears
+        self.norms = (module.input_layernorm.weight, module.post_attention_layernorm.weight)
+        self.eps, self.head_dim = module.input_layernorm.variance_epsilon, module.self_attn.head_dim
 
 
 def causal_of(model: Model) -> PreTrainedModel:
@@ -107,13 +144,16 @@ def layers_of(model: Model) -> list[LlamaDecoderLayer]:
     return list(causal_of(model).model.layers)
 
 
+def begin(model: PreTrainedModel, ids: Tensor, position: Tensor) -> tuple[Tensor, Rope]:
+    """The first layer's input [T, hidden], and rotary positions for all layers, of `ids` [T] at `position` [T]."""
+    x = model.embed_tokens(ids)
+    cos, sin = model.rotary_emb(x[None], position[None])
+    return x, (cos[0], sin[0])
+
+
 def _linears(layer: LlamaDecoderLayer) -> dict[str, torch.nn.Linear | LoraLayer]:
     attention, mlp = layer.self_attn, layer.mlp
     return {name: getattr(attention, name, None) or getattr(mlp, name) for group in GROUPS for name in group}
-
-
-def _base(linear: torch.nn.Linear | LoraLayer) -> torch.nn.Linear:
-    return linear.base_layer if isinstance(linear, LoraLayer) else linear
 
 
 def _rms(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -147,4 +187,4 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 @compiled
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, all [T, intermediate]."""
-    return F.silu(gate) * up
+    return torch.nn.functional.silu(gate) * up

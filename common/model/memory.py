@@ -5,6 +5,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from common.config import Eval, Train
 from common.errors import UserError
@@ -54,10 +55,12 @@ class Shapes:
     @classmethod
     def of(cls, model: Model, lora: int = 0) -> "Shapes":
         """Shapes of a loaded model of which `lora` weights are trained."""
-        c, parameters, heads = model.config, list(model.parameters()), model.config.num_attention_heads
+        c, heads = model.config, model.config.num_attention_heads
         width = getattr(c, "head_dim", None) or c.hidden_size // heads
         key = width * (getattr(c, "num_key_value_heads", None) or heads)
-        base = sum(p.nbytes for p in parameters if not p.requires_grad) + sum(map(_constants, parameters))
+        states = [p.quant_state for p in model.parameters() if getattr(p, "quant_state", None)]
+        constants = [t for s in states for t in (s.absmax, *((s.state2.absmax,) if s.nested else ()))]
+        base = sum(x.nbytes for x in (*constants, *(p for p in model.parameters() if not p.requires_grad)))
         sizes = c.num_hidden_layers, c.hidden_size, c.intermediate_size, heads * width, key, c.vocab_size
         return cls(base, lora, *sizes, model.dtype.itemsize)
 
@@ -82,8 +85,7 @@ class Shapes:
         work = self.item * (4 * self.intermediate + 4 * self.hidden) * tokens
         work += 0 if hold == self.layers else self.layer_matrices
         work += 0 if keep == self.layers else self.kept_per_token * tokens
-        inputs = self.item * self.hidden * tokens * self.layers
-        kept = self.kept_per_token * tokens * keep
+        inputs, kept = self.item * self.hidden * tokens * self.layers, self.kept_per_token * tokens * keep
         return {
             "base": self.base_bytes,
             "held matrices": hold * self.layer_matrices,
@@ -118,17 +120,14 @@ def available_bytes(device: torch.device) -> int:
     return int(USABLE_SHARE * (free + torch.cuda.memory_reserved(device)))
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """Sizes of batched decoding."""
-
+class Decoding(NamedTuple):
     pass_tokens: int  # at most
     cache_tokens: int  # that the KV cache holds
     capture: bool = False  # passes are captured as CUDA graphs
 
 
 def decoding(options: Eval, shapes: Shapes, device: torch.device, capture: bool) -> Decoding:
-    """Sizes within `options.memory_budget_gib`, or within free memory where that is less.
+    """Sizes of batched decoding within `options.memory_budget_gib`, or within free memory where that is less.
 
     Passes are captured if `capture`, and if the memory suffices. Raises `UserError` if not even the least sizes fit.
     """
@@ -155,17 +154,12 @@ def fit(options: Eval, shapes: Shapes, available: int, capture: bool = False) ->
         return Decoding(tokens, cache, capture)
     if capture:
         return fit(options, shapes, available)
-    least = shapes.decoding_bytes(options.pass_tokens or LEAST_PASS_TOKENS, LEAST_CACHE_TOKENS)
-    raise UserError(
-        f"decoding takes {least / GIB:.1f} GiB beside the base, and {options.memory_budget_gib:g} GiB leave "
-        f"{max(available, 0) / GIB:.1f}: raise {BUDGET}; or free the GPU"
-    )
+    least = shapes.decoding_bytes(options.pass_tokens or LEAST_PASS_TOKENS, LEAST_CACHE_TOKENS) / GIB
+    leave = f"{options.memory_budget_gib:g} GiB leave {max(available, 0) / GIB:.1f}"
+    raise UserError(f"decoding takes {least:.1f} GiB beside the base, and {leave}: raise {BUDGET}; or free the GPU")
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Sizes of a training."""
-
+class Choice(NamedTuple):
     pack_tokens: int
     keep_layers: int  # that keep all activations
     hold_layers: int  # that hold their matrices dequantised
@@ -213,9 +207,8 @@ def choose(
                 raise UserError(f"{given}: packs of {tokens} tokens take about {least}")
             tokens -= PACK_STEP
         permanent = sum(count(tokens, 0, hold)[name] for name in ("base", "held matrices", "adapter", "optimizer"))
-        if permanent + evaluation > budget:
-            takes = f"{(permanent + evaluation) / GIB:.1f} GiB"
-            raise UserError(f"{given}: an evaluation between two steps takes {takes}")
+        if (takes := permanent + evaluation) > budget:
+            raise UserError(f"{given}: an evaluation between two steps takes {takes / GIB:.1f} GiB")
         # activations first: a GiB of them saves more time than a GiB of matrices
         keep = max(n for n in range(shapes.layers + 1) if total(tokens, n, hold) <= budget or n == 0)
         budget = min(budget, free - evaluation)
@@ -226,11 +219,3 @@ def choose(
         parts = ", ".join(f"{name} {n / GIB:.2f}" for name, n in counted.items())
         description += f", about {sum(counted.values()) / GIB:.1f} GiB at the peak: {parts}"
     return Choice(tokens, keep, hold, counted, description)
-
-
-def _constants(parameter: torch.nn.Parameter) -> int:
-    """Bytes of a 4-bit weight's quantisation constants."""
-    state = getattr(parameter, "quant_state", None)
-    if state is None:
-        return 0
-    return sum(t.nbytes for t in (state.absmax, *((state.state2.absmax,) if state.nested else ())))

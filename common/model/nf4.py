@@ -1,6 +1,6 @@
 """The layout of a 4-bit weight (NF4 or FP4) in memory, as bitsandbytes packs it. QLoRA: https://arxiv.org/abs/2305.14314"""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -8,8 +8,7 @@ MATMUL_TOKENS = 16  # products of up to as many tokens read the 4-bit weights: o
 ABSMAX_BLOCK = 256  # quantised absmaxes that share a scale and an offset (double quantisation)
 
 
-@dataclass(frozen=True)
-class NF4Weight:
+class NF4Weight(NamedTuple):
     """Weights in row-major order, w = code[4-bit number] * absmax[block], with B blocks of `blocksize` weights.
 
     Under double quantisation the absmax of block b is code2[absmax[b]] * absmax2[b // 256] + offset[b // 256].

@@ -6,7 +6,6 @@ Dequantisation, bit for bit that of bitsandbytes (fp32, rounded once to 16 bits)
 For T <= 16 tokens, the product with a LoRA-adapted weight plus a residual, without a 16-bit copy of the weight:
     y = x @ (w + b @ a).T + add,    x [T, K], w [N, K], a [R, K], b [N, R], add and y [T, N]
 Several programs divide a row's columns among them and a second kernel adds up (https://arxiv.org/abs/2402.00025).
-NF4 and double quantisation: https://arxiv.org/abs/2305.14314.
 
 A byte holds two weights: high nibble = even column, low nibble = odd. The product multiplies even and odd columns
 separately instead of interleaving the weights. `benchmarks/products.py` compares it with bitsandbytes' own kernels.
@@ -48,8 +47,7 @@ def matmul(
     x: Tensor, w: NF4Weight, rows: int, a: Tensor | None = None, b: Tensor | None = None, add: Tensor | None = None
 ) -> Tensor:
     """x @ (w + b @ a).T + add: x [T, K] of T <= 16 tokens, w [`rows`, K], a [R, K], b [rows, R], add → [T, rows]."""
-    tokens, columns = x.shape
-    rank = 0 if a is None else len(a)
+    (tokens, columns), rank = x.shape, 0 if a is None else len(a)
     steps = triton.cdiv(columns // BLOCK.value, SPLITS)
     splits = triton.cdiv(columns // BLOCK.value, steps)
     sums = x.new_empty(splits, tokens, rows + rank, dtype=torch.float32)

@@ -9,7 +9,7 @@ computed once. Prefixes come first because attention is then two dense calls (`c
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from common.data.trees import Tree
@@ -74,14 +74,12 @@ class Pack:
         return (*(x.shape for x in self.tensors()), self.spans.longest)
 
     def tensors(self) -> list[Tensor]:
-        """All tensors, in a fixed order."""
         own = [value for value in vars(self).values() if isinstance(value, Tensor)]
         return [*own, *vars(self.layout).values(), *self.spans.tensors().values()]
 
     def to(self, device: torch.device) -> "Pack":
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor | Spans)}
-        layout = Layout(*(v.to(device) for v in vars(self.layout).values()))
-        return Pack(**{**vars(self), **moved, "layout": layout})
+        return Pack(**{**vars(self), **moved, "layout": Layout(*(v.to(device) for v in vars(self.layout).values()))})
 
 
 def build_pack(trees: Sequence[Tree]) -> Pack:
@@ -96,17 +94,13 @@ def build_pack(trees: Sequence[Tree]) -> Pack:
     tree, branch, begin = torch.tensor([row[:3] for row in rows]).repeat_interleave(lengths, dim=0).T.contiguous()
     position = torch.arange(len(tree)) - starts.repeat_interleave(lengths) + begin
     ends = starts[len(trees) :] + torch.tensor([len(b.prompt_ids) for _, b in branches]) - 1
-    targets = [end + i for end, (_, b) in zip(ends.tolist(), branches, strict=True) for i in range(len(b.answer_ids))]
-    return Pack(
-        torch.tensor([i for row in rows for i in row[3]]),
-        Layout(tree, branch, position),
-        Spans.of(lengths.tolist(), [len(tree.branches) for tree in trees]),
-        ends,
-        torch.tensor(targets, dtype=torch.long),
-        torch.tensor([i for _, b in branches for i in b.answer_ids], dtype=torch.long),
-        torch.tensor([1 / len(b.answer_ids) for _, b in branches for _ in b.answer_ids]),
-        [b.id for _, b in branches],
-    )
+    spans = Spans.of(lengths.tolist(), [len(tree.branches) for tree in trees])
+    index = [end + i for end, (_, b) in zip(ends.tolist(), branches, strict=True) for i in range(len(b.answer_ids))]
+    answers = [i for _, b in branches for i in b.answer_ids]
+    target_index, target_ids = (torch.tensor(x, dtype=torch.long) for x in (index, answers))
+    share = torch.tensor([1 / len(b.answer_ids) for _, b in branches for _ in b.answer_ids])
+    ids, names = torch.tensor([i for row in rows for i in row[3]]), [b.id for _, b in branches]
+    return Pack(ids, Layout(tree, branch, position), spans, ends, target_index, target_ids, share, names)
 
 
 @dataclass(frozen=True)
@@ -122,25 +116,18 @@ class PadSizes:
     @classmethod
     def of(cls, packs: Sequence[Pack], most_tokens: int) -> "PadSizes":
         """Sizes that hold `packs`, with a margin, and packs like them of up to `most_tokens`."""
-
-        def ample(values: Iterable[int], step: int) -> int:
-            return step * math.ceil(MARGIN * max(values) / step)
-
         lengths = {most_tokens, *(len(p.input_ids) for p in packs)}
         step = next(n for n in itertools.count(TILE, TILE) if len({-(-length // n) for length in lengths}) <= SIZES)
-        return cls(
-            tuple(sorted({-(-length // step) * step for length in lengths})),
-            ample((len(p.spans.prefix) - 1 for p in packs), SEQUENCE_STEP),
-            ample((len(p.spans.own) - 1 for p in packs), SEQUENCE_STEP),
-            ample((len(p.target_ids) for p in packs), TOKEN_STEP),
-            tuple(ample(values, TOKEN_STEP) for values in zip(*(p.spans.longest for p in packs), strict=True)),
-        )
+        tokens = tuple(sorted({-(-length // step) * step for length in lengths}))
+        sizes = [(len(p.spans.prefix) - 1, len(p.spans.own) - 1, len(p.target_ids), *p.spans.longest) for p in packs]
+        columns = zip((SEQUENCE_STEP,) * 2 + (TOKEN_STEP,) * 4, *sizes, strict=True)
+        trees, spans, answers, *longest = (step * math.ceil(MARGIN * max(x) / step) for step, *x in columns)
+        return cls(tokens, trees, spans, answers, tuple(longest))
 
     def packs(self, trees: Sequence[Tree]) -> list[Pack]:
         """`trees` in one padded pack, or in several if none holds all; a tree beyond the sizes is not padded."""
         whole = build_pack(trees)
-        padded = self.pad(whole)
-        if padded or len(trees) == 1:
+        if (padded := self.pad(whole)) or len(trees) == 1:
             return [padded or whole]
         return self.packs(trees[::2]) + self.packs(trees[1::2])
 

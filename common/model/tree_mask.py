@@ -24,14 +24,12 @@ def registered() -> str:
 
 def visible(query: Layout, key: Layout) -> Tensor:
     """The mask [1, 1, Q, K] bool of tokens at `query` [Q] over those at `key` [K]; True: attends."""
-    same_tree = query.tree[:, None] == key.tree
     on_path = (key.branch == 0) | (query.branch[:, None] == key.branch)
-    return (same_tree & on_path & (key.position <= query.position[:, None]))[None, None]
+    return ((query.tree[:, None] == key.tree) & on_path & (key.position <= query.position[:, None]))[None, None]
 
 
 def by_tree(query: Layout, key: Layout) -> Trees:
-    trees = query.tree.unique().tolist()
-    return [((query.tree == tree).nonzero()[:, 0], (key.tree == tree).nonzero()[:, 0]) for tree in trees]
+    return [((query.tree == t).nonzero()[:, 0], (key.tree == t).nonzero()[:, 0]) for t in query.tree.unique().tolist()]
 
 
 def logits(
@@ -41,18 +39,12 @@ def logits(
 
     `cache`: the keys and values of `key` without the last Q, which are added. The adapter computes in the base's dtype.
     """
-    device, dtype = ids.device, model.dtype
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        return model(
-            input_ids=ids[None],
-            position_ids=query.position[None],
-            attention_mask=visible(query, key),
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=keep,
-            # a CPU computes tree by tree, a GPU all trees in one call
-            trees=by_tree(query, key) if device.type == "cpu" else None,
-        ).logits[0]
+    kind, dtype = ids.device.type, model.dtype
+    trees = by_tree(query, key) if kind == "cpu" else None  # a GPU computes all trees in one call
+    places = {"position_ids": query.position[None], "attention_mask": visible(query, key), "trees": trees}
+    options = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": keep}
+    with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+        return model(input_ids=ids[None], **places, **options).logits[0]
 
 
 def pack_logits(model: Model, pack: Pack, keep: Tensor, cache: Cache | None = None) -> Tensor:

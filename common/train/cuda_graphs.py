@@ -19,8 +19,7 @@ class CapturedPacks:
     """Replays `work(pack, weight)` → loss [], which also adds to the gradients of `weights`.
 
     All graphs are captured here, the largest first, so that the others fit into its memory. `example`, any pack that
-    fits `sizes`, is first computed once per size, which compiles and loads kernels. The gradients are made here, once;
-    they must be zeroed in place.
+    fits `sizes`, is first computed once per size, which compiles and loads kernels. Gradients must be zeroed in place.
     """
 
     def __init__(self, work: Work, weights: list[torch.nn.Parameter], sizes: PadSizes, example: Pack):

@@ -16,9 +16,7 @@ class EarlyStopping:
         """
         best = self.best_em
         better = em is None or best is None or (em > best and em >= best + self.options.min_delta) or replace
-        self.waited = 0 if better else self.waited + 1
-        if better:
-            self.best_em = em
+        self.best_em, self.waited = (em, 0) if better else (best, self.waited + 1)
         return better
 
     @property

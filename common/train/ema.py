@@ -20,7 +20,6 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Adds the weights after a step to the average."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         for mean, weight in zip(self.mean, self.weights, strict=True):

@@ -1,6 +1,5 @@
 """Forward and backward of packs: by fused layers within a memory budget, or by transformers' and PEFT's modules."""
 
-import functools
 from collections.abc import Callable
 
 from common.config import Train
@@ -8,11 +7,9 @@ from common.data.plan import Plan
 from common.data.trees import Tree
 from common.device import has_flash_attention, out_of_memory
 from common.errors import UserError
-from common.model import memory
+from common.model import load, memory, tree_mask
 from common.model.llama import Model, adapter_size
-from common.model.load import parameter_counts
 from common.model.pack import IGNORED, Pack, PadSizes, build_pack
-from common.model.tree_mask import pack_logits
 from common.runs.results import Sizes
 from common.train.cuda_graphs import CapturedPacks
 from common.train.fused import Fused, untrainable_reason
@@ -39,7 +36,7 @@ class Engine:
         self.pads: PadSizes | None = None  # packs are padded where CUDA graphs replay
         self.counted_bytes: dict[str, int] | None = None  # at the peak, by what they are for; GPUs alone
         self._captured: CapturedPacks | None = None
-        self.trained_weights, self.frozen_weights = parameter_counts(model)
+        self.trained_weights, self.frozen_weights = load.parameter_counts(model)
         if reason := "train.fused=false" if not train.fused else untrainable_reason(model):
             self._use_modules(model, reason)
         else:
@@ -57,7 +54,6 @@ class Engine:
         return self._forward_backward(pack.to(self.device), weight)
 
     def result(self) -> Sizes:
-        """Fields of the training's record."""
         return {
             "pack_tokens": self.pack_tokens,
             "kept_layers": self.keep_layers,
@@ -85,7 +81,7 @@ class Engine:
         more = "" if train.gradient_checkpointing else ", or set train.gradient_checkpointing=true"
         self.memory_advice = f"lower train.pack_tokens (now {self.pack_tokens}){more}"
         self.weights = [p for p in model.parameters() if p.requires_grad]
-        self._logits: Callable[[Pack, Tensor], Tensor] = functools.partial(pack_logits, model)
+        self._logits: Callable[[Pack, Tensor], Tensor] = lambda pack, keep: tree_mask.pack_logits(model, pack, keep)
 
     def _use_fused_layers(self, model: Model) -> None:
         train, plan, device = self.train, self.plan, self.device
@@ -110,7 +106,7 @@ class Engine:
                 self.description += ", no CUDA graphs (an evaluation would not fit beside them)"
 
     def _capture(self) -> None:
-        """Capture one graph per padded size, from the packs of the first steps."""
+        """Captures one graph per padded size, from the packs of the first steps."""
         steps = [self.plan.step(i) for i in range(min(SAMPLE_STEPS, self.plan.steps_per_epoch))]
         packs = [pack for trees in steps for pack in self._packs(trees, self.rank)]
         packs = packs or [pack for trees in steps for pack in self._packs(trees, 0)]  # rank 0 always has a share

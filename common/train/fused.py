@@ -6,15 +6,12 @@ They compute what the layer modules of transformers and PEFT compute, with a bac
 - A layer keeps all that its backward pass needs, or its input alone (https://arxiv.org/abs/1604.06174); then its
   backward pass computes all but the last product again.
 - All LoRA weights are one fp32 tensor (`flatten`): one cast, one gradient, one optimizer call.
-`torch.compile` fuses what lies between the matrix products on a GPU.
 
 T tokens; x [T, K] is the input of a group of linears with merged weights w [N, K] and stacked As [R, K]:
     h = scale * x @ A.T,    y = x @ w.T + h @ B.T
     d_h = scale * d_y @ B,    d_x = d_y @ w + d_h @ A,    d_A = d_h.T @ x,    d_B = d_y.T @ h
 """
 
-import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from common.model import attention, llama
@@ -26,7 +23,6 @@ from common.model.pack import Pack
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 
 def untrainable_reason(model: PeftModel) -> str | None:
@@ -35,16 +31,12 @@ def untrainable_reason(model: PeftModel) -> str | None:
         return reason
     if any(adapter.lora_dropout for adapter in model.peft_config.values()):
         return "lora.dropout > 0"
-    if any(p.requires_grad != ("lora_" in name) for name, p in model.named_parameters()):
-        return "something else than the seven projections is trained"
-    return None
+    more = any(p.requires_grad != ("lora_" in name) for name, p in model.named_parameters())
+    return "something else than the seven projections is trained" if more else None
 
 
 def flatten(model: PeftModel) -> tuple[torch.nn.Parameter, list[Adapter]]:
-    """All LoRA weights in one fp32 parameter, and each layer's layout in it; the model's own become views of it.
-
-    So the optimizer's changes reach PEFT's layers, which still serve saving. Their own weights require no gradient.
-    """
+    """All LoRA weights in one fp32 parameter, and each layer's layout in it; PEFT's weights become views of it."""
     found = [llama.adapter_of(layer) for layer in llama.layers_of(model)]
     weights = [p for _, groups in found for a, b in groups for p in (*a, *b)]
     flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in weights]).float())
@@ -79,24 +71,18 @@ class Kept(NamedTuple):
     up: Tensor  # [T, intermediate]
 
 
-class Layer:
+class Layer(llama.Layer):
     """One decoder layer. Its weights and norms are frozen; its LoRA weights come with each call."""
 
-    def __init__(self, module: LlamaDecoderLayer, adapter: Adapter, dtype: torch.dtype):
-        self.linears = llama.merged_linears(module, dtype)
-        self.norms = (module.input_layernorm.weight, module.post_attention_layernorm.weight)
-        self.eps = module.input_layernorm.variance_epsilon
-        self.head_dim = module.self_attn.head_dim
+    def __init__(self, module: llama.LlamaDecoderLayer, adapter: Adapter, dtype: torch.dtype):
+        super().__init__(module, dtype)
         self.adapter = adapter
         self.held: list[list[Tensor]] | None = None  # dequantised weights, if they are held
 
-    def weights(self) -> list[list[Tensor]]:
-        """Per group, the weights [N, K] of its linears in the compute dtype."""
-        return self.held or [linear.split() for linear in self.linears]
-
     def call(self, lora: Tensor, rope: Rope, spans: Spans) -> Call:
         """`lora`: this layer's part of the flat tensor."""
-        return Call(self.adapter.views(lora), rope, spans, self.weights())
+        weights = self.held or [linear.split() for linear in self.linears]
+        return Call(self.adapter.views(lora), rope, spans, weights)
 
     def begin(self, x: Tensor, call: Call) -> Kept:
         """Attention, and the MLP up to its last product: x [T, hidden]."""
@@ -121,28 +107,26 @@ class Layer:
         """Gradient of x, if it is wanted, given that of the output; those of the LoRA weights are written to `lora`."""
         gradients = self.adapter.views(lora)
 
-        def back(g: int, h: Tensor | None, *d_out: Tensor) -> tuple[Tensor, Tensor | None]:
-            return self._project_back(g, d_out, h, call, gradients[g])
-
         def back_a(g: int, d_h: Tensor | None, x: Tensor) -> None:
             if d_h is not None:
                 torch.mm(d_h.T, x, out=gradients[g][0])
 
-        d_product, d_h = back(DOWN, h_down, d)
+        d_product, d_h = self._project_back(DOWN, h_down, call, gradients, d)
         product, d_gate, d_up = _swiglu_back(kept.gate, kept.up, d_product)
         back_a(DOWN, d_h, product)
         del product, d_product
-        d_n, d_h = back(GATE_UP, kept.h_gate_up, d_gate, d_up)
+        d_n, d_h = self._project_back(GATE_UP, kept.h_gate_up, call, gradients, d_gate, d_up)
         n, r = llama.norm(kept.mid, self.norms[1], self.eps)
         back_a(GATE_UP, d_h, n)
         d_mid = _norm_back(d_n, kept.mid, r, self.norms[1], d)
         del d_gate, d_up
-        d_out, d_h = back(OUT, kept.h_out, d_mid)
+        d_out, d_h = self._project_back(OUT, kept.h_out, call, gradients, d_mid)
         back_a(OUT, d_h, kept.out.flatten(1))
-        q, k, v, out = kept.q, kept.k, kept.v, kept.out
-        d_q, d_k, d_v = attention.backward(d_out.view_as(q), q, k, v, out, kept.lse, call.spans)
+        inputs = kept.q, kept.k, kept.v, kept.out, kept.lse
+        d_q, d_k, d_v = attention.backward(d_out.view_as(kept.q), *inputs, call.spans)
         d_q, d_k = _rotate_back(d_q, d_k, *call.rope)
-        d_n, d_h = back(QKV, kept.h_qkv, d_q.flatten(1), d_k.flatten(1), d_v.flatten(1))
+        d_qkv = (x.flatten(1) for x in (d_q, d_k, d_v))
+        d_n, d_h = self._project_back(QKV, kept.h_qkv, call, gradients, *d_qkv)
         n, r = llama.norm(x, self.norms[0], self.eps)
         back_a(QKV, d_h, n)
         return _norm_back(d_n, x, r, self.norms[0], d_mid) if wants_x else None
@@ -157,7 +141,7 @@ class Layer:
         return h, *((part @ b.T).addmm_(x, w.T) if b.shape[1] else x @ w.T for w, b, part in parts)
 
     def _project_back(
-        self, g: int, d_out: Sequence[Tensor], h: Tensor | None, call: Call, gradients: list[Tensor]
+        self, g: int, h: Tensor | None, call: Call, gradients: Lora, *d_out: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Gradients of x and of x @ A.T; those of the Bs are written to `gradients`."""
         weights, lora = call.weights[g], call.lora[g]
@@ -166,7 +150,7 @@ class Layer:
         else:
             d_h, ranks = torch.empty_like(h), [b.shape[1] for b in lora[1:]]
             parts = h.split(ranks, dim=1), d_h.split(ranks, dim=1)
-            for d, b, d_b, h_part, d_part in zip(d_out, lora[1:], gradients[1:], *parts, strict=True):
+            for d, b, d_b, h_part, d_part in zip(d_out, lora[1:], gradients[g][1:], *parts, strict=True):
                 torch.mm(d.T, h_part, out=d_b)
                 torch.mm(d, b, out=d_part)
             d_h = _scaled(d_h, self.adapter.scale)
@@ -216,10 +200,9 @@ class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         x, lora, cos, sin, h, *saved = ctx.saved_tensors
-        layer: Layer = ctx.layer
+        layer, gradient = ctx.layer, torch.empty_like(lora)
         call = layer.call(lora, (cos, sin), ctx.spans)
         kept = Kept(*saved) if saved else layer.begin(x, call)
-        gradient = torch.empty_like(lora)
         d_x = layer.backward(d, x, kept, h, call, gradient, ctx.needs_input_grad[0])
         return d_x, gradient, None, None, None, None
 
@@ -233,26 +216,23 @@ class Fused:
 
     def __init__(self, model: PeftModel, keep_layers: int = 0, hold_layers: int = 0):
         assert not untrainable_reason(model)
-        self.base = llama.causal_of(model)
+        self.base, self.keep_layers = llama.causal_of(model), keep_layers
         self.flat, self.adapters = flatten(model)
         modules = zip(llama.layers_of(model), self.adapters, strict=True)
         self.layers = [Layer(module, adapter, self.base.dtype) for module, adapter in modules]
-        self.keep_layers = keep_layers
         for layer in self.layers[:hold_layers]:
-            layer.held = layer.weights()
+            layer.held = [linear.split() for linear in layer.linears]
 
     @property
     def recomputed(self) -> float:
         """Share of the layers' matrix products that the backward pass computes again: never the last of a layer."""
-        *again, last = [math.prod(linear.shape) for linear in self.layers[0].linears]
+        *again, last = [rows * columns for rows, columns in (linear.shape for linear in self.layers[0].linears)]
         return sum(again) / (sum(again) + last) * (1 - self.keep_layers / len(self.layers))
 
     def logits(self, pack: Pack, keep: Tensor) -> Tensor:
         """Logits [K, V] of a pack at its indices `keep` [K], as `tree_mask.pack_logits` returns them."""
-        x = self.base.model.embed_tokens(pack.input_ids)
-        cos, sin = self.base.model.rotary_emb(x[None], pack.layout.position[None])
+        x, rope = llama.begin(self.base.model, pack.input_ids, pack.layout.position)
         parts = self.flat.to(x.dtype).split([sum(adapter.sizes) for adapter in self.adapters])
-        first_kept = len(self.layers) - self.keep_layers
-        for i, (layer, part) in enumerate(zip(self.layers, parts, strict=True)):
-            x = _LayerFunction.apply(x, part, layer, (cos[0], sin[0]), pack.spans, i >= first_kept)
+        for i, (layer, part) in enumerate(zip(self.layers, parts, strict=True), self.keep_layers):
+            x = _LayerFunction.apply(x, part, layer, rope, pack.spans, i >= len(self.layers))
         return self.base.lm_head(self.base.model.norm(x.index_select(0, keep)))
