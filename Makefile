@@ -16,6 +16,7 @@ quoted  = $(if $(call odd,$(1)),'$(subst ','\'',$(1))',$(1))
 text    = $(if $(call odd,$(2)),$(call quoted,$(1)='$(subst ','',$(2))'),$(1)=$(2))
 SET     = $(call text,runs,$(RUNS)) $(if $(SEED),$(call quoted,seed=$(SEED))) $(if $(ADAPTER),$(call text,adapter,$(ADAPTER))) $(ARGS)
 # PROCESSES=n shares training and evaluation out: a process a GPU, or on CPUs. `exec`, so that a signal to make arrives.
+FORCED  = $(if $(FORCE),--force)
 # a mistake in what was typed is answered before torch is loaded
 TYPED   = @$(PY) -m common.runs.preflight
 START   = $(PY) $(if $(filter-out 1,$(PROCESSES)),-m common.runs.launch $(PROCESSES))
@@ -51,7 +52,7 @@ TARGETS := help setup smollm2 train eval bench ask export bench-train bench-deco
 
 # a mistyped variable or target is an error, before anything runs; what else is here belongs to the tools that are started
 VARIABLES := PYTHON MODEL SWEEP RUNS VENV SEED FRESH ADAPTER PROCESSES ARGS REPLAY OUT CONTEXT QUESTION WHERE REASON RUN \
-             PRED DATA FILE HAVE PIP_ARGS DEMO_TRAIN DEMO_EVAL DEMO_BENCH
+             PRED DATA FILE HAVE PIP_ARGS FORCE DEMO_TRAIN DEMO_EVAL DEMO_BENCH
 OTHERS    := SHELL SQUAD_DIR HF_% CUDA_% NVIDIA_% NCCL_% OMP_% TORCH_% PYTORCH_% TRITON_% PIP_% %_KEY %_TOKEN %_proxy %_PROXY
 TYPED_VARIABLES := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
 mistyped  = $(if $(2),$(shell $(PYTHON) -m common.words $(1) $(call quoted,$(firstword $(2))) $(3) >&2)$(error nothing was run))
@@ -59,7 +60,7 @@ $(call mistyped,variable,$(filter-out $(VARIABLES) $(OTHERS),$(TYPED_VARIABLES))
 $(call mistyped,target,$(filter-out $(TARGETS) $(READY) $(SMOLLM2),$(MAKECMDGOALS)),$(TARGETS))
 
 help: ## list the targets
-	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
+	@echo "make TARGET [MODEL=name] [SEED=n] [FRESH=1] [FORCE=1] [ADAPTER=folder] [PROCESSES=n] [ARGS='key=value ...']"
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "MODEL: $(patsubst configs/%.yaml,%,$(wildcard configs/*.yaml)), a .yaml file, a folder or a hub id"
 
@@ -76,20 +77,20 @@ train: $(NEEDS) ## train MODEL's adapter (qlora7b); goes on where it stopped, FR
 	exec $(START) train_loop.py $(call quoted,$(MODEL)) $(SET) $(if $(FRESH),--fresh)
 
 eval: $(NEEDS) ## official EM and F1 of MODEL; of a hosted one, REPLAY=run takes the answers from a run's transcript
-	$(TYPED) eval_loop $(call quoted,$(MODEL)) $(SET) $(if $(FRESH),--fresh) $(if $(REPLAY),--replay $(call quoted,$(REPLAY)))
-	exec $(START) eval_loop.py $(call quoted,$(MODEL)) $(SET) $(if $(FRESH),--fresh) $(if $(REPLAY),--replay $(call quoted,$(REPLAY)))
+	$(TYPED) eval_loop $(call quoted,$(MODEL)) $(SET) $(FORCED) $(if $(FRESH),--fresh) $(if $(REPLAY),--replay $(call quoted,$(REPLAY)))
+	exec $(START) eval_loop.py $(call quoted,$(MODEL)) $(SET) $(FORCED) $(if $(FRESH),--fresh) $(if $(REPLAY),--replay $(call quoted,$(REPLAY)))
 
 bench: $(NEEDS) ## single-query latency and memory of MODEL
-	$(TYPED) bench_latency $(call quoted,$(MODEL)) $(SET)
-	exec $(PY) bench_latency.py $(call quoted,$(MODEL)) $(SET)
+	$(TYPED) bench_latency $(call quoted,$(MODEL)) $(SET) $(FORCED)
+	exec $(PY) bench_latency.py $(call quoted,$(MODEL)) $(SET) $(FORCED)
 
-ask: $(NEEDS) ## one answer by MODEL: CONTEXT='…' QUESTION='…', or both on stdin, the question as the last line
-	$(TYPED) ask $(call quoted,$(MODEL)) $(SET)
-	@exec $(PY) -m scripts.ask $(call quoted,$(MODEL)) $(SET)
+ask: $(NEEDS) ## one answer by MODEL (else by the newest training in RUNS): CONTEXT='…' QUESTION='…', or both on stdin, the question as the last line
+	$(TYPED) ask $(call quoted,$(or $(OWN_MODEL),newest)) $(SET) $(FORCED)
+	@exec $(PY) -m scripts.ask $(call quoted,$(or $(OWN_MODEL),newest)) $(SET) $(FORCED)
 
 export: $(NEEDS) ## MODEL's adapter merged into its base: a folder OUT=… for any tool, checked, with a model card
-	$(TYPED) export $(call quoted,$(MODEL)) $(call quoted,$(OUT)) $(SET)
-	exec $(PY) -m scripts.export $(call quoted,$(MODEL)) $(call quoted,$(OUT)) $(SET)
+	$(TYPED) export $(call quoted,$(MODEL)) $(call quoted,$(OUT)) $(SET) $(FORCED)
+	exec $(PY) -m scripts.export $(call quoted,$(MODEL)) $(call quoted,$(OUT)) $(SET) $(FORCED)
 
 bench-train: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## training speed beside other stacks, at a size that suits this machine
 	$(PY) -m benchmarks.train_throughput $(OWN_MODEL) $(if $(SEED),seed=$(SEED)) $(ARGS)

@@ -28,7 +28,7 @@ from common.errors import UserError, one_line_errors
 from common.files import write_text
 from common.metrics.stats import percentile, percentile_interval
 from common.model.load import load_system, load_tokenizers, sources
-from common.runs import checkpoint, gauges, preflight, record, signals
+from common.runs import adapters, checkpoint, gauges, preflight, record, signals
 from common.runs.results import BenchResult, Mode, Peak, Process, Query, Section, Spread
 
 import torch
@@ -45,17 +45,17 @@ def main(argv: list[str]) -> None:
     config, args = parse("bench_latency", argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("single queries are timed by one process; start it without a launcher")
-    config = preflight.check(config)
-    adapter = checkpoint.verified(record.trained_adapter(config))
+    chosen = adapters.choose(config, args.given, args.force)
+    config, adapter = preflight.check(chosen.config), checkpoint.verified(chosen.adapter)
     if config.prompt.earlier:
         raise UserError("prompt.earlier: a single question has no earlier ones; it is of make eval")
     dev = squad.load(config.data, "dev")
-    timing = functools.partial(measure_api, config) if config.api else functools.partial(measure, config, adapter)
+    measure_here = functools.partial(measure, config, adapter, force=args.force)
+    timing = functools.partial(measure_api, config) if config.api else measure_here
     if args.measure:
         timing(dev, args.measure)
         return
-
-    record.note_prompt(adapter, config)
+    chosen.note()
 
     # ---- fresh processes -------------------------------------------------------------------------------------------
     busy = os.getloadavg()[0]
@@ -68,8 +68,8 @@ def main(argv: list[str]) -> None:
             timing(dev, file)
             found.append(json.loads(file.read_text()))
             break
-        chosen = [f"adapter={adapter}"] if adapter else []  # and not one that is trained meanwhile
-        code = signals.run([sys.executable, str(Path(__file__).resolve()), *argv, *chosen, "--measure", str(file)])
+        named = [f"adapter={adapter}"] if adapter else []  # and not one that is trained meanwhile
+        code = signals.run([sys.executable, str(Path(__file__).resolve()), *argv, *named, "--measure", str(file)])
         if code in (2, *signals.CODES):  # it has said why
             raise SystemExit(code)
         if code:
@@ -103,11 +103,12 @@ def main(argv: list[str]) -> None:
         "engine": found[0]["made_by"]["engine"],
         "adapter": str(adapter) if adapter else None,
         "adapter_sha256": weights,
+        "forced": chosen.forced or None,
     }
     described = {"name": config.api.url} if config.api else describe_device(device)
     record.write(run, config, "bench", dev, described, result, found[0]["made_by"])
     show(config, described["name"], device, result)
-    print(json.dumps(result))
+    print(*found[0].get("notes", ()), json.dumps(result), sep="\n")
 
 
 def drawn(config: Config, dev: squad.Dataset) -> list[squad.Example]:
@@ -116,7 +117,7 @@ def drawn(config: Config, dev: squad.Dataset) -> list[squad.Example]:
     return random.Random(0).sample(queries, len(queries))
 
 
-def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path) -> None:
+def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path, force: bool = False) -> None:
     """One process: load, warm up, time every query in every mode, write all samples and gauges."""
     device = pick_device()
     queries = drawn(config, dev)
@@ -130,9 +131,9 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
     with gauges.nvml_sampler(device, file.with_suffix(".nvml.json")) as begin:
         begin("load")
         gauges.reset_peaks(device)
-        model = load_system(config, adapter, device)
+        model = load_system(config, adapter, device, force)
         with out_of_memory("a single query does not fit beside the base: lower window.context, or base.quant=nf4"):
-            stops, around = stop_tokens(tokenizers.own), prompt.overhead(tokenizers.own, config.prompt)
+            stops, around = stop_tokens(tokenizers.own, model), prompt.overhead(tokenizers.own, config.prompt)
             engine = single.engine(model, stops, config.window, config.eval, around)
             end_phase("load")
 
@@ -194,18 +195,21 @@ def measure_api(config: Config, dev: squad.Dataset, file: Path) -> None:
     queries = drawn(config, dev)
     tokenizers = load_tokenizers(config)
     # one transcript for all processes: the limits of requests and cost are the run's
-    client = hosted.Client(config, file.parent / "transcript.jsonl", fresh=True)
+    count = hosted.counter(tokenizers.window)
+    client = hosted.Client(config, file.parent / "transcript.jsonl", fresh=True, count=count)
+    prompts, replies = dict[str, str](), dict[str, hosted.Reply]()
 
     def ask(example: squad.Example) -> Query:
         began = time.perf_counter()
         ((_, text),), _ = prompt_texts([example], tokenizers.window, config.window, config.prompt)
         cut = time.perf_counter() - began
-        reply = client.ask(text)
+        reply = client.ask(text, example.id)
+        prompts[example.id], replies[example.id] = text, reply
         return {
             "total": cut + reply.total,
-            "first": cut + reply.first,
+            "first": None if reply.first is None else cut + reply.first,
             "last": cut + reply.total,
-            "tokens": reply.written or 1,
+            "tokens": reply.written,
             "passes": 0,
             "drafted": 0,
             "accepted": 0,
@@ -226,6 +230,7 @@ def measure_api(config: Config, dev: squad.Dataset, file: Path) -> None:
         "gauges": {"natural": gauges.UNKNOWN},
         "made_by": {"engine": "api", **sources(None, tokenizers)},
         "nvml": {},
+        "notes": hosted.notes(client, prompts, replies),
     }
     write_text(file, json.dumps(found) + "\n")
 
@@ -242,11 +247,17 @@ def summary(samples: list[Query]) -> Mode:
             out[f"p{q}_interval_ms"] = [round(v, 3) for v in interval] if interval else None
         return out
 
-    later = [(s["last"] - s["first"]) / (s["tokens"] - 1) for s in samples if s["tokens"] > 1 and s["last"]]
+    firsts = [first for s in samples if (first := s["first"]) is not None]
+    tokens = [n for s in samples if (n := s["tokens"]) is not None]
+    later = [
+        (s["last"] - s["first"]) / (s["tokens"] - 1)
+        for s in samples
+        if s["tokens"] and s["tokens"] > 1 and s["first"] is not None and s["last"]
+    ]
     drafted = sum(s["drafted"] for s in samples)
     out: Mode = {"n": len(samples), "latency": spread([s["total"] for s in samples])}
-    out |= {"ttft": spread([s["first"] for s in samples]), "tpot": spread(later) if later else None}
-    out["mean_tokens"] = round(statistics.mean(s["tokens"] for s in samples), 2)
+    out |= {"ttft": spread(firsts) if firsts else None, "tpot": spread(later) if later else None}
+    out["mean_tokens"] = round(statistics.mean(tokens), 2) if tokens else None
     out["mean_passes"] = round(statistics.mean(s["passes"] for s in samples), 2)
     out["drafts_accepted"] = round(sum(s["accepted"] for s in samples) / drafted, 4) if drafted else None
     out["queries_per_s"] = round(len(samples) / sum(s["total"] for s in samples), 3)
@@ -290,7 +301,8 @@ def show(config: Config, name: str, device: torch.device, result: BenchResult) -
             what = "a gold answer and EOS are replayed, for random weights never end"
         accepted = f", {part['drafts_accepted']:.0%} of drafts accepted" if part["drafts_accepted"] is not None else ""
         passes = f" in {part['mean_passes']} passes" if part["mean_passes"] else ""
-        print(f"{mode}, n = {part['n']}: {what}; {part['mean_tokens']} tokens{passes}{accepted}")
+        tokens = "an unknown number of" if part["mean_tokens"] is None else part["mean_tokens"]
+        print(f"{mode}, n = {part['n']}: {what}; {tokens} tokens{passes}{accepted}")
         rows = {"latency": "end to end", "ttft": "first token", "tpot": "per token after it", **APART}
         for row, name in rows.items():
             if values := cast(Section, part).get(row):

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -18,6 +18,7 @@ from typing import cast
 from common.arguments import parse
 from common.config import Config
 from common.data import cache, squad
+from common.data.tokens import holds_special
 from common.data.trees import prompt_texts
 from common.decode import hosted, predict
 from common.decode.answers import Prediction, stop_tokens
@@ -27,7 +28,7 @@ from common.files import sha256, write_text
 from common.metrics.score import score
 from common.metrics.stats import clustered, wilson
 from common.model.load import load_system, load_tokenizers, sources
-from common.runs import checkpoint, gauges, preflight, ranks, record, signals
+from common.runs import adapters, checkpoint, gauges, preflight, ranks, record, signals
 from common.runs.results import Accuracy, EvalResult, Section
 
 from accelerate.utils import broadcast_object_list
@@ -44,6 +45,7 @@ class Answered:
     made_by: Section
     result: EvalResult  # fields of the record that depend on where the model runs
     run: Path | None = None  # its folder, where there is one already
+    notes: Sequence[str] = ()  # lines to print below the scores
 
 
 def main(argv: list[str]) -> None:
@@ -51,7 +53,8 @@ def main(argv: list[str]) -> None:
     config, args = parse("eval_loop", argv)
     if not config.api and (args.replay or args.fresh):
         raise UserError(f"--replay and --fresh are of systems behind an API; {config.system} runs here")
-    config = preflight.check(config)
+    chosen = adapters.choose(config, args.given, args.force)
+    config = preflight.check(chosen.config)
     dev = squad.load(config.data, "dev")
 
     # ---- answers ---------------------------------------------------------------------------------------------------
@@ -64,7 +67,7 @@ def main(argv: list[str]) -> None:
             return
         found = answer_hosted(config, dev, run, args.replay)
     else:
-        found = answer_here(config, dev)
+        found = answer_here(config, dev, chosen)
     if found is None:  # the first rank scores
         return
     answers = found.answers
@@ -105,6 +108,7 @@ def main(argv: list[str]) -> None:
         "random_weights": config.base.random_weights,
         "truncated_share": found.truncated / n,
         "hit_limit_share": sum(answer.hit_limit for answer in answers.values()) / n,
+        "empty_share": sum(not answer.text for answer in answers.values()) / n,
         "seconds": round(found.seconds, 2) if found.seconds else None,
         "questions_per_s": round(n / found.seconds, 2) if found.seconds else None,
         **found.result,
@@ -115,27 +119,30 @@ def main(argv: list[str]) -> None:
         f"{config.title}{adapter} on {dev.source}\n"
         f"{shown}  n {n}\n"
         f"context cut {result['truncated_share']:.2%}, answer ran into the limit {result['hit_limit_share']:.2%}, "
-        f"{result['questions_per_s'] or 'unknown'} questions/s; {run}/predictions.json\n"
-        f"{json.dumps(result)}"
+        f"answer empty {result['empty_share']:.2%}, "
+        f"{result['questions_per_s'] or 'unknown'} questions/s; {run}/predictions.json",
+        *found.notes,
+        json.dumps(result),
+        sep="\n",
     )
 
 
-def answer_here(config: Config, dev: squad.Dataset) -> Answered | None:
+def answer_here(config: Config, dev: squad.Dataset, chosen: adapters.Chosen) -> Answered | None:
     """Answers of a model on this machine; None on all ranks but the first."""
-    adapter = checkpoint.verified(record.trained_adapter(config))
+    adapter = checkpoint.verified(chosen.adapter)
     process = ranks.join()
     # of one rank: a training may end meanwhile
     adapter, weights = broadcast_object_list([adapter, checkpoint.weights_sha256(adapter)])
     device = pick_device()
     tokenizers = load_tokenizers(config)
     if process.is_main_process:
-        record.note_prompt(adapter, config)
-    model = load_system(config, adapter, device)
+        chosen.note()
+    model = load_system(config, adapter, device, bool(chosen.forced))
     checkpoint.unchanged(adapter, weights)
     with ranks.local_first():  # the others read the trees from the cache
         built = cache.build_trees(dev.examples, tokenizers, config.window, config.prompt, train=False)
     gauges.reset_peaks(device)
-    stop_tokens(tokenizers.own)  # kept: its time is not the decoding's
+    stop_tokens(tokenizers.own, model)  # kept: its time is not the decoding's
     began = gauges.now(device)
     answers = predict.by_all_ranks(model, tokenizers, built.trees, config)
     seconds = gauges.now(device) - began
@@ -143,8 +150,12 @@ def answer_here(config: Config, dev: squad.Dataset) -> Answered | None:
         return None
     result: EvalResult = {"adapter": str(adapter) if adapter else None, "adapter_sha256": weights}
     result |= {"processes": process.num_processes, "peak": gauges.peaks(device)}
+    result |= {"trained_with": chosen.trained_with, "forced": chosen.forced or None} if adapter else {}
     made_by = {"engine": predict.engine_of(model, config.eval), **sources(model, tokenizers)}
-    return Answered(answers, built.counts["truncated"], seconds, describe_device(device), made_by, result)
+    lost = sum(all(holds_special(tokenizers.own, answer.text) for answer in e.answers) for e in dev.examples)
+    notes = [f"{lost} questions have no gold answer that can be given: all hold a special token"] if lost else []
+    described, truncated = describe_device(device), built.counts["truncated"]
+    return Answered(answers, truncated, seconds, described, made_by, result, notes=notes)
 
 
 def answer_hosted(config: Config, dev: squad.Dataset, run: Path | None, replay: Path | None) -> Answered:
@@ -159,7 +170,8 @@ def answer_hosted(config: Config, dev: squad.Dataset, run: Path | None, replay: 
     tokenizers = load_tokenizers(config)
     prompts, counts = prompt_texts(dev.examples, tokenizers.window, config.window, config.prompt)
     folder = replay or run or record.new_run(config, "eval")
-    client = hosted.Client(config, folder / "transcript.jsonl", replay=bool(replay))
+    count = hosted.counter(tokenizers.window)
+    client = hosted.Client(config, folder / "transcript.jsonl", replay=bool(replay), count=count)
     before, began = client.requests, time.perf_counter()
     with signals.listen() as request:
         try:
@@ -178,15 +190,17 @@ def answer_hosted(config: Config, dev: squad.Dataset, run: Path | None, replay: 
         "replayed": str(replay) if replay else None,
         "requests": client.requests,
         "requests_before": before,
+        "refused": sum(bool(r.refused) for r in replies.values()),
         "cost_usd": round(client.usd, 6) or None,
-        "tokens_read": total(r.read for r in replies.values()),
-        "tokens_written": total(r.written for r in replies.values()),
+        "tokens_read": total(r.read for r in replies.values() if not r.refused),
+        "tokens_written": total(r.written for r in replies.values() if not r.refused),
         "waited_s": round(sum(r.waited for r in replies.values()), 2),
     }
     made_by = {"engine": "api", **sources(None, tokenizers)}
     answers = {id_: Prediction(id_, r.text, [], None, r.hit_limit) for id_, r in replies.items()}
     device, folder_or_none = {"name": config.api.url}, None if replay else folder
-    return Answered(answers, counts["truncated"], seconds, device, made_by, result, folder_or_none)
+    notes = hosted.notes(client, dict(prompts), replies)
+    return Answered(answers, counts["truncated"], seconds, device, made_by, result, folder_or_none, notes)
 
 
 def total(counts: Iterable[int | None]) -> int | None:

@@ -22,10 +22,12 @@ from common.data.plan import Plan
 from common.data.squad import Dataset
 from common.data.trees import Branch
 from common.decode import predict
+from common.decode.answers import Prediction
 from common.device import describe_device, out_of_memory, pick_device
 from common.errors import UserError, one_line_errors
 from common.files import write_text
-from common.metrics.score import score
+from common.metrics.score import Score, score
+from common.model.identity import identify
 from common.model.load import (
     add_lora,
     compute_dtype,
@@ -33,8 +35,9 @@ from common.model.load import (
     load_tokenizers,
     load_weights,
     sources,
+    tokenizer_sha256,
 )
-from common.runs import checkpoint, gauges, preflight, ranks, record, signals
+from common.runs import adapters, checkpoint, gauges, preflight, ranks, record, signals
 from common.runs.results import Section, TrainResult
 from common.train.early_stopping import EarlyStopping
 from common.train.ema import EMA
@@ -48,6 +51,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 SAVE_SECONDS = 600  # between two saves at most: what a crash costs
+ENDLESS = 0.5  # share of answers that run into the limit, above which an evaluation says so
 
 
 def learning_rate(step: int, total: int, warmup: float, peak: float) -> float:
@@ -97,6 +101,7 @@ def main(argv: list[str]) -> None:
     optimizer = bnb.optim.PagedAdamW8bit(engine.weights, lr=train.lr, weight_decay=train.weight_decay)
     optimizer = accelerator.prepare(optimizer)
     ema = EMA(engine.weights, train.average) if train.average else None
+    settings = adapters.settings_of(config, train_set.sha256, identify(config.base), tokenizer_sha256(tokenizers.own))
     training = {"optimizer": optimizer, "scaler": accelerator.scaler, "average": ema}
 
     # ---- resume, or start ------------------------------------------------------------------------------------------
@@ -112,7 +117,7 @@ def main(argv: list[str]) -> None:
     def save_last() -> float:
         state.seconds, state.peak = seconds_before + gauges.now(device) - began, gauges.peaks(device, state.peak)
         if first:
-            checkpoint.save(run / "last", model, state, training)
+            checkpoint.save(run / "last", model, state, settings, training)
         return time.monotonic()
 
     # Connects the ranks: who is ready first waits here, not in a step.
@@ -141,11 +146,10 @@ def main(argv: list[str]) -> None:
                     if better:
                         state.best_em, state.best_f1, state.best_step = em, f1, step
                     if better and first:
-                        checkpoint.save(run / "best", model, state)
+                        checkpoint.save(run / "best", model, state, settings)
                         write_text(run / "predictions.json", json.dumps(texts, ensure_ascii=False, indent=0) + "\n")
                 if first and em is not None:
-                    of = f"on {len(texts)} ({config.early_stop.split}){', best so far' if better else ''}"
-                    tqdm.write(f"step {step}: EM {em:.2f} F1 {f1:.2f} {of}", file=sys.stderr)
+                    tqdm.write(evaluated(step, scored, answers, config.early_stop.split, better), file=sys.stderr)
                 metrics.log({"step": step, "em": em, "f1": f1, "n": len(texts)})
                 saved = save_last()
             elif first and time.monotonic() - saved > SAVE_SECONDS:
@@ -184,7 +188,7 @@ def main(argv: list[str]) -> None:
             stepping, busy = stepping + now - step_began, busy + gauges.between(work_began, work_ended)
             # fp16's scaler skips the step itself when a gradient overflows
             if not math.isfinite(loss) or (accelerator.scaler is None and not math.isfinite(grad_norm)):
-                raise not_finite(step + 1, loss, grad_norm, run, branches)
+                raise not_finite(step + 1, loss, grad_norm, run, branches, engine.dtype)
             if optimizer.step_was_skipped and accelerator.scaler.get_scale() < 1:
                 raise UserError(f"step {step + 1}: gradients overflow fp16 at any scale; try base.dtype=bf16 or fp32")
             state.step, signalled = step + 1, n_signals > 0
@@ -242,21 +246,21 @@ def resume(
     return state, lost_best
 
 
-def not_finite(step: int, loss: float, grad_norm: float, run: Path, branches: list[Branch]) -> UserError:
+def not_finite(
+    step: int, loss: float, grad_norm: float, run: Path, branches: list[Branch], dtype: torch.dtype
+) -> UserError:
+    # no learning rate is to blame before the first update
+    advice = ["set base.dtype=bf16 or fp32, for fp16 overflows"] * (dtype == torch.float16)
+    advice += ["lower train.lr"] * (step > 1)
+    advice += [f"look at these questions: {', '.join(branch.id for branch in branches)}"]
     return UserError(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped, and what {run} holds is whole, from before it. "
-        f"Lower train.lr, or look at these questions: {', '.join(branch.id for branch in branches)}"
+        f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped, and what {run} holds is whole, from before it; "
+        f"{', or '.join(advice)}"
     )
 
 
 def announce(
-    config: Config,
-    run: Path,
-    data: Dataset,
-    window_counts: dict[str, int],
-    plan: Plan,
-    engine: Engine,
-    n_dev: int,
+    config: Config, run: Path, data: Dataset, window_counts: dict[str, int], plan: Plan, engine: Engine, n_dev: int
 ) -> None:
     trained, frozen = engine.trained_weights, engine.frozen_weights
     processes = f"{engine.ranks} × " if engine.ranks > 1 else ""
@@ -270,6 +274,13 @@ def announce(
     )
     if config.lora and config.lora.dropout:
         print("lora.dropout > 0: branches share one dropout mask on their prefix; valid training, not equal to rows")
+
+
+def evaluated(step: int, scored: Score, answers: dict[str, Prediction], split: str, better: bool) -> str:
+    cut = sum(answer.hit_limit for answer in answers.values()) / len(answers)
+    endless = f"; {cut:.0%} of the answers never stop by themselves" if cut > ENDLESS else ""
+    best = ", best so far" if better else ""
+    return f"step {step}: EM {scored.em:.2f} F1 {scored.f1:.2f} on {len(answers)} ({split}){best}{endless}"
 
 
 def ending(state: checkpoint.State, result: TrainResult) -> str:

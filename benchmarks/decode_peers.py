@@ -122,7 +122,7 @@ def ours(job: DecodeJob) -> DecodeResult:
         )
 
     start = {"load_s": time.perf_counter() - began}
-    sizes = vars(predict.sizes_of(model, options))
+    sizes = predict.sizes_of(model, options)._asdict()
     _, start["warm_up_s"], _ = timed(dev, job["kinds"][0], paragraphs[:20])
     rows: list[DecodeRow] = []
     answers: dict[str, list[int]] = {}

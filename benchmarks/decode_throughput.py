@@ -27,7 +27,7 @@ from common.errors import UserError, one_line_errors
 from common.metrics.score import score
 from common.metrics.stats import mcnemar
 from common.model.load import load_tokenizers
-from common.runs import preflight, record
+from common.runs import adapters, preflight
 
 import torch
 
@@ -153,7 +153,7 @@ def job_of(
     alone, batched = (
         random.Random(0).sample(questions, min(n, len(questions))) for n in (args.alone, args.peers_batched)
     )
-    adapter = record.trained_adapter(config)
+    adapter = adapters.choose(config).adapter
     sections = config.to_dict()
     return {
         "base": sections["base"],

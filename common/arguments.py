@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from common.config import Config, load
+from common.config_file import given_keys
 
 SCRIPTS = {
     "train_loop": "Train one system's LoRA adapter on SQuAD, stop early on exact match, keep `best/` and `last/`.",
@@ -15,9 +16,14 @@ SCRIPTS = {
 
 
 def parse(script: str, argv: list[str]) -> tuple[Config, argparse.Namespace]:
-    """(the system's configuration, the script's own flags). Raises `UserError` for what is wrong with either."""
+    """(the system's configuration, the script's own flags and the keys `given`).
+
+    Raises `UserError` for what is wrong with either.
+    """
     args = parser(script).parse_intermixed_args(argv)
-    return load(args.model, args.overrides), args
+    config = load(args.model, args.overrides)
+    args.given = given_keys(args.overrides)
+    return config, args
 
 
 def parser(script: str) -> argparse.ArgumentParser:
@@ -31,6 +37,8 @@ def parser(script: str) -> argparse.ArgumentParser:
     out.add_argument("overrides", nargs="*", metavar="key=value")
     if script in ("train_loop", "eval_loop"):
         out.add_argument("--fresh", action="store_true", help="start a new run instead of resuming one")
+    if script != "train_loop":
+        out.add_argument("--force", action="store_true", help="ask an adapter otherwise than it was trained")
     if script == "eval_loop":
         out.add_argument("--replay", metavar="RUN", type=Path, help="take the answers from this run's transcript")
     if script == "bench_latency":

@@ -131,11 +131,16 @@ class Prompt:
     shots_seed: int = 0  # which ones, [0, 2^32)
     earlier: bool = False  # the earlier questions of the paragraph and their gold answers before each: another task
     before: str = ""  # what stands in front of every prompt: the shots, filled in where they are asked for
+    template: str = later("")  # another tool's prompt, with {context} and {question} once each; "": this project's
 
     def __post_init__(self) -> None:
         between(self, shots=(0, 1000))
         need(0 <= self.shots_seed < 2**32, "shots_seed", "must be in [0, 2^32)")
         need(not self.earlier or self.order == "context", "earlier", "needs order=context")
+        places = [self.template.count(name) for name in ("{context}", "{question}")]
+        need(not self.template or places == [1, 1], "template", "must hold {context} and {question}, once each")
+        alone = self.order == "context" and not self.earlier
+        need(not self.template or alone, "template", "decides the order, so order=context; not with earlier")
 
     def spare(self, window: Window) -> int:
         """Tokens of `window.context` that are not the context's: a second question's, and 4 as seams may cost more."""
@@ -202,19 +207,30 @@ class Bench:
         between(self, queries=(1, 10**6), warmup_queries=(0, 10**6), processes=(1, 100))
 
 
+# of a request to a hosted model, beside model and prompt
+FIELDS = ("temperature", "max_tokens", "stop", "stream", "stream_options")
+
+
 @dataclass(frozen=True)
 class Api:
     url: str  # of an OpenAI-compatible endpoint, up to and with /v1; `base.path` is the model's name there
     key: str = "API_KEY"  # the environment variable that holds the key; where it is unset, none is sent
     concurrency: int = 8  # requests at a time in an evaluation, 1 to 1,000; single queries are timed one by one
-    tries: int = 8  # of a request that met 429, 5xx, a timeout or an answer cut short; 1 to 1,000
+    tries: int = 8  # of a request that met 429, 5xx, a timeout or an answer that did not end; 1 to 1,000
     timeout_s: float = 60.0  # of connecting, and of waiting for the next bytes; 0.001 to 86,400 (a day)
     usd_per_million_read: float = 0.0  # price of tokens of prompts, ≤ a million
     usd_per_million_written: float = 0.0  # price of tokens of answers, ≤ a million
     max_requests: int | None = None  # of a run, every try counted, ≤ a billion; null: no limit
     max_cost_usd: float | None = None  # of a run, by the two prices, ≤ a billion; null: no limit
+    # fields of a request that the host refuses: "stop" leaves it out, "max_tokens=max_completion_tokens" renames it
+    omit: tuple[str, ...] = later(())
 
     def __post_init__(self) -> None:
+        for word in self.omit:
+            known = word.partition("=")[0] in FIELDS and re.fullmatch(r"[a-z_]+(=[A-Za-z_][A-Za-z0-9_]{0,99})?", word)
+            need(bool(known), "omit", f'"{word[:100]}" is none of {", ".join(FIELDS)}; FIELD=NAME renames one')
+        fields = [word.partition("=")[0] for word in self.omit]
+        need(len(set(fields)) == len(fields), "omit", "name each field once")
         need(_is_url(self.url), "url", "must begin with http:// or https://, and name a host")
         variable = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", self.key) is not None
         need(variable, "key", "is the name of an environment variable, not what it holds")
@@ -249,7 +265,7 @@ class Config:
         need(0 <= self.seed < 2**32, "seed", "must be in [0, 2^32)")
         left = self.window.context - self.prompt.spare(self.window)
         need(left >= 16, "prompt", f"in this order {left} tokens are left for the context; raise window.context")
-        need(self.adapter is None or self.lora is not None, "adapter", "needs a lora section beside it")
+        need(self.adapter is None or self.api is None, "adapter", "a hosted model has none of ours")
         need(self.api is None or self.lora is None, "api", "a hosted model has no lora section")
         need(
             self.api is None or self.window.tokenizer is not None, "window.tokenizer", "an api needs one to cut text by"
@@ -258,7 +274,9 @@ class Config:
         asked = self.prompt
         need(not asked.earlier or self.window.overflow == "truncate", "prompt.earlier", "reads one window: truncate")
         plain = not (asked.chat or asked.shots or asked.earlier or asked.before)
-        need(self.lora is None or plain, "prompt", "chat, shots and earlier are of models as they are, without lora")
+        foreign = self.adapter is not None  # perhaps trained elsewhere; a training refuses an adapter
+        known = self.lora is None or plain or foreign
+        need(known, "prompt", "chat, shots and earlier are of models as they are, without lora")
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))

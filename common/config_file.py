@@ -36,6 +36,19 @@ def read(cls: type[T], path: Path | None, overrides: typing.Iterable[str] = ()) 
     return _build(cls, tree, "", str(path or "overrides"), known_keys(cls))
 
 
+def given_keys(overrides: typing.Iterable[str]) -> set[str]:
+    """The dotted keys that `key=value` overrides set."""
+    tree: Tree = {}
+    for override in overrides:
+        _override(tree, override)
+
+    def keys(tree: Tree, prefix: str) -> set[str]:
+        inner = (keys(value, f"{prefix}{name}.") for name, value in tree.items() if isinstance(value, dict))
+        return {prefix + name for name, value in tree.items() if not isinstance(value, dict)}.union(*inner)
+
+    return keys(tree, "")
+
+
 # ---- YAML with line numbers: mappings become dicts, everything else a leaf ----------------------------------------
 
 

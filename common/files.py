@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,10 +34,15 @@ _COMPLETE = "; is the file complete?"
 
 @contextmanager
 def atomic(path: Path, suffix: str = ".partial") -> Iterator[Path]:
-    """Yield a file beside `path` to write; on success it takes the place of `path`, on an error it is removed."""
+    """Yield a file beside `path` to write; on success it takes the place of `path`, on an error it is removed.
+
+    Its mode is 0666 less the umask, whoever wrote it.
+    """
     partial = path.with_name(path.name + suffix)
     try:
         yield partial
+        if partial.is_file():
+            _open_to_others(partial)
         os.replace(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -60,7 +66,10 @@ def lock(file: IO) -> bool:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Yield a new folder to fill; on success it takes the place of `folder`, on an error `folder` stays as it was."""
+    """Yield a new folder to fill; on success it takes the place of `folder`, on an error `folder` stays as it was.
+
+    Modes are 0666 less the umask for files, 0777 for folders, whoever wrote them: safetensors writes 0600.
+    """
     partial, old = beside(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -68,6 +77,8 @@ def replacing(folder: Path) -> Iterator[Path]:
         yield partial
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         (partial / SUMS).write_text("".join(f"{sha256(path)}  {path.relative_to(partial)}\n" for path in files))
+        for path in (partial, *partial.rglob("*")):
+            _open_to_others(path)
         for path in (*files, partial / SUMS):
             _flush(path)
         recover(folder)
@@ -99,6 +110,16 @@ def sha256(path: Path) -> str:
 def beside(folder: Path) -> tuple[Path, Path]:
     """Where `replacing` fills a folder, and where it keeps the one before for the time of two renames."""
     return folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
+
+
+def _open_to_others(path: Path) -> None:
+    """Give a file or folder the mode that a new one has. Links are left alone, and file systems that refuse."""
+    mask = os.umask(0o077)  # it cannot be read without being set
+    os.umask(mask)
+    with contextlib.suppress(PermissionError):
+        if not path.is_symlink():
+            inherited = path.stat().st_mode & stat.S_ISGID  # by folders of a group
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask | inherited)
 
 
 def _flush(path: Path) -> None:

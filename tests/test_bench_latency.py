@@ -17,7 +17,7 @@ from common.data.tokens import Tokenizers
 from common.decode import hosted, single
 from common.decode.answers import Generation
 from common.errors import UserError
-from common.runs import gauges, preflight, record, signals
+from common.runs import adapters, gauges, preflight, record, signals
 from tests.decode.test_hosted import KEY, Host
 
 import pytest
@@ -171,9 +171,9 @@ def bench(config_file, monkeypatch, capsys):
         monkeypatch.setattr(bench_latency, "pick_device", lambda: device)
         monkeypatch.setattr(bench_latency, "describe_device", lambda device: {"name": f"a {device.type}"})
         bench_latency.main([str(config_file), *words])
-        out = capsys.readouterr().out
+        out, err = capsys.readouterr()
         result = json.loads(out.splitlines()[-1])
-        result["commands"] = commands
+        result |= {"commands": commands, "noted": [line for line in err.splitlines() if line.startswith("note: ")]}
         return out, result
 
     return run
@@ -349,7 +349,7 @@ def test_answers_of_random_weights_are_said_to_be_replayed(bench):
     assert "natural, n = 101: the answer ends by itself; " in plain
 
 
-def sample(total: float, first: float, last: float | None, tokens: int, **more) -> dict:
+def sample(total: float, first: float | None, last: float | None, tokens: int | None, **more) -> dict:
     return {
         "total": total,
         "first": first,
@@ -383,6 +383,19 @@ def test_few_queries_have_percentiles_between_two_of_them_and_no_interval():
     }
 
 
+def test_tokens_and_first_tokens_that_are_not_known_are_in_no_figure():
+    found = bench_latency.summary(
+        [
+            sample(0.4, 0.10, 0.30, 3),  # 100 ms a token
+            sample(0.4, 0.20, 0.30, None),
+            sample(0.4, None, 0.40, 5),
+        ]
+    )
+    assert (found["mean_tokens"], found["tpot"]["p50_ms"], found["ttft"]["p50_ms"]) == (4, 100, 150)
+    none = bench_latency.summary([sample(0.4, None, 0.4, None)] * 2)
+    assert (none["mean_tokens"], none["tpot"], none["ttft"]) == (None, None, None)
+
+
 def test_figures_are_rounded_to_microseconds():
     found = bench_latency.summary([sample(0.1234567, 0.0123456, 0.0123456 + 2 / 3000, 3)])
     assert found["latency"]["p95_ms"] == 123.457
@@ -413,7 +426,7 @@ def test_a_small_sample_is_said_to_be_too_small(bench):
 
 def test_the_record_holds_what_is_printed_last_and_what_was_measured_on(bench, dev_file):
     _, result = bench()
-    commands = result.pop("commands")
+    commands, _ = result.pop("commands"), result.pop("noted")
     run = Path(result["run"])
     assert run.name.endswith("-bench-001")
     written = record.read_one(run / "record.json")
@@ -435,6 +448,7 @@ def adapter(tmp_path) -> Path:
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "adapter_config.json").write_text("{}")
     return folder
 
 
@@ -442,11 +456,13 @@ LORA = "lora={rank: 4, alpha: 8, targets: [q_proj]}"
 
 
 def test_processes_are_given_the_adapter_that_was_found_and_its_hash_is_kept(bench, adapter, monkeypatch, config_file):
-    noted = []
-    monkeypatch.setattr(record, "trained_adapter", lambda config: adapter)
-    monkeypatch.setattr(record, "note_prompt", lambda *args: noted.append((args[0], args[1].system)))
+    def chosen(config, given, force):
+        return adapters.Chosen(config, adapter, None, "seed=1", "FORCE=1 seed=2")
+
+    monkeypatch.setattr(adapters, "choose", chosen)
     _, result = bench(LORA)
-    assert noted == [(adapter, "one")]
+    assert result["noted"] == [f"note: seed=1, as {adapter} was trained"]
+    assert result["forced"] == "FORCE=1 seed=2"
     assert [c[2:-2] for c in result["commands"]] == [[str(config_file), LORA, f"adapter={adapter}"]] * 3
     assert result["adapter"] == str(adapter)
     # printf weights | sha256sum
@@ -471,8 +487,8 @@ def test_a_damaged_adapter_is_not_timed(bench, adapter):
 def test_a_single_process_is_this_one(config_file, monkeypatch, capsys, adapter):
     calls = []
 
-    def measure(config, adapter, dev, file):
-        calls.append((config.system, adapter, len(dev.examples), file.name))
+    def measure(config, adapter, dev, file, force):
+        calls.append((config.system, adapter, len(dev.examples), file.name, force))
         file.write_text(
             json.dumps(
                 {
@@ -494,7 +510,7 @@ def test_a_single_process_is_this_one(config_file, monkeypatch, capsys, adapter)
     assert result["phases"]["natural"]["energy_j_per_query"] == 1.0
     assert result["adapter"] == str(adapter)
     assert "  p95 of each process: 400.0 (0.0% apart)\n" in out
-    assert calls == [("one", adapter, 12, "process-0.json")]
+    assert calls == [("one", adapter, 12, "process-0.json", False)]
 
 
 def test_help_says_what_each_word_is(capsys):
@@ -514,7 +530,7 @@ def test_queries_are_of_dev(config_file, monkeypatch, tmp_path, dev_file):
     (folder / "dev-v1.1.json").write_bytes(dev_file.read_bytes())
     monkeypatch.setenv("SQUAD_DIR", str(folder))
     found = []
-    monkeypatch.setattr(bench_latency, "measure", lambda config, adapter, dev, file: found.append(dev.source))
+    monkeypatch.setattr(bench_latency, "measure", lambda config, adapter, dev, file, force: found.append(dev.source))
     bench_latency.main([str(config_file), "data.dev=rajpurkar/squad", "--measure", str(tmp_path / "here.json")])
     assert found == [str(folder / "dev-v1.1.json")]
 
@@ -531,8 +547,8 @@ def test_the_script_is_started_with_its_arguments(config_file, monkeypatch):
 
 def test_a_measuring_process_writes_where_it_is_told_and_makes_no_run(config_file, monkeypatch, capsys, tmp_path):
     calls = []
-    monkeypatch.setattr(bench_latency, "measure", lambda *args: calls.append(args))
-    monkeypatch.setattr(record, "note_prompt", lambda *args: pytest.fail("said once, by who started this"))
+    monkeypatch.setattr(bench_latency, "measure", lambda *args, force: calls.append(args))
+    monkeypatch.setattr(adapters.Chosen, "note", lambda chosen: pytest.fail("said once, by who started this"))
     bench_latency.main([str(config_file), "--measure", str(tmp_path / "here.json")])
     ((config, adapter, dev, file),) = calls
     assert (config.system, adapter, len(dev.examples), file) == ("one", None, 12, tmp_path / "here.json")
@@ -592,7 +608,7 @@ def test_what_makes_no_sense_for_single_queries_is_refused(config_file, monkeypa
 
 def test_shots_are_filled_in_before_anything_is_timed(config_file, monkeypatch, tmp_path, train_file):
     calls = []
-    monkeypatch.setattr(bench_latency, "measure", lambda *args: calls.append(args))
+    monkeypatch.setattr(bench_latency, "measure", lambda *args, force: calls.append(args))
     words = [f"data.train={train_file}", "prompt.shots=1", "--measure", str(tmp_path / "here.json")]
     bench_latency.main([str(config_file), *words])
     assert calls[0][0].prompt.before.startswith("Context: Number ")
@@ -665,7 +681,7 @@ def process(config_file, monkeypatch, tmp_path):
     monkeypatch.setattr(bench_latency, "pick_device", lambda: CPU)
     monkeypatch.setattr(single, "ask", ask)
     monkeypatch.setattr(single, "engine", engine)
-    monkeypatch.setattr(bench_latency, "stop_tokens", lambda tokenizer: [1, 2])
+    monkeypatch.setattr(bench_latency, "stop_tokens", lambda tokenizer, model: [1, 2])
     monkeypatch.setattr(bench_latency, "gold_ids", lambda tokenizer, text, limit: [tokenizer, text, limit])
     monkeypatch.setattr(prompt, "overhead", lambda tokenizer, options: 17)
     monkeypatch.setattr(bench_latency, "load_tokenizers", lambda config: Tokenizers("tokenizer", "cutter"))
@@ -816,7 +832,8 @@ class Client:
         self.clock, self.log, self.asked = clock, log, 0
         log.append((*args, how))
 
-    def ask(self, text: str) -> hosted.Reply:
+    def ask(self, text: str, id_: str) -> hosted.Reply:
+        assert text in (f"asks {id_}", self.log[0][0].system)
         if text == self.log[0][0].system:
             raise UserError("no")
         self.asked += 1
@@ -853,6 +870,8 @@ def at_host(config_file, monkeypatch, tmp_path):
     monkeypatch.setattr(bench_latency.time, "perf_counter", lambda: clock["now"])
     monkeypatch.setattr(bench_latency, "prompt_texts", texts)
     monkeypatch.setattr(hosted, "Client", lambda *args, **how: Client(clock, log, *args, **how))
+    monkeypatch.setattr(hosted, "counter", lambda tokenizer: f"by {tokenizer}")
+    monkeypatch.setattr(hosted, "notes", lambda client, *of: ["{} were asked, {} answered".format(*map(len, of))])
     monkeypatch.setattr(bench_latency, "load_tokenizers", lambda config: Tokenizers("cutter", "cutter"))
     monkeypatch.setattr(bench_latency, "sources", lambda model, both: {"of": [model, both.own, both.window]})
     return config, squad.load(config.data, "dev"), log, tmp_path / "process-0.json"
@@ -868,7 +887,7 @@ def test_a_hosted_models_queries_are_asked_anew_after_a_warm_up_and_their_times_
     found = json.loads(file.read_text())
     ids = [e.id for e in bench_latency.drawn(config, dev)]
     assert log == [
-        (config, file.parent / "transcript.jsonl", {"fresh": True}),
+        (config, file.parent / "transcript.jsonl", {"fresh": True, "count": "by cutter"}),
         *(f"asks {id_}" for id_ in [*ids[:2], *ids]),
         "closed",
     ]
@@ -883,7 +902,7 @@ def test_a_hosted_models_queries_are_asked_anew_after_a_warm_up_and_their_times_
                     "connect": None,
                     "server": 0.125,
                     "waited": 12.5,
-                    "tokens": 1 if n == 4 else 6,
+                    "tokens": None if n == 4 else 6,  # not 1
                     "passes": 0,
                     "drafted": 0,
                     "accepted": 0,
@@ -894,7 +913,17 @@ def test_a_hosted_models_queries_are_asked_anew_after_a_warm_up_and_their_times_
         "gauges": {"natural": gauge(None, None, None)},
         "made_by": {"engine": "api", "of": [None, "cutter", "cutter"]},
         "nvml": {},
+        "notes": ["4 were asked, 4 answered"],
     }
+
+
+def test_a_host_that_does_not_stream_has_no_first_token(at_host, monkeypatch):
+    config, dev, _, file = at_host
+    whole = hosted.Reply("amber", False, 100, 6, None, None, 2.0, None, 0.0, streamed=False)
+    monkeypatch.setattr(Client, "ask", lambda self, text, id_: whole)
+    bench_latency.measure_api(config, dev, file)
+    samples = json.loads(file.read_text())["modes"]["natural"]
+    assert [(q["first"], q["last"], q["total"]) for q in samples] == [(None, 2.25, 2.25)] * 4
 
 
 def test_a_hosted_models_transcript_is_closed_where_asking_fails(at_host, monkeypatch):
@@ -929,6 +958,17 @@ def test_a_model_that_answers_is_timed_from_text_to_text(answering_config, monke
     assert list(result["phases"]) == ["load", "warm up", "natural", "fixed"]
     assert result["peak"]["rss_bytes"] > 2**20
     assert result["nvml_peak"] is None
+
+
+def test_a_host_that_reports_no_tokens_has_no_mean(tmp_path, tiny_base, dev_file, monkeypatch, capsys):
+    monkeypatch.setattr(hosted, "_count", lambda value: None)
+    host = Host()
+    words = [f"api.url={host.url}", f"data.dev={dev_file}", f"window.tokenizer={tiny_base}", f"runs={tmp_path / 'r'}"]
+    bench_latency.main(["api8b", *words, "bench.queries=2", "bench.warmup_queries=1", "bench.processes=1"])
+    host.shutdown()
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last)["mean_tokens"] is None
+    assert "natural, n = 2: the answer ends by itself; an unknown number of tokens" in lines
 
 
 def test_a_hosted_models_single_queries_are_timed_over_the_network(tmp_path, tiny_base, dev_file, monkeypatch, capsys):

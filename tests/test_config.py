@@ -256,7 +256,7 @@ def test_an_unknown_model_names_the_nearest_and_all(name):
         (("lora={}", "api.url=http://a"), "api: a hosted model has no lora section"),
         (("api.url=http://a",), "window.tokenizer: an api needs one to cut text by"),
         ((*HOSTED, "window.overflow=chunk"), "window.overflow: an api reads one window"),
-        (("adapter=a",), "override adapter=a: adapter: needs a lora section beside it"),
+        ((*HOSTED, "adapter=a"), "override adapter=a: adapter: a hosted model has none of ours"),
         (("prompt.earlier=true", "window.overflow=chunk"), "prompt.earlier: reads one window: truncate"),
         (
             ("prompt.earlier=true", "prompt.order=both"),

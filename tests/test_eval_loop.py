@@ -15,7 +15,7 @@ from common.decode import hosted, predict
 from common.decode.answers import Prediction
 from common.device import describe_device, pick_device
 from common.errors import UserError
-from common.runs import checkpoint, gauges, preflight, ranks, record, signals
+from common.runs import adapters, checkpoint, gauges, preflight, ranks, record, signals
 from tests.decode.test_hosted import KEY, Host
 
 import pytest
@@ -83,7 +83,7 @@ def scored(config_file, monkeypatch, capsys):
     """Runs the script on made-up answers: (what it printed, the object on its last line)."""
 
     def run(*words: str, **more):
-        monkeypatch.setattr(eval_loop, "answer_here", lambda config, dev: answered(**more))
+        monkeypatch.setattr(eval_loop, "answer_here", lambda config, dev, chosen: answered(**more))
         eval_loop.main([str(config_file), *words])
         out = capsys.readouterr().out
         return out, json.loads(out.splitlines()[-1])
@@ -104,6 +104,7 @@ def test_every_figure_of_the_result(scored):
         "random_weights": False,
         "truncated_share": 0.25,
         "hit_limit_share": 0.375,
+        "empty_share": 0.125,
         "seconds": 3.14,
         "questions_per_s": 2.55,
         "adapter": None,
@@ -119,8 +120,14 @@ def test_what_is_printed(scored, tmp_path):
     assert out.splitlines()[:-1] == [
         f"one on {tmp_path / 'dev.json'}",
         "EM 50.00 [21.52, 78.48], by article [33.33, 66.67]  F1 69.58, by article [50.00, 83.33]  n 8",
-        f"context cut 25.00%, answer ran into the limit 37.50%, 2.55 questions/s; {result['run']}/predictions.json",
+        f"context cut 25.00%, answer ran into the limit 37.50%, answer empty 12.50%, 2.55 questions/s; "
+        f"{result['run']}/predictions.json",
     ]
+
+
+def test_notes_are_printed_below_the_scores(scored):
+    out, result = scored(notes=["one thing", "another"])
+    assert out.splitlines()[-3:] == ["one thing", "another", json.dumps(result)]
 
 
 def test_an_adapter_is_named_and_a_time_that_is_not_known_is_none(scored, tmp_path):
@@ -199,7 +206,7 @@ def test_a_run_that_was_begun_is_written_to_and_no_other_made(scored, tmp_path):
 
 
 def test_a_rank_that_is_not_the_first_writes_and_prints_nothing(config_file, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(eval_loop, "answer_here", lambda config, dev: None)
+    monkeypatch.setattr(eval_loop, "answer_here", lambda config, dev, chosen: None)
     eval_loop.main([str(config_file)])
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "runs").exists()
@@ -212,7 +219,7 @@ def test_help_says_what_each_word_is(capsys):
     said = " ".join(capsys.readouterr().out.split())
     for words in (
         "Official EM and F1 of one system, by greedy decoding with the one prompt and window.",
-        "[--fresh] [--replay RUN]",
+        "[--fresh] [--force] [--replay RUN]",
         "model a name in configs/, a YAML file, a folder or a hub id",
         "[key=value ...]",
         "--replay RUN take the answers from this run's transcript",
@@ -239,7 +246,7 @@ def test_what_stands_in_the_way_is_said_before_anything_is_read(config_file, mon
 
 def test_shots_are_filled_in(config_file, monkeypatch, train_file):
     found = []
-    monkeypatch.setattr(eval_loop, "answer_here", lambda config, dev: found.append(config.prompt.before))
+    monkeypatch.setattr(eval_loop, "answer_here", lambda config, dev, chosen: found.append(config.prompt.before))
     eval_loop.main([str(config_file), f"data.train={train_file}", "prompt.shots=1"])
     assert found[0].startswith("Context: Number ")
 
@@ -250,7 +257,7 @@ def test_questions_are_of_dev(config_file, monkeypatch, tmp_path):
     (folder / "dev-v1.1.json").write_bytes((tmp_path / "dev.json").read_bytes())
     monkeypatch.setenv("SQUAD_DIR", str(folder))
     found = []
-    monkeypatch.setattr(eval_loop, "answer_here", lambda config, dev: found.append(dev.source))
+    monkeypatch.setattr(eval_loop, "answer_here", lambda config, dev, chosen: found.append(dev.source))
     eval_loop.main([str(config_file), "data.dev=rajpurkar/squad"])
     assert found == [str(folder / "dev-v1.1.json")]
 
@@ -272,6 +279,7 @@ def here(config_file, monkeypatch, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    (adapter / "adapter_config.json").write_text("{}")
     events, clock = [], {"now": 50.0}
 
     def passes(name, seconds, result):
@@ -282,7 +290,7 @@ def here(config_file, monkeypatch, tmp_path):
 
         return call
 
-    def run(*words: str, first: bool = True, processes: int = 1):
+    def run(*words: str, first: bool = True, processes: int = 1, force: bool = False, special: tuple = ()):
         config = load(str(config_file), [LORA, f"adapter={adapter}", *words])
         dev = squad.load(config.data, "dev")
         built = SimpleNamespace(trees=["tree"], counts={"truncated": 3, "questions": 8})
@@ -292,7 +300,8 @@ def here(config_file, monkeypatch, tmp_path):
             (ranks, "join", 1, process),
             (eval_loop, "broadcast_object_list", 1, lambda found: found),
             (eval_loop, "load_tokenizers", 1, TOKENIZERS),
-            (record, "note_prompt", 1, None),
+            (adapters.Chosen, "note", 1, None),
+            (eval_loop, "holds_special", 0, lambda tokenizer, text: text in special),
             (eval_loop, "load_system", 1, "model"),
             (cache, "build_trees", 1, built),
             (eval_loop, "stop_tokens", 1, [1, 2]),
@@ -306,7 +315,8 @@ def here(config_file, monkeypatch, tmp_path):
             monkeypatch.setattr(module, name, passes(name, seconds, result))
         monkeypatch.setattr(eval_loop, "sources", lambda *args: {"of": args})
         monkeypatch.setattr(gauges, "now", lambda device: clock["now"])
-        return eval_loop.answer_here(config, dev), {event[0]: event[1:] for event in events}, config, dev
+        chosen = adapters.Chosen(config, adapter, {"seed": 3}, forced="FORCE=1" * force)
+        return eval_loop.answer_here(config, dev, chosen), {event[0]: event[1:] for event in events}, config, dev
 
     return run
 
@@ -326,6 +336,8 @@ def test_a_local_models_answers_are_gathered_and_timed_from_the_first_token_to_t
         "adapter_sha256": WEIGHTS,
         "processes": 2,
         "peak": {"rss_bytes": 9},
+        "trained_with": {"seed": 3},
+        "forced": None,
     }
 
 
@@ -333,12 +345,12 @@ def test_every_part_of_a_local_evaluation_gets_what_it_needs(here, tmp_path):
     _, got, config, dev = here("eval.parts=2", "window.answer=20", "prompt.order=both")
     adapter = tmp_path / "adapter"
     assert got["broadcast_object_list"] == ([adapter, WEIGHTS],)
-    assert got["note_prompt"] == (adapter, config)
-    assert got["load_system"] == (config, adapter, "device")
+    assert "note" in got
+    assert got["load_system"] == (config, adapter, "device", False)
     assert got["build_trees"] == (dev.examples, TOKENIZERS, config.window, config.prompt, {"train": False})
     assert got["by_all_ranks"] == ("model", TOKENIZERS, ["tree"], config)
     assert got["reset_peaks"] == got["peaks"] == got["describe_device"] == ("device",)
-    assert got["stop_tokens"] == ("tokenizer",)
+    assert got["stop_tokens"] == ("tokenizer", "model")
     assert got["engine_of"] == ("model", config.eval)
 
 
@@ -346,7 +358,7 @@ def test_other_ranks_say_nothing_and_hand_their_answers_over(here):
     found, got, _, _ = here(first=False)
     assert found is None
     assert got["by_all_ranks"][2] == ["tree"]
-    assert "note_prompt" not in got
+    assert "note" not in got
 
 
 def test_the_first_rank_says_which_adapter(here, monkeypatch, tmp_path):
@@ -361,9 +373,9 @@ def test_the_first_rank_says_which_adapter(here, monkeypatch, tmp_path):
     here(first=False)  # puts its parts in place
     monkeypatch.setattr(eval_loop, "broadcast_object_list", told)
     loaded = []
-    monkeypatch.setattr(eval_loop, "load_system", lambda config, adapter, device: loaded.append(adapter))
+    monkeypatch.setattr(eval_loop, "load_system", lambda config, adapter, device, force: loaded.append(adapter))
     config = load(str(tmp_path / "one.yaml"), [LORA, f"adapter={tmp_path / 'adapter'}"])
-    eval_loop.answer_here(config, squad.load(config.data, "dev"))
+    eval_loop.answer_here(config, squad.load(config.data, "dev"), adapters.choose(config))
     assert loaded == [other]
 
 
@@ -435,9 +447,10 @@ def test_a_fresh_start_a_replay_and_other_data_begin_another_run(asked, tmp_path
 
 
 def reply(
-    read: int | None = 10, written: int | None = 2, waited: float = 0.126, hit_limit: bool = False
+    read: int | None = 10, written: int | None = 2, waited: float = 0.126, hit_limit: bool = False, refused: str = ""
 ) -> hosted.Reply:
-    return hosted.Reply("amber", hit_limit, read, written, None, 0.1, 0.2, None, waited)
+    text = "" if refused else "amber"
+    return hosted.Reply(text, hit_limit, read, written, None, 0.1, 0.2, None, waited, refused=refused)
 
 
 @pytest.fixture
@@ -449,7 +462,8 @@ def at_host(config_file, monkeypatch, tmp_path):
     dev, clock, events = squad.load(config.data, "dev"), {"now": 10.0}, []
 
     class Client:
-        def __init__(self, config, transcript, replay):
+        def __init__(self, config, transcript, replay, count):
+            assert count == ("counts by", "cutter")
             events.append((config.system, transcript, replay))
             clock["now"] += 1
             self.requests, self.usd, self.transcript = 3 if before["made"] else 0, 0.12345678, transcript
@@ -471,7 +485,13 @@ def at_host(config_file, monkeypatch, tmp_path):
         assert (cutter, window, options) == ("cutter", config.window, config.prompt)
         return [(e.id, f"asks {e.id}") for e in examples], {"truncated": 3, "questions": 8}
 
+    def notes(client, wanted, replies):
+        assert events[-1] == "closed"
+        return [f"{len(wanted)} were asked, {', '.join(replies)} answered"]
+
     before = {"made": False, "replies": {}}
+    monkeypatch.setattr(hosted, "counter", lambda tokenizer: ("counts by", tokenizer))
+    monkeypatch.setattr(hosted, "notes", notes)
     monkeypatch.setattr(eval_loop, "load_tokenizers", lambda config: Tokenizers("own", "cutter"))
     monkeypatch.setattr(eval_loop, "sources", lambda *args: {"of": args})
     monkeypatch.setattr(eval_loop, "prompt_texts", texts)
@@ -502,6 +522,7 @@ def test_a_hosted_models_answers_costs_tokens_and_times(at_host, tmp_path):
         "replayed": None,
         "requests": 8,
         "requests_before": 0,
+        "refused": 0,
         "cost_usd": 0.123457,
         "tokens_read": 17,
         "tokens_written": 4,
@@ -510,6 +531,13 @@ def test_a_hosted_models_answers_costs_tokens_and_times(at_host, tmp_path):
         "adapter_sha256": None,
         "peak": {"allocated_bytes": None, "reserved_bytes": None, "rss_bytes": None},
     }
+    assert found.notes == ["8 were asked, b, a answered"]
+
+
+def test_refused_questions_are_counted_have_empty_answers_and_no_tokens(at_host):
+    found, _ = at_host(replies={"a": reply(read=None, written=None, refused="no"), "b": reply()})
+    assert found.answers["a"] == Prediction("a", "", [], None, False)
+    assert (found.result["refused"], found.result["tokens_read"], found.result["tokens_written"]) == (1, 10, 2)
 
 
 def test_tokens_that_a_host_does_not_say_are_not_known(at_host):
@@ -665,6 +693,8 @@ def test_a_hosted_model_is_asked_once_for_each_question_and_paid_by_its_tokens(
     transcript = (Path(result["run"]) / "transcript.jsonl").read_bytes()
     assert result["transcript_sha256"] == hashlib.sha256(transcript).hexdigest()
     assert again["replayed"] == result["run"]
-    assert {key: again[key] for key in ("em", "f1", "hit_limit_share", "tokens_read", "cost_usd")} == {
-        key: result[key] for key in ("em", "f1", "hit_limit_share", "tokens_read", "cost_usd")
+    assert {
+        key: again[key] for key in ("em", "f1", "hit_limit_share", "empty_share", "refused", "tokens_read", "cost_usd")
+    } == {
+        key: result[key] for key in ("em", "f1", "hit_limit_share", "empty_share", "refused", "tokens_read", "cost_usd")
     }

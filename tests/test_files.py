@@ -3,13 +3,16 @@
 import gzip
 import io
 import json
+import os
 import re
+import stat
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 from common.errors import UserError
-from common.files import atomic, lock, read_json, sha256, write_text
+from common.files import atomic, lock, read_json, replacing, sha256, write_text
 from tests.conftest import ROOT
 
 import pytest
@@ -57,6 +60,60 @@ def test_a_lock_is_of_one_process_until_its_file_is_closed(tmp_path):
 def test_a_sum_is_that_of_sha256sum(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.fixture(params=[0o022, 0o077])
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.lstat().st_mode)
+
+
+def test_files_and_folders_that_are_written_whole_have_the_modes_of_new_ones(tmp_path, umask):
+    outside = tmp_path / "outside"
+    outside.write_text("")
+    outside.chmod(0o640)
+    with replacing(tmp_path / "best") as folder:
+        folder.chmod(0o700)
+        for name in ("adapter_model.safetensors", "of-others", "deep/er/file"):
+            (folder / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (folder / name).write_text("weights")
+            (folder / name).chmod(0o666 if name == "of-others" else 0o600)
+        (folder / "link").symlink_to(outside)
+        (folder / "deep").chmod(0o2700)
+    folder = tmp_path / "best"
+    files = ("adapter_model.safetensors", "of-others", "deep/er/file", "SHA256SUMS")
+    assert {name: mode(folder / name) for name in files} == dict.fromkeys(files, 0o666 & ~umask)
+    folders = [mode(path) for path in (folder, folder / "deep", folder / "deep" / "er")]
+    assert folders == [0o777 & ~umask, 0o2777 & ~umask, 0o777 & ~umask]  # a group's folder stays one
+    assert mode(outside) == 0o640
+    assert os.umask(umask) == umask  # as it was
+
+
+def test_a_file_that_is_written_whole_has_the_mode_of_a_new_one(tmp_path, umask):
+    path = tmp_path / "record.json"
+    for narrow in (False, True):
+        with atomic(path) as partial:
+            partial.write_text("x")
+            partial.chmod(0o600 if narrow else 0o666)
+        assert mode(path) == 0o666 & ~umask
+    assert os.umask(umask) == umask
+
+
+def test_where_modes_cannot_be_changed_files_are_written_all_the_same(tmp_path, monkeypatch):
+    def refused(self, mode):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refused)
+    write_text(tmp_path / "a", "x")
+    with replacing(tmp_path / "best") as folder:
+        (folder / "b").write_text("x")
+    assert (tmp_path / "a").is_file()
+    assert (tmp_path / "best" / "b").is_file()
 
 
 # ---- JSON, and what is given for it --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from common.config import CONFIGS, Config, later, load, with_defaults
 from common.config_file import known_keys
 from common.data.squad import Dataset
 from common.errors import UserError
-from common.runs import record
+from common.runs import adapters, record
 
 import pytest
 
@@ -44,6 +44,7 @@ KEYS = {
     "api.usd_per_million_written": ("9", NONE, None),
     "api.max_requests": ("9", NONE, None),
     "api.max_cost_usd": ("9", NONE, None),
+    "api.omit": ("[stop]", NONE, None),
     "adapter": ("other", EVERY, "newest"),
     "data.train": ("other.json", EVERY, "after"),
     "data.dev": ("other.json", EVERY, "newest"),
@@ -62,6 +63,7 @@ KEYS = {
     "prompt.shots_seed": ("2", EVERY, "newest"),
     "prompt.earlier": ("true", EVERY, None),
     "prompt.before": ("before", EVERY, None),
+    "prompt.template": ('"{context} {question}"', EVERY, "refused"),
     "train.lr": ("9", EVERY, "after"),
     "train.epochs": ("9", EVERY, "after"),
     "train.questions_per_step": ("9", EVERY, "after"),
@@ -116,15 +118,16 @@ DEFAULTS = {
         "dev_questions": None,
         "fix_offsets": False,
     },
-    "window": {
-        "context": 416,
-        "question": 64,
-        "answer": 32,
-        "overflow": "truncate",
-        "stride": 208,
-        "tokenizer": None,
+    "window": {"context": 416, "question": 64, "answer": 32, "overflow": "truncate", "stride": 208, "tokenizer": None},
+    "prompt": {
+        "order": "context",
+        "chat": False,
+        "shots": 0,
+        "shots_seed": 0,
+        "earlier": False,
+        "before": "",
+        "template": "",
     },
-    "prompt": {"order": "context", "chat": False, "shots": 0, "shots_seed": 0, "earlier": False, "before": ""},
     "train": {
         "lr": 2e-4,
         "epochs": 1.0,
@@ -143,13 +146,7 @@ DEFAULTS = {
         "eval_every": 250,
         "max_steps": None,
     },
-    "early_stop": {
-        "patience": 4,
-        "min_delta": 0.1,
-        "split": "dev",
-        "heldout_share": 0.05,
-        "questions": None,
-    },
+    "early_stop": {"patience": 4, "min_delta": 0.1, "split": "dev", "heldout_share": 0.05, "questions": None},
     "eval": {"engine": "auto", "memory_budget_gib": 12.0, "pass_tokens": None, "parts": None},
     "bench": {"queries": 1000, "warmup_queries": 10, "processes": 3},
     "runs": "runs",
@@ -172,6 +169,7 @@ OPTIONAL = {
         "usd_per_million_written": 0.0,
         "max_requests": None,
         "max_cost_usd": None,
+        "omit": [],
     },
 }
 TUNED = ("train.memory_budget_gib=8", "lora={}")
@@ -279,11 +277,11 @@ def test_an_adapter_answers_where_it_was_trained_for_what_is_asked(key, tmp_path
     own = trained(tmp_path, "own", "2026-01-01T00:00:00+00:00")
     other = trained(tmp_path, "other", "2026-01-02T00:00:00+00:00", f"{key}={value}")
     asked = load("some/model", [*TUNED, f"runs={tmp_path}"])
-    found = record.trained_adapter(asked)
+    found = adapters.newest(asked)
     assert found == (other if expected == "newest" else own) / "best"
     (own / "record.json").unlink()
     if expected == "refused":
         with pytest.raises(UserError, match="no finished training"):
-            record.trained_adapter(asked)
+            adapters.newest(asked)
     else:
-        assert record.trained_adapter(asked) == other / "best"
+        assert adapters.newest(asked) == other / "best"

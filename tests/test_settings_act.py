@@ -97,6 +97,7 @@ EVALUATION = [
     ("prompt.shots_seed", "1", "prompt.shots=2", "prompt answers logprob"),
     ("prompt.earlier", "true", "", "prompt logprob"),
     ("prompt.before", "Note", "", "prompt logprob"),
+    ("prompt.template", '"{context} Note {question}"', "", "prompt answers logprob"),
     ("eval.engine", "plain", "", "engine"),
     ("eval.memory_budget_gib", "3", "", ""),
     ("eval.pass_tokens", "64", "", ""),

@@ -325,9 +325,7 @@ def test_how_a_step_is_cut_into_packs_changes_nothing(tiny_config, tmp_path):
 def test_every_epoch_runs_in_an_order_of_its_own(tiny_config, tmp_path, monkeypatch):
     packed = []
     monkeypatch.setattr(
-        engine,
-        "build_pack",
-        lambda trees: packed.append(sorted(t.branches[0].id for t in trees)) or build_pack(trees),
+        engine, "build_pack", lambda trees: packed.append(sorted(t.branches[0].id for t in trees)) or build_pack(trees)
     )
     train_loop.main([str(tiny_config), "seed=3", "train.epochs=3", "train.eval_every=99", "train.pack_tokens=10000"])
     config = load(str(tiny_config))

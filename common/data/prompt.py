@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -34,12 +35,25 @@ def fingerprint(options: Prompt = Prompt()) -> str:
     parts += [_CHAT] if options.chat else []
     parts += ["earlier"] if options.earlier else []
     parts += [options.before] if options.before else []
+    parts += [options.template] if options.template else []
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
-def text(context: str, question: str, order: str = "context") -> str:
+def text(context: str, question: str, options: Prompt = Prompt()) -> str:
     """The prompt of one question, the same bytes for every system."""
-    return _ORDERS[order].format(context, question)
+    if not options.template:
+        return _ORDERS[options.order].format(context, question)
+    head, first, middle, second, tail = re.split(r"\{(context|question)\}", options.template)
+    given = {"context": context, "question": question}
+    return f"{head}{given[first]}{middle}{given[second]}{tail}"
+
+
+def shared(context: str, options: Prompt) -> str | None:
+    """The part of a prompt that all questions of a paragraph share, from the context on; None if none is shared."""
+    if not options.template:
+        return SHARED.format(context) if options.order == "context" else None
+    _, first, middle, _, _ = re.split(r"\{(context|question)\}", options.template)
+    return f"{context}{middle}".rstrip() if first == "context" else None
 
 
 def message(prompt: str) -> str:
@@ -65,12 +79,13 @@ def fill(options: Prompt, train: Iterable[Example]) -> Prompt:
     if len(articles) < options.shots:
         raise UserError(f"prompt.shots={options.shots}: train has {len(articles)} articles with short paragraphs")
     chosen = [rng.choice(articles[title]) for title in rng.sample(sorted(articles), options.shots)]
-    asked = (text(e.context.strip(), e.question.strip(), options.order) for e in chosen)
+    asked = (text(e.context.strip(), e.question.strip(), options) for e in chosen)
     answers = (TARGET.format(e.answers[0].text.strip()) for e in chosen)
     return replace(options, before="".join(f"{q}{a}\n\n" for q, a in zip(asked, answers, strict=True)))
 
 
 def overhead(tokenizer: Tokenizer, options: Prompt) -> int:
-    """Tokens that a prompt may have beyond its window: those of the shots and the chat template."""
-    around = chat_text(tokenizer, options.before) if options.chat else options.before
+    """Tokens that a prompt may have beyond its window: those of the shots, the template and the chat template."""
+    around = options.before + options.template
+    around = chat_text(tokenizer, around) if options.chat else around
     return len(tokenize(tokenizer, [around])[0]) if around else 0

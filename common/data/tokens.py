@@ -43,6 +43,11 @@ def encode(tokenizer: Tokenizer, texts: list[str], *, special: bool, progress: b
             bar.update(len(part))
 
 
+def holds_special(tokenizer: Tokenizer, text: str) -> bool:
+    """True if a special token stands in `text` as words: no answer can hold it, for decoding leaves such tokens out."""
+    return any(token in text for token in tokenizer.all_special_tokens)
+
+
 def tokens_within(encoding: Encoding, stop: int) -> int | None:
     """The number of tokens in the first `stop` characters, or None if a token lies across that place.
 

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from common.config import Prompt, Window
-from common.data.prompt import CONTEXT, QUESTION, SHARED, TARGET, chat_text, text
+from common.data import prompt
+from common.data.prompt import CONTEXT, QUESTION, TARGET, chat_text
 from common.data.squad import Example
-from common.data.tokens import Ids, Tokenizer, Tokenizers, encode, tokens_within
+from common.data.tokens import Ids, Tokenizer, Tokenizers, encode, holds_special, tokens_within
 from common.data.window import context_windows, fit
 from common.errors import UserError
 
@@ -70,9 +71,10 @@ def build_trees(
 
     Questions of a paragraph form one tree if the context comes first in the prompt; otherwise each forms its own.
     `train` adds the first gold answer and EOS, and keeps of each question the first window that holds that answer.
-    Counts: `questions`, `truncated` (context cut, or read in several windows), `dropped_outside` and `dropped_long`
-    (train: no window holds the answer, or it has more tokens than `window.answer`). Raises `UserError` if the tokenizer
-    merges prompt and answer, or appends a token to every text.
+    A line break in it, which would end a decoded answer, is trained as a space, which scores alike. Counts:
+    `questions`, `truncated` (context cut, or read in several windows); train: `dropped_outside` (no window holds the
+    answer), `dropped_long` (more tokens than `window.answer`), `dropped_special` (a special token in the answer; absent
+    if 0). Raises `UserError` if the tokenizer merges prompt and answer, or appends a token to every text.
     """
     tokenizer, counts = tokenizers.own, Counter(questions=0, truncated=0)
     if train:
@@ -88,15 +90,18 @@ def build_trees(
         if n is None or encoding.token_to_chars(len(ids) - 1) is None:
             what = "merges the prompt and the answer" if n is None else "adds an end to every text"
             raise UserError(f"question {row.id}: this tokenizer {what}; name another by base.tokenizer")
+        if train and holds_special(tokenizer, row.target):
+            counts["dropped_special"] += 1
+            continue
         answer_ids = [*ids[n:], tokenizer.eos_token_id] if train else []
         if len(answer_ids) > window.answer:
             counts["dropped_long"] += 1
             continue
         # grouped by ids: a question that the tokenizer merges with the shared text gets a tree of its own
-        same = SHARED.format(row.context)
-        start = row.prompt.rfind(same) if options.order == "context" else -1
-        shared = tokens_within(encoding, start + len(same)) if start >= 0 else None
-        groups.setdefault((row.context, *ids[: shared or n]), []).append(Branch(row.id, ids[:n], answer_ids))
+        same = prompt.shared(row.context, options)
+        start = -1 if same is None else row.prompt.rfind(same)
+        prefix = tokens_within(encoding, start + len(same or "")) if start >= 0 else None
+        groups.setdefault((row.context, *ids[: prefix or n]), []).append(Branch(row.id, ids[:n], answer_ids))
     return Trees([tree_of(group) for group in groups.values()], dict(counts))
 
 
@@ -115,6 +120,11 @@ def tree_of(branches: list[Branch]) -> Tree:
     same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
     n = min(same, min(len(b.prompt_ids) for b in branches) - 1)
     return Tree(low[:n], tuple(Branch(b.id, b.prompt_ids[n:], b.answer_ids) for b in branches))
+
+
+def on_one_line(text: str) -> str:
+    """An answer as it can be decoded: without space around it, each line break a space."""
+    return " ".join(line.strip() for line in text.strip().split("\n"))
 
 
 def rows_of(
@@ -141,13 +151,13 @@ def rows_of(
             stop = start + len(answer.text.strip())
             spans = [(a, b) for a, b in spans if a <= start and stop <= b][:1]
             counts["dropped_outside"] += not spans
-            target = TARGET.format(answer.text.strip())
+            target = TARGET.format(on_one_line(answer.text))
         for a, b in spans:
             part = context[a:b].strip()
-            whole = text(part, question, options.order)
+            whole = prompt.text(part, question, options)
             if options.earlier:  # the context comes first then: `Prompt` requires it
                 answered.setdefault(context, CONTEXT.format(part))
                 whole = answered[context] + QUESTION.format(question)
-                gold = example.answers[0].text.strip() if example.answers else ""
+                gold = on_one_line(example.answers[0].text) if example.answers else ""
                 answered[context] = whole + TARGET.format(gold)
             yield Row(example.id, part, options.before + whole, target)

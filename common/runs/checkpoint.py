@@ -1,8 +1,8 @@
 """Folders that are written whole or not at all, and checked when they are read.
 
-A checkpoint is a plain PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`), a readable `state.json`, in
-`last/` also `training.pt` (the optimizer's state, fp16's loss scale, the weights' running mean), and `SHA256SUMS` over
-them (`sha256sum -c` reads it).
+A checkpoint is a plain PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`), what it was trained with
+(`trained_with.json`, see `common.runs.adapters`), a readable `state.json`, in `last/` also `training.pt` (the
+optimizer's state, fp16's loss scale, the EMA), and `SHA256SUMS` over them (`sha256sum -c` reads it).
 """
 
 import json
@@ -13,7 +13,8 @@ from typing import Any
 from common.errors import UserError, first_line
 from common.files import SUMS, recover, replacing, sha256
 from common.runs import record
-from common.runs.results import Peak, Progress
+from common.runs.adapters import SETTINGS, WEIGHTS
+from common.runs.results import Peak, Progress, Section
 
 import torch
 from peft import PeftModel
@@ -79,8 +80,10 @@ def verify(folder: Path) -> None:
         raise UserError(f"{folder}: {damaged[0] if damaged else SUMS} is damaged; delete the folder or use FRESH=1")
 
 
-def save(folder: Path, model: PeftModel, state: State, training: dict[str, Any] | None = None) -> None:
-    """Adapter and `state`; with `training` (name → what has a state_dict), all that is needed to go on from here.
+def save(
+    folder: Path, model: PeftModel, state: State, settings: Section, training: dict[str, Any] | None = None
+) -> None:
+    """Writes adapter, `state` and `settings`; with `training` (name → what has a state_dict), all that a resume needs.
 
     Raises `UserError` where it cannot be written; what `folder` held is then still there.
     """
@@ -89,6 +92,7 @@ def save(folder: Path, model: PeftModel, state: State, training: dict[str, Any] 
             model.save_pretrained(new, save_embedding_layers=False)  # they are frozen
             (new / "README.md").unlink(missing_ok=True)  # PEFT's empty model-card template
             (new / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
+            (new / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
             if training is not None:
                 torch.save(
                     {name: part.state_dict() for name, part in training.items() if part is not None},
@@ -128,8 +132,8 @@ def load_training(folder: Path, training: dict[str, Any]) -> None:
 
 def weights_sha256(adapter: Path | None) -> str | None:
     """None without an adapter, or where it has no weights: loading it says so."""
-    file = adapter and adapter / "adapter_model.safetensors"
-    return sha256(file) if file and file.is_file() else None
+    files = [adapter / name for name in WEIGHTS if (adapter / name).is_file()] if adapter else []
+    return sha256(files[0]) if files else None
 
 
 def unchanged(adapter: Path | None, weights: str | None) -> None:

@@ -15,16 +15,11 @@ from common.config import Base, Config, Lora
 from common.data import prompt, squad
 from common.errors import UserError, one_line_errors
 from common.files import beside
-from common.runs import record
+from common.runs import adapters
 
 import huggingface_hub
 from huggingface_hub import constants  # attributes of the package only once something has imported them
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 TRY = "To try everything on this machine: make demo"
@@ -45,7 +40,7 @@ def check(config: Config) -> Config:
 
 def typed(script: str, argv: list[str]) -> None:
     """Raises `UserError` for a script's command line that names a key, value, file or adapter that is not there."""
-    config, args = parse(script, argv)
+    config, args = parse(script, adapters.newest_system(argv))
     if script == "train_loop":
         trainable(config)
         squad.locate(config.data.train, "train")
@@ -56,7 +51,7 @@ def typed(script: str, argv: list[str]) -> None:
     if not config.api:
         _is_folder(config.base.path)
     if script != "train_loop":
-        record.trained_adapter(config)
+        adapters.choose(config, args.given, args.force)
 
 
 def new_folder(folder: Path) -> None:

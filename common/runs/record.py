@@ -20,13 +20,12 @@ import math
 import platform
 import re
 import subprocess
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from common.config import Config, apart_from_memory, flat, with_defaults, without_unset
+from common.config import Config, with_defaults, without_unset
 from common.data import prompt
 from common.data.squad import Dataset
 from common.errors import UserError
@@ -87,65 +86,6 @@ def open_run(
         return run, None
     finished = read_one(run / "record.json")
     return (run, finished["result"]) if same(finished) else (None, None)
-
-
-def trained_adapter(config: Config) -> Path | None:
-    """The adapter a LoRA system answers with: `adapter` where given, else `best/` of its newest finished training.
-
-    One that was trained as this configuration says comes before those that were trained otherwise. None for a system
-    without LoRA, and for random weights that were not trained.
-    """
-    if config.lora is None:
-        return None
-    if config.adapter is not None:
-        if not Path(config.adapter).is_dir():
-            raise UserError(f"adapter={config.adapter}: no such folder")
-        return Path(config.adapter)
-
-    def decides(config: Section) -> list[object]:
-        return [config["system"], config["seed"], weights_of(config["base"]), config["lora"], config["prompt"]["order"]]
-
-    mine = config.to_dict()
-    trained = [record for record in read_all(Path(config.runs)) if record["kind"] == "train"]
-    runs = [record for record in trained if decides(record["config"]) == decides(mine)]
-    if not runs and config.base.random_weights:
-        return None
-    if not runs:
-        parts = ("seed", "base", "lora", "prompt")
-        own = (r for r in trained if r["system"] == config.system)
-        others = [f"{r['folder']} has {_differ(r['config'], mine, parts)}" for r in own]
-        nearest = f" ({min(others, key=len)})" if others else ""
-        raise UserError(
-            f"{config.system} (seed {config.seed}) has no finished training under {config.runs}/ with this base, lora "
-            f"and prompt.order{nearest}: make train MODEL={config.system}, or name an adapter with ADAPTER=folder"
-        )
-    alike = [r for r in runs if _trains_as(r["config"], mine)]
-    return Path(max(alike or runs, key=lambda record: record["created"])["folder"]) / "best"
-
-
-def note_prompt(adapter: Path | None, config: Config) -> None:
-    """Says on stderr where an adapter of a run here was trained with another prompt or window than it is asked with."""
-    path = adapter and adapter.parent / "record.json"
-    if path and path.is_file():
-        trained, asked = read_one(path)["config"], config.to_dict()
-        other = _differ(trained, asked, ("prompt", "window"))
-        if other:
-            print(f"note: {adapter} was trained with {other}", file=sys.stderr)
-
-
-def _differ(a: Section, b: Section, parts: Sequence[str]) -> str:
-    """The overrides by which `a` differs from `b`."""
-    mine, other = (flat({part: config[part] for part in parts}) for config in (a, b))
-    differ = (key for key in {**mine, **other} if mine.get(key) != other.get(key))
-    return " ".join(f"{key}={yaml.safe_dump(mine.get(key)).partition(chr(10))[0]}" for key in differ)
-
-
-def _trains_as(a: Section, b: Section) -> bool:
-    def decides(config: Section) -> list[object]:
-        data = [config["data"][key] for key in ("train", "train_paragraphs", "fix_offsets")]
-        return [apart_from_memory(config["train"]), config["early_stop"], config["window"], data]
-
-    return decides(a) == decides(b)
 
 
 def weights_of(base: Section) -> Section:

@@ -4,7 +4,7 @@ Percentages are named by their unit where they stand alone: `em` and `f1` are pe
 `_ms` are milliseconds, others seconds, memory is bytes. None: not known, or not defined for this run.
 """
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 Section = dict[str, Any]  # a JSON object, such as a section of a configuration
 Spread = dict[str, Any]  # of times: `pN_ms`, and `pN_interval_ms` (95 %, None where n is too small)
@@ -63,16 +63,20 @@ class Accuracy(TypedDict, total=False):
 class EvalResult(Accuracy, Common, total=False):
     truncated_share: float
     hit_limit_share: float
+    empty_share: float  # answers without text
     seconds: float | None
     questions_per_s: float | None
     adapter: str | None
     adapter_sha256: str | None
+    trained_with: Section | None  # the adapter's training: its settings; None: not known
+    forced: str | None  # those of them that FORCE=1 went against
     processes: int  # here
     peak: Peak
     transcript_sha256: str  # this and what follows: of a hosted model
     replayed: str | None
     requests: int
     requests_before: int
+    refused: int  # questions that the host's content filter refused; their answers are empty
     cost_usd: float | None
     tokens_read: int | None
     tokens_written: int | None
@@ -83,9 +87,9 @@ class Query(TypedDict, total=False):
     """One timed query; times in seconds."""
 
     total: float
-    first: float  # time to the first token
+    first: float | None  # time to the first token; None: not known
     last: float | None  # time to the last token; None if a query has several prompts
-    tokens: int
+    tokens: int | None  # None: not known
     passes: int
     drafted: int
     accepted: int
@@ -102,6 +106,7 @@ class Process(TypedDict):
     gauges: dict[str, Peak]  # by phase
     made_by: Section
     nvml: dict[str, Section]  # by phase
+    notes: NotRequired[list[str]]  # on a hosted model's replies, to be printed
 
 
 class Mode(TypedDict, total=False):
@@ -109,9 +114,9 @@ class Mode(TypedDict, total=False):
 
     n: int
     latency: Spread
-    ttft: Spread
+    ttft: Spread | None
     tpot: Spread | None
-    mean_tokens: float
+    mean_tokens: float | None  # None: the host reports none
     mean_passes: float
     drafts_accepted: float | None
     queries_per_s: float
@@ -125,9 +130,9 @@ class BenchResult(Common, total=False):
     natural: Mode
     fixed: Mode  # not of a hosted model
     latency: Spread  # this and the next three: the natural mode's
-    ttft: Spread
+    ttft: Spread | None
     tpot: Spread | None
-    mean_tokens: float
+    mean_tokens: float | None  # None: the host reports none
     phases: dict[str, Section]  # peaks, and what NVML saw
     peak: Peak
     nvml_peak: dict[str, int | None] | None
@@ -135,6 +140,7 @@ class BenchResult(Common, total=False):
     engine: str
     adapter: str | None
     adapter_sha256: str | None
+    forced: str | None
 
 
 class Result(TrainResult, EvalResult, BenchResult, total=False):

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.config import CONFIGS, Config, Kind, Sweep, load
-from common.config_file import read
+from common.config_file import given_keys, read
 from common.errors import UserError
-from common.runs import preflight, record
+from common.runs import adapters, preflight, record
 
 TRAINED = ("train.", "lora.", "early_stop.")  # keys that change nothing about a system without an adapter
 
@@ -58,9 +58,11 @@ def plan(path: Path, overrides: Iterable[str] = ()) -> tuple[list[Job], Sweep]:
                 given = (*words, *own, seed_word)
                 config = preflight.with_shots(load(system, given))
                 if sweep.adapters and not config.adapter:
-                    adapter = record.trained_adapter(replace(config, runs=sweep.adapters))
+                    adapter = adapters.newest(replace(config, runs=sweep.adapters))
                     if adapter:  # random weights need none
                         given, config = (*given, f"adapter={adapter}"), replace(config, adapter=str(adapter))
+                if config.adapter:
+                    config = adapters.choose(config, given_keys(given)).config
                 jobs.setdefault(config.hash(), Job(system, " ".join(own), given, config))
     return list(jobs.values()), sweep
 

@@ -19,12 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 def job(tiny_config, tmp_path):
     config = load(str(tiny_config), ["train.questions_per_step=8"])
     args = train_throughput.parser().parse_args(["--steps", "2", "--warmup", "1", "--questions", "12"])
-    return {
-        **train_throughput.job_of(config, args, tmp_path),
-        "budgets": [1e6],
-        "search": [],
-        "timed": {"1e6": 4},
-    }
+    return {**train_throughput.job_of(config, args, tmp_path), "budgets": [1e6], "search": [], "timed": {"1e6": 4}}
 
 
 def test_without_a_model_the_machine_decides_and_overrides_stay_overrides():

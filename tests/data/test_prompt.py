@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import random
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from common.data.squad import Answer, Example, read
 from common.data.tokens import Tokenizers, encode, tokens_within
 from common.data.trees import Branch, Tree, Trees, build_trees, prompt_texts, tree_of
 from common.errors import UserError
+from common.metrics.score import exact_match
 from common.model.load import load_tokenizer
 from tests.conftest import ROOT, same, squad_file
 
@@ -103,12 +105,7 @@ def test_the_fingerprint_is_of_the_version_and_every_byte_of_the_prompt(options,
 def test_the_fingerprint_changes_with_the_prompt(monkeypatch):
     assert prompt.fingerprint() == "debd7cbbbb31"  # a new prompt is a new version: say so in docs/log.md
     seen = {"debd7cbbbb31"}
-    for name, value in (
-        ("VERSION", "2"),
-        ("CONTEXT", "context: {}"),
-        ("QUESTION", QUESTION + " "),
-        ("TARGET", "{}"),
-    ):
+    for name, value in (("VERSION", "2"), ("CONTEXT", "context: {}"), ("QUESTION", QUESTION + " "), ("TARGET", "{}")):
         with monkeypatch.context() as patch:
             patch.setattr(prompt, name, value)
             seen.add(prompt.fingerprint())
@@ -234,16 +231,84 @@ def test_a_training_answer_outside_the_window_is_dropped_and_counted(tokenizer):
     built = build_trees(rows, same(tokenizer), SMALL, train=True)
     assert prompts(built.trees).keys() == {"in"}
     assert built.counts == {"questions": 2, "truncated": 2, "dropped_outside": 1, "dropped_long": 0}
-    assert prompts(build_trees(rows, same(tokenizer), SMALL, train=False).trees).keys() == {
-        "in",
-        "out",
-    }
+    assert prompts(build_trees(rows, same(tokenizer), SMALL, train=False).trees).keys() == {"in", "out"}
 
 
 def test_a_training_answer_too_long_to_be_decoded_is_dropped_and_counted(tokenizer):
     context = " ".join(f"w{i}" for i in range(12))
     built = build_trees([example(context, context)], same(tokenizer), SMALL, train=True)
     assert (built.trees, built.counts["dropped_long"]) == ([], 1)
+
+
+def test_a_gold_over_a_line_break_is_trained_as_it_can_be_decoded(tokenizer):
+    """A line break ends every decoded answer; a space scores alike."""
+    context = "Crew list:\n Mira Dahl\nTomas Brek \nThe ship sails."
+    built = build_trees([example(context, "Mira Dahl\nTomas Brek")], same(tokenizer), ROOMY, train=True)
+    ((branch,),) = [tree.branches for tree in built.trees]
+    assert tokenizer.decode(branch.answer_ids, skip_special_tokens=True).strip() == "Mira Dahl Tomas Brek"
+    assert exact_match("Mira Dahl Tomas Brek", "Mira Dahl\nTomas Brek")
+    assert "Mira Dahl\nTomas Brek" in tokenizer.decode(built.trees[0].prefix_ids + branch.prompt_ids)  # the text stays
+
+
+def test_a_gold_that_holds_a_special_token_is_dropped_and_counted(tokenizer):
+    """Decoding leaves special tokens out, so no answer can hold one."""
+    end = tokenizer.eos_token
+    rows = [example(f"The mark {end} ends it.", end, id_="mark"), example("An amber canal.", "amber", id_="plain")]
+    built = build_trees(rows, same(tokenizer), ROOMY, train=True)
+    assert prompts(built.trees).keys() == {"plain"}
+    assert built.counts == {
+        "questions": 2,
+        "truncated": 0,
+        "dropped_outside": 0,
+        "dropped_long": 0,
+        "dropped_special": 1,
+    }
+    assert tokens.holds_special(tokenizer, f"a {end} b")
+    assert not tokens.holds_special(tokenizer, "a plain text")
+
+
+# ---- another tool's prompt -----------------------------------------------------------------------------------------
+
+ALPACA = "### Instruction:\nAnswer from the text.\n\n### Input:\n{context}\n\n{question}\n\n### Response:\n"
+BEFORE = "Question: {question}\nText: {context}\nAnswer:"
+
+
+@pytest.mark.parametrize(("template", "trees"), [(ALPACA, 1), (BEFORE, 3)])
+def test_a_template_is_filled_once_each_and_a_paragraph_that_comes_first_is_shared(tokenizer, template, trees):
+    context = "An amber canal with {question} and {context} in it."
+    rows = [example(context, "amber", q, id_=q) for q in ("Which {context}?", "What is amber?", "Where?")]
+    options = Prompt(template=template)
+    built = build_trees(rows, same(tokenizer), ROOMY, options, train=False)
+    assert len(built.trees) == trees
+    found = prompts(built.trees)
+    for row in rows:
+        head, tail = template.split("{context}")
+        whole = head.replace("{question}", row.question) + context + tail.replace("{question}", row.question)
+        assert found[row.id] == tokenizer(whole).input_ids
+        assert prompt_texts([row], tokenizer, ROOMY, options)[0] == [(row.id, whole)]
+    if trees == 1:
+        assert context in tokenizer.decode(built.trees[0].prefix_ids)
+
+
+def test_a_template_changes_the_fingerprint_and_counts_beside_the_window(tokenizer):
+    plain, filled = Prompt(), Prompt(template=ALPACA)
+    assert prompt.fingerprint(filled) != prompt.fingerprint(plain)
+    assert prompt.fingerprint(Prompt(template=ALPACA + " ")) != prompt.fingerprint(filled)
+    assert prompt.overhead(tokenizer, filled) == len(tokenizer(ALPACA).input_ids)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"template": "{context}"}, "template: must hold {context} and {question}, once each"),
+        ({"template": "{context} {question} {question}"}, "template: must hold {context} and {question}, once each"),
+        ({"template": "{context} {question}", "order": "both"}, "template: decides the order"),
+        ({"template": "{context} {question}", "earlier": True}, "template: decides the order"),
+    ],
+)
+def test_a_template_that_cannot_be_filled_is_refused(words, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        Prompt(**words)
 
 
 def test_chunks_cover_the_whole_context_and_training_takes_the_one_that_holds_the_answer(tokenizer):
@@ -403,7 +468,7 @@ def test_what_an_order_takes_comes_off_the_context(by_words, order, context, rea
     window = replace(BARE, context=context)
     rows = [asks(some("w", 0, 50))]
     found = prompt_texts(rows, by_words, window, Prompt(order))
-    expected = prompt.text(some("w", 0, read), "q0", order)
+    expected = prompt.text(some("w", 0, read), "q0", Prompt(order=order))
     assert found == ([("q", expected)], {"questions": 1, "truncated": 1})
     assert windows(by_words, rows, window, options=Prompt(order)) == [f"w0-w{read - 1}"]
 
@@ -510,10 +575,7 @@ def test_chunks_start_a_stride_apart_and_leave_no_gap(by_words, words, stride, r
     window = replace(BARE, stride=stride, overflow="chunk")
     rows = [asks(some("w", 0, words))]
     assert windows(by_words, rows, window) == read.split()
-    assert build_trees(rows, same(by_words), window, train=False).counts == {
-        "questions": 1,
-        "truncated": words > 13,
-    }
+    assert build_trees(rows, same(by_words), window, train=False).counts == {"questions": 1, "truncated": words > 13}
 
 
 def test_a_stride_is_at_most_the_window_that_an_order_leaves(by_words):

@@ -200,8 +200,7 @@ def test_offsets_are_repaired_only_when_asked_to_the_nearest_place_and_counted(f
 
 
 @pytest.mark.parametrize(
-    ("start", "repaired"),
-    [(0, 0), (-9, 0), (7, 0), (8, 14), (14, 14), (21, 14), (22, 29), (29, 29), (900, 29)],
+    ("start", "repaired"), [(0, 0), (-9, 0), (7, 0), (8, 14), (14, 14), (21, 14), (22, 29), (29, 29), (900, 29)]
 )
 def test_an_offset_is_repaired_to_the_nearest_place(start, repaired):
     e = Example("q", "T", "canal, bridge canal and lake canal", "?", (Answer("canal", start),))

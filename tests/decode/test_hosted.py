@@ -8,10 +8,10 @@ import random
 import re
 import threading
 import time
+from dataclasses import asdict, replace
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import eval_loop
 from common.config import load
@@ -385,11 +385,12 @@ def replied(text: str = "amber", read: int | None = 100, written: int | None = 3
     [
         (replied(), (100 * 2000 + 3 * 10000) / 1e6),
         (replied(read=None), (10 * 2000 + 3 * 10000) / 1e6),  # 20 characters, two per token
-        (replied(written=None), (100 * 2000 + 32 * 10000) / 1e6),  # as many as it may have
-        (replied(read=0, written=0), 0),
+        (replied(written=None), (100 * 2000 + 0.5 * 10000) / 1e6),  # one character came
+        (replied(written=0), 100 * 2000 / 1e6),
+        (replace(replied(written=None), elsewhere="reasoning"), (100 * 2000 + 32 * 10000) / 1e6),  # hidden: the most
     ],
 )
-def test_a_reply_costs_its_tokens_and_at_most_what_is_not_known(client, reply, usd):
+def test_a_reply_costs_its_tokens_and_by_our_own_count_what_is_not_known(client, reply, usd):
     asking = client(reply, words=PRICES)
     asking.ask("twenty letters, 2 x 10"[:20])
     assert asking.usd == pytest.approx(usd, abs=1e-12)
@@ -401,11 +402,11 @@ def test_what_was_cut_short_was_paid_for_and_what_was_refused_was_not(client, as
     tries = [*((status, hosted._Retryable(why)) for status, why in failures), replied()]
     asking = client(*tries, words=PRICES)
     asking.ask("twenty letters, 2 x 10"[:20])
-    most = (10 * 2000 + 32 * 10000) / 1e6
-    assert asking.usd == pytest.approx(most + 0.23)
+    cut = (10 * 2000 + 0.5 * 10000) / 1e6  # 20 characters were sent and 1 came, two per token
+    assert asking.usd == pytest.approx(cut + 0.23)
     assert (asking.requests, asking.reserved_usd) == (4, 0)
     again, _ = ask(lambda: None, *PRICES)
-    assert (again.requests, again.usd) == (4, pytest.approx(most + 0.23)), "by the transcript"
+    assert (again.requests, again.usd) == (4, pytest.approx(cut + 0.23)), "by the transcript"
 
 
 def test_a_message_of_a_chat_costs_as_a_prompt_does(client):
@@ -483,11 +484,12 @@ def test_a_line_of_the_transcript_holds_the_request_and_its_outcome(client, tmp_
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     key = hashlib.sha256(json.dumps(["http://h/v1", body], sort_keys=True).encode()).hexdigest()[:24]
     times = {"connect": None, "first": 0.1, "total": 0.2, "server": None, "waited": 0.0}
+    times |= {"elsewhere": "", "refused": "", "streamed": True}
     reply = {"text": "Zürich", "hit_limit": False, "read": 100, "written": 3, **times}
     when = first.pop("when"), second.pop("when")
     assert list(when) == sorted(when)
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", text) for text in when)
-    common = {"key": key, "url": "http://h/v1", "request": body, "text": "…"}
+    common = {"key": key, "url": "http://h/v1", "request": body, "text": "…", "read": None, "written": None}
     assert first == common | {"status": 503, "error": "busy – wait", "reply": None}
     assert second == common | {"status": 200, "error": None, "reply": reply}
     assert "Zürich" in (tmp_path / "transcript.jsonl").read_text(encoding="utf-8")
@@ -608,7 +610,7 @@ def test_times_are_from_the_request_to_the_first_text_and_to_the_end(ask, monkey
     assert reply == hosted.Reply(
         "amber", False, 7, 2, connect=13.0, first=16.0, total=21.0, server=1.5, waited=2.5
     )  # from 990: connected at 1003, first text at 1006, the end at 1011
-    assert seen == {"status": 200, "text": " amber"}
+    assert seen == {"status": 200, "text": " amber", "read": 7, "written": 2}
     assert wire.asked == ("POST", "http://h/v1/completions", {"prompt": "one"})
 
 
@@ -624,7 +626,7 @@ def test_an_answer_without_text_has_its_first_at_the_end_and_no_connecting_where
 def test_a_field_of_any_event_is_kept_and_an_event_that_is_no_answer_is_retried(ask, monkeypatch):
     client, _ = ask()
     usage = {"prompt_tokens": 7, "completion_tokens": 2}
-    events = [piece("a ", finish_reason="length") | {"usage": usage}, piece("b\nc") | {"usage": None}]
+    events = [piece("a ", finish_reason="length") | {"usage": usage}, piece("b") | {"usage": None}]
     Wire(monkeypatch, client, events, headers={"openai-processing-ms": "250"})
     reply = client._stream({}, {}, 1000.0, waited=0.0)
     assert (reply.text, reply.hit_limit, reply.read, reply.written, reply.server) == ("a b", True, 7, 2, 0.25)
@@ -655,6 +657,7 @@ def test_statuses_after_which_none_does(ask, monkeypatch, status):
         client._stream({}, {}, 0.0, waited=0.0)
     key = "; the key is read from API_KEY, which is set"
     model = "; is base.path=meta-llama/Llama-3.1-8B (still) a model there, and does api.url end with /v1?"
+    model += " A host without /completions needs prompt.chat=true"
     advice = {401: key, 403: key, 404: model}.get(status, "")
     assert str(error.value) == f"http://h/v1: HTTP {status}: no, …{advice}"
 
@@ -787,6 +790,9 @@ def test_asking_is_checked_while_an_answer_is_awaited(client):
         ('{"detail": [{"loc": 1}]}', "[{'loc': 1}]"),
         ('{"error": {"code": 5}}', '{"error": {"code": 5}}'),
         ("[1,  2]", "[1, 2]"),
+        ('[{"error": {"message": "of a list"}}]', "of a list"),
+        ('{"error": true, "msg": "no quota"}', "no quota"),
+        ('{"errors": ["a", "b"]}', "['a', 'b']"),
         ("<h1>Bad\n gateway</h1>", "<h1>Bad gateway</h1>"),
         (" \n", "no word of why"),
         (json.dumps({"error": "x" * 301}), "x" * 300),
@@ -806,6 +812,8 @@ def test_the_line_for_a_person_in_an_error(text, message):
         ("2.5", 2.5),
         ("-1", 0.0),
         ("soon", None),
+        ("nan", None),
+        ("inf", None),
         ("Wed, 01 Jan 2025 00:01:30 GMT", 90.0),
         ("Tue, 31 Dec 2024 23:59:59 GMT", 0.0),
         ("Wed, 01 Jan 2025 00:01:30 -0000", None),  # of no zone
@@ -830,28 +838,514 @@ def test_how_long_a_host_asks_to_wait(monkeypatch, value, seconds):
         ({"usage": {"total_time": 0}}, {}, 0.0),
         ({"usage": {"total_time": 0.5}}, {"openai-processing-ms": "1500"}, 1.5),
         ({"usage": {"total_time": 0.5}}, {"openai-processing-ms": "fast"}, 0.5),
+        ({"usage": {"total_time": 0.5}}, {"openai-processing-ms": "nan"}, 0.5),
+        ({"usage": {"total_time": "0.5"}}, {}, 0.5),
         ({"timings": {"prompt_ms": 100, "predicted_ms": 250}}, {}, 0.35),
-        ({"timings": {"prompt_ms": 100}}, {}, 0.1),
-        ({"timings": {"predicted_ms": 250}}, {}, 0.25),
+        # left out or odd: unknown, not 0
+        ({"timings": {"prompt_ms": 100}}, {}, None),
+        ({"timings": {"prompt_ms": None, "predicted_ms": 250}}, {}, None),
+        ({"timings": {"prompt_ms": "soon", "predicted_ms": 250}}, {}, None),
+        ({"timings": {"prompt_ms": -1, "predicted_ms": 250}}, {}, None),
+        ({"timings": [1, 2]}, {}, None),
+        ({"timings": "fast"}, {}, None),
+        ({"usage": {"total_time": float("nan")}}, {}, None),
+        ({"usage": {"total_time": float("inf")}}, {}, None),
+        ({"usage": {"total_time": True}}, {}, None),
+        ({"usage": {"total_time": {}}}, {}, None),
+        ({"usage": {"total_time": 10**400}}, {}, None),
+        ({"usage": [1]}, {}, None),
     ],
 )
 def test_a_hosts_own_time(event, headers, seconds):
     assert hosted._server_seconds(event, headers) == seconds
 
 
-def test_events_end_at_done_and_what_is_no_answer_is_asked_for_again(monkeypatch):
-    def events(*data: str) -> list[dict]:
-        monkeypatch.setattr(hosted.httpx2, "EventSource", lambda _: [SimpleNamespace(data=text) for text in data])
-        return list(hosted._events(None))
+# ---- what hosts send -----------------------------------------------------------------------------------------------
 
-    assert events('{"a": 1}', '{"error": null}', " [DONE] ", '{"b": 2}') == [{"a": 1}, {"error": None}]
-    for data, why in (
-        ("{not", "an answer that is no JSON: '{not'"),
-        ("[1]", r"an error in the answer: \[1\]"),
-        ('{"error": "busy"}', 'an error in the answer: {"error": "busy"}'),
-    ):
-        with pytest.raises(hosted._Retryable, match=why):
-            events(data)
+SSE, AS_JSON = "text/event-stream", "application/json"
+USAGE = {"prompt_tokens": 90, "completion_tokens": 3}
+
+
+def event(reason: str | None = None, text: str | None = None, **more) -> str:
+    """An event of `/completions`."""
+    return f"data: {json.dumps({'choices': [{'text': text, 'finish_reason': reason}], **more})}\n\n"
+
+
+def told(reason: str | None = None, key: str = "delta", **message) -> str:
+    """An event of `/chat/completions`."""
+    return f"data: {json.dumps({'choices': [{key: message, 'finish_reason': reason}]})}\n\n"
+
+
+WHOLE = event(text=" amb") + event(text="er") + event("stop", usage=USAGE)
+DONE = "data: [DONE]\n\n"
+
+
+@pytest.fixture
+def says(tmp_path, monkeypatch):
+    """Clients of a host that sends these responses, one per request: the text of a stream, or (status, type, text)."""
+    monkeypatch.setenv("API_KEY", KEY)
+    monkeypatch.setattr(hosted, "BACKOFF", lambda state: 0.001)
+    clients = []
+
+    def make(*responses, words: tuple[str, ...] = (), **how):
+        for client in clients:
+            client.close()
+        coming, requests = iter(responses), []
+
+        def answer(request):
+            requests.append(json.loads(request.content))
+            found = next(coming)
+            status, kind, text = found if isinstance(found, tuple) else (200, SSE, found)
+            return httpx2.Response(status, headers={"content-type": kind}, content=text.encode())
+
+        config = load("api8b", ["api.url=http://h/v1", "api.tries=2", "api.concurrency=1", *words])
+        client = hosted.Client(config, tmp_path / "transcript.jsonl", **how)
+        client.http = httpx2.Client(transport=httpx2.MockTransport(answer))
+        clients.append(client)
+        return client, requests
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("reason", "hit_limit"),
+    [
+        *((reason, False) for reason in ("stop", "STOP", "eos", "eos_token", "stop_sequence", "end_turn")),
+        *((reason, True) for reason in ("length", "max_tokens", "MAX_TOKENS", "model_length")),
+    ],
+)
+def test_reasons_that_end_an_answer(says, reason, hit_limit):
+    client, requests = says(event("", " amb") + event(text="er") + event(reason) + DONE)
+    reply = client.ask("one")
+    assert (reply.text, reply.hit_limit, len(requests)) == ("amber", hit_limit, 1)
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", "tool_calls", "function_call", "cancelled", "unknown", "null"])
+def test_an_answer_that_ends_for_another_reason_is_asked_again_then_reported_by_question(says, reason):
+    half = event(text=" am") + event(reason) + DONE
+    client, requests = says(half, WHOLE)
+    assert client.ask("one").text == "amber"
+    assert len(requests) == 2
+    client, requests = says(WHOLE, half, half)
+    said = f'question q2: http://h/v1: 2 tries, and the last had an answer that ended with finish_reason "{reason}"; '
+    with pytest.raises(UserError, match=re.escape(said)):
+        hosted.ask_all(client, {"q1": "first", "q2": "second", "q3": "third"}, progress=None)
+    assert len(requests) == 3
+    client, requests = says(WHOLE, WHOLE)
+    hosted.ask_all(client, {"q1": "first", "q2": "second", "q3": "third"}, progress=None)
+    assert len(requests) == 2, "the first was kept"
+
+
+@pytest.mark.parametrize("reason", ["", None])
+def test_an_empty_reason_is_none(says, reason):
+    client, _ = says(*[event(reason, " am") + DONE] * 2)
+    with pytest.raises(UserError, match=r"question q1: .* the last had an answer that was cut short"):
+        client.ask("one", "q1")
+
+
+@pytest.mark.parametrize(
+    ("text", "kept", "hit_limit"),
+    [
+        (" amber", "amber", True),
+        ("", "", True),
+        (" \n\n", "", True),
+        ("\namber", "amber", True),
+        (" \r\n amber ", "amber", True),
+        (" amber\n", "amber", False),
+        (" amber\n\nQuestion: Who else?", "amber", False),
+        ("\n\namber\nmore", "amber", False),
+        (" amber\r\nmore", "amber", False),
+        ("<think>\nIt is\n</think>\n\namber", "amber", True),
+        ("It is\n</think>\n\namber\n", "amber", False),
+        ("<think>It", "", True),
+        ("amber <think>", "amber <think>", True),
+    ],
+)
+def test_the_first_line_with_text_is_kept_and_the_limit_counts_for_it_alone(says, text, kept, hit_limit):
+    client, _ = says(event(text=text) + event("length"))
+    reply = client.ask("one")
+    assert (reply.text, reply.hit_limit) == (kept, hit_limit)
+
+
+@pytest.mark.parametrize(
+    ("stream", "text", "elsewhere"),
+    [
+        (told(content=" am") + told(content="ber") + told("stop"), "amber", ""),
+        (told("stop", "message", role="assistant", content="amber"), "amber", ""),
+        (told(None, "message", content="am") + told("stop", "message", content="ber"), "amber", ""),
+        (told(content=" am") + told(content="ber") + told("stop", "message", content="amber"), "amber", ""),
+        (told("stop", content=[{"type": "text", "text": "amber"}]), "amber", ""),
+        (told("stop", content=[{"type": "thinking", "thinking": []}]), "", "thinking"),
+        (told(content=None, reasoning_content="We") + told("length", content=None), "", "reasoning_content"),
+        (told(reasoning="We", thinking="We") + told("stop", content="amber"), "amber", "reasoning, thinking"),
+        (told("stop", content=None, refusal="I can't"), "", "refusal"),
+        (told(tool_calls=[{"id": 1}]) + told("stop"), "", "tool_calls"),
+        (told(content="<think>") + told("stop"), "", "<think>"),
+        (event("stop", " amber"), "amber", ""),
+    ],
+)  # fmt: skip
+def test_shapes_of_a_chat(says, stream, text, elsewhere):
+    client, _ = says(stream + DONE, words=("prompt.chat=true",))
+    reply = client.ask("one")
+    assert (reply.text, reply.elsewhere) == (text, elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("text", "usage", "counts"),
+    [
+        ("amber", {"prompt_tokens": 90, "completion_tokens": 3}, (90, 3)),
+        ("amber", {"prompt_tokens": 90.0, "completion_tokens": 3.0}, (90, 3)),
+        ("amber", {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}, (None, None)),
+        ("amber", {"prompt_tokens": 90, "completion_tokens": 0}, (90, None)),
+        ("amber", {"prompt_tokens": 0, "completion_tokens": 3}, (None, 3)),
+        ("", {"prompt_tokens": 90, "completion_tokens": 0}, (90, 0)),  # plausible where nothing came
+        ("", {"prompt_tokens": 0, "completion_tokens": 0}, (None, None)),
+        ("amber", {"prompt_tokens": None}, (None, None)),
+        ("amber", {"prompt_tokens": -1, "completion_tokens": True}, (None, None)),
+        ("amber", {"prompt_tokens": "90", "completion_tokens": 2.5}, (None, None)),
+        ("amber", {"prompt_tokens": float("nan"), "completion_tokens": float("inf")}, (None, None)),
+        ("amber", [90, 3], (None, None)),
+        ("amber", {}, (None, None)),
+        ("amber", None, (None, None)),
+    ],
+)
+def test_token_counts_that_are_left_out_or_odd_are_unknown(says, tmp_path, text, usage, counts):
+    client, _ = says(event("stop", text, usage=usage, timings={"prompt_ms": float("nan")}) + DONE)
+    reply = client.ask("one")
+    assert (reply.text, reply.read, reply.written, reply.server) == (text, *counts, None)
+    json.loads((tmp_path / "transcript.jsonl").read_text(), parse_constant=pytest.fail)
+
+
+def test_zeros_do_not_overwrite_counts_that_came_before(says):
+    client, _ = says(event(text="a", usage=USAGE) + event("stop", usage=dict.fromkeys(USAGE, 0)))
+    reply = client.ask("one")
+    assert (reply.read, reply.written) == (90, 3)
+
+
+def test_unknown_tokens_cost_what_our_own_tokenizer_counts(says):
+    """A word is a token: the prompt has 3, the answer 1, and 32 are reserved for it."""
+    words = (*PRICES, "api.max_cost_usd=0.4")
+
+    def count(text: str) -> int:
+        return len(text.split())
+
+    client, requests = says(*[WHOLE.replace("90", "0").replace("3}", "0}")] * 2, words=words, count=count)
+    assert client.ask("which is it").read is None
+    assert client.usd == pytest.approx((3 * 2000 + 1 * 10000) / 1e6)  # 0.016
+    client.ask("who is it")
+    client.ask("which is it")
+    assert (len(requests), client.usd) == (2, pytest.approx(0.032))
+    client, requests = says(words=(*PRICES, "api.max_cost_usd=0.357"), count=count)
+    with pytest.raises(UserError, match=r"max_cost_usd=0.357 is reached \(0.0320 spent\)"):
+        client.ask("when is it")  # it may cost 0.006 + 0.32
+    assert requests == []
+
+
+def test_our_own_count_is_of_the_whole_prompt(tiny_base):
+    tokenizer = load_tokenizer(str(tiny_base))
+    assert hosted.counter(tokenizer)("Which? amber") == len(tokenizer("Which? amber").input_ids) > 2
+
+
+@pytest.mark.parametrize(
+    ("omit", "gone", "new"),
+    [
+        ("[]", (), {}),
+        ("[stream_options]", ("stream_options",), {}),
+        ("[temperature, stop]", ("temperature", "stop"), {}),
+        ("[stream]", ("stream", "stream_options"), {}),
+        ("[max_tokens=max_completion_tokens]", ("max_tokens",), {"max_completion_tokens": 32}),
+        ("[max_tokens, stop=stop_sequences]", ("max_tokens", "stop"), {"stop_sequences": ["\n"]}),
+    ],
+)
+def test_fields_that_a_host_refuses_are_left_out_or_renamed(says, omit, gone, new):
+    full = says()[0].body("one")
+    client, requests = says(WHOLE, words=(f"api.omit={omit}", *PRICES))
+    client.ask("one")
+    assert requests == [{key: value for key, value in full.items() if key not in gone} | new]
+    client, requests = says(words=("api.omit=[]",))
+    assert client.ask("one").text == "amber", "the same question, whatever its fields are called"
+
+
+@pytest.mark.parametrize("omit", ["[model]", "[prompt]", "[max_tokens=]", "[stop=a b]", "[Stop]", "['']"])
+def test_fields_that_cannot_be_left_out_are_named(omit):
+    with pytest.raises(UserError, match=r"omit: .* is none of temperature, max_tokens, stop, stream, stream_options; "):
+        load("api8b", [f"api.omit={omit}"])
+    with pytest.raises(UserError, match="omit: name each field once"):
+        load("api8b", ["api.omit=[stop, stop=ends]"])
+
+
+def test_a_field_that_is_left_out_makes_no_other_run():
+    one, other = load("api8b"), load("api8b", ["api.omit=[stop]"])
+    assert one.hash("eval") == other.hash("eval")
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "offer"),
+    [
+        (400, {"error": {"message": "Unknown field: stream_options"}}, "api.omit=[stream_options]"),
+        (400, {"error": {"message": "Unsupported value", "param": "temperature"}}, "api.omit=[temperature]"),
+        (422, {"detail": [{"loc": ["body", "stop"], "msg": "extra fields not permitted"}]}, "api.omit=[stop]"),
+        (400, {"error": "'max_tokens' is not supported, use 'max_completion_tokens'"},
+         "api.omit=[max_tokens=max_completion_tokens]"),
+        (400, {"error": "no temperature, no stop"}, "api.omit=[temperature,stop]"),
+        (200, {"error": "stream_options is not known"}, "api.omit=[stream_options]"),
+        (400, {"error": "maximum context length is 512 tokens; lower max_tokens"}, None),
+        (400, {"error": "cannot stop_early"}, None),
+        (404, {"error": "no temperature"}, None),
+    ],
+)  # fmt: skip
+def test_a_host_that_refuses_a_field_gets_no_more_of_it(says, status, error, offer):
+    client, requests = says((status, AS_JSON, json.dumps(error)))
+    with pytest.raises(UserError) as refused:
+        client.ask("one")
+    assert len(requests) == 1
+    assert offer in str(refused.value) if offer else "api.omit" not in str(refused.value)
+    if offer:
+        load("api8b", [offer])
+
+
+def test_what_is_left_out_already_stays_so_in_the_offer(says):
+    refusal = (400, AS_JSON, '{"error": "stream_options and temperature are unknown"}')
+    client, _ = says(refusal, words=("api.omit=[stream_options]",))
+    with pytest.raises(UserError, match=r"refuses temperature needs api.omit=\[stream_options,temperature\]$"):
+        client.ask("one")
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        "retry: 3000\n\n" + WHOLE + DONE,
+        "id: 7\n\n" + WHOLE + DONE,
+        ": keep-alive\n\n" + WHOLE + DONE,
+        "event: ping\n\n" + WHOLE + DONE,
+        'event: ping\ndata: {"type": "ping"}\n\n' + WHOLE + DONE,
+        'data: {"type": "ping"}\n\n' + WHOLE + DONE,
+        "event: heartbeat\ndata: now\n\n" + WHOLE + DONE,
+        "data:\n\n" + WHOLE + DONE,
+        "data: ping\n\ndata: [PING]\n\n" + WHOLE + DONE,
+        "event: completion\nid: 1\n" + WHOLE + DONE,
+        WHOLE.replace("\n", "\r\n"),
+        WHOLE + 'data: {"choices": [], "usage": null}\n\n' + "data:  [DONE] \n\n" + "data: {not\n\n",
+        WHOLE.replace("er", "er\u2028", 1) + DONE,  # a line of JSON, though Unicode's separator is in it
+        (200, "text/plain", WHOLE),
+        (200, "application/octet-stream", WHOLE),
+        (200, "Text/Event-Stream; charset=utf-8", WHOLE),
+        (200, "", WHOLE),
+    ],
+)  # fmt: skip
+def test_events_that_carry_nothing_are_no_data(says, stream):
+    client, requests = says(stream)
+    reply = client.ask("one")
+    assert (reply.text, reply.read, len(requests)) == ("amber", 90, 1)
+
+
+@pytest.mark.parametrize(
+    ("response", "words"),
+    [
+        ((200, AS_JSON, '{"error": "Unexpected endpoint or method."}'), "Unexpected endpoint or method.; does api.url"),
+        ((200, AS_JSON, '{"error": {"message": "no model", "code": 404}}'), "no model; does api.url end with /v1?"),
+        ((200, AS_JSON, '{"object": "error", "message": "no model"}'), "no model"),
+        ((200, AS_JSON, '{"type": "error", "message": "no model"}'), "no model"),
+        ((200, AS_JSON, '{"detail": "Not Found"}'), "Not Found"),
+        ((200, AS_JSON, '{"code": 1211, "msg": "no model"}'), "no model"),
+        ((200, AS_JSON, '[{"error": {"message": "no model"}}]'), "no model"),
+        ((200, AS_JSON, '{"models": []}'), '{"models": []}'),
+        ((200, AS_JSON, "[1, 2]"), "a JSON body that is no answer: [1, 2]"),
+        ((200, "text/plain", '{"error": "no model"}'), "no model"),
+        ((200, SSE, '{"error": "no model"}'), "no model"),
+        (event(text=" ") + 'event: error\ndata: {"message": "no quota"}\n\n' + DONE, "no quota"),
+        ("event: error\ndata: no quota\n\n", "no quota"),
+        ("event: error\n\n", "an event without words"),
+        (event(text=" ") + 'data: {"error": {"message": "no quota", "code": 402}}\n\n' + DONE, "no quota"),
+        ('data: {"error": {"message": "no quota"}, "choices": [{"finish_reason": "error"}]}\n\n', "no quota"),
+        ('data: {"choices": [{"text": "", "error": {"message": "no quota"}}]}\n\n', "no quota"),
+        ('data: {"object": "error", "message": "no quota"}\n\n', "no quota"),
+        ('data: {"detail": "no quota"}\n\n', "no quota"),
+        (f'data: {{"error": {{"message": "half: \\ud83d, {KEY}"}}}}\n\n', "half: \ufffd, …"),
+    ],
+)  # fmt: skip
+def test_an_error_inside_a_200_is_reported_at_once_in_the_hosts_words_and_costs_nothing(
+    says, tmp_path, response, words
+):
+    client, requests = says(response, words=PRICES)
+    with pytest.raises(UserError) as error:
+        client.ask("one", "q1")
+    said = f"question q1: http://h/v1: an error in a reply of status 200: {words}"
+    assert str(error.value).startswith(said)
+    assert (len(requests), client.usd, client.reserved_usd) == (1, 0, 0)
+    assert KEY not in (tmp_path / "transcript.jsonl").read_text()
+    assert says(words=PRICES)[0].usd == 0, "by the transcript"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        'data: {"error": {"message": "no", "code": 503}}\n\n',
+        'data: {"error": {"message": "no", "code": "429"}}\n\n',
+        'data: {"error": {"message": "no", "type": "overloaded_error"}}\n\n',
+        'data: {"error": "The request timed out"}\n\n',
+        'event: error\ndata: {"message": "upstream overloaded"}\n\n',
+        (200, AS_JSON, '{"error": {"message": "Rate limit reached"}}'),
+        (200, "text/html", "<h1>Bad gateway</h1>"),
+        "data: {not json\n\n",
+        "data: [1]\n\n",
+        "",
+    ],
+)
+def test_a_failure_inside_a_200_that_may_pass_is_asked_again(says, error):
+    client, requests = says(error, WHOLE)
+    assert client.ask("one").text == "amber"
+    assert len(requests) == 2
+    client, _ = says(error, error)
+    with pytest.raises(UserError, match=r"question q2: .*2 tries, and the last had "):
+        client.ask("two", "q2")
+
+
+@pytest.mark.parametrize("kind", [AS_JSON, "application/json; charset=utf-8", "text/plain", SSE])
+def test_a_whole_answer_as_json_counts_and_its_first_text_has_no_time(says, kind):
+    choice = {"text": " amber", "finish_reason": "stop"}
+    client, _ = says((200, kind, json.dumps({"choices": [choice], "usage": USAGE}, indent=1)))
+    reply = client.ask("one")
+    assert (reply.text, reply.read, reply.written, reply.first, reply.streamed) == ("amber", 90, 3, None, False)
+    assert reply.total > 0
+    assert hosted.notes(client, {"q1": "one " * 90}, {"q1": reply}) == [
+        "the host does not stream, so the time to the first token is unknown"
+    ]
+    message = {"message": {"role": "assistant", "content": "amber"}, "finish_reason": "length"}
+    client, _ = says((200, kind, json.dumps({"choices": [message]})), words=("prompt.chat=true",))
+    reply = client.ask("one")
+    assert (reply.text, reply.hit_limit, reply.read, reply.first) == ("amber", True, None, None)
+
+
+FILTERED = [
+    (400, {"error": {"message": "The prompt triggers the content policy.", "code": "content_filter"}}),
+    (400, {"error": {"message": "The response was filtered due to Azure OpenAI's content management policy."}}),
+    (400, {"error": {"message": "no", "innererror": {"code": "ResponsibleAIPolicyViolation"}}}),
+    (400, {"error": {"message": "no", "type": "moderation_error"}}),
+    (403, {"error": {"message": "Your input was flagged", "code": 403}}),
+    (422, {"detail": "blocked by safety settings"}),
+    (400, {"code": "data_inspection_failed", "message": "no"}),
+    (400, [{"error": {"message": "contentFilter"}}]),
+    (200, {"error": {"message": "no", "code": "content_filter"}}),
+]
+
+
+@pytest.mark.parametrize(("status", "error"), FILTERED)
+def test_a_question_that_a_content_filter_refuses_has_an_empty_answer_and_is_not_asked_again(says, status, error):
+    refusal, wanted = (status, AS_JSON, json.dumps(error)), {"q1": "one", "q2": "two"}
+    client, requests = says(WHOLE, refusal, words=PRICES)
+    replies = hosted.ask_all(client, wanted, progress=None)
+    assert (replies["q1"].text, replies["q2"].text, replies["q2"].hit_limit) == ("amber", "", False)
+    assert replies["q2"].refused
+    assert client.usd == pytest.approx((90 * 2000 + 3 * 10000) / 1e6)
+    (note,) = hosted.notes(client, {"q1": "x" * 180, "q2": "two"}, replies)
+    assert note.startswith("1 question was refused by the host's content filter and scores 0: q2 (")
+    again, requests = says()
+    assert hosted.ask_all(again, wanted, progress=None) == replies
+    assert requests == []
+    replayed, _ = says(replay=True)
+    assert hosted.ask_all(replayed, wanted, progress=None) == replies
+
+
+def test_an_answer_that_a_content_filter_ends_is_asked_again_then_refused(says):
+    half = event(text=" am") + event("content_filter", usage=USAGE) + DONE
+    client, _ = says(half, WHOLE)
+    assert client.ask("one").text == "amber"
+    client, requests = says(half, half, words=PRICES)
+    before, reply = client.usd, client.ask("two", "q2")
+    assert (reply.text, len(requests)) == ("", 2)
+    assert reply.refused == 'an answer that ended with finish_reason "content_filter"'
+    assert client.usd - before == pytest.approx(2 * (90 * 2000 + 3 * 10000) / 1e6), "the host bills both"
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (400, {"error": {"message": "no such field", "input": "What is the safety of moderation?"}}),
+        (400, {"detail": [{"msg": "too long", "input": "content policy"}]}),
+        (400, {"error": {"message": "org/safety-8b is not known"}}),
+        (403, {"error": {"message": "your account was flagged"}}),
+        (401, {"error": {"message": "content_filter"}}),
+        (404, {"error": {"message": "content_filter"}}),
+    ],
+)
+def test_what_is_refused_for_another_reason_is_an_error(says, status, error):
+    client, _ = says((status, AS_JSON, json.dumps(error)), words=("base.path=org/safety-8b",))
+    with pytest.raises(UserError) as refused:
+        client.ask("one", "q2")
+    assert str(refused.value).startswith("question q2: ") == (status == 400), "the others are of no one question"
+
+
+@pytest.mark.parametrize(
+    ("status", "chat", "hint"), [(404, False, 1), (405, False, 1), (404, True, 0), (400, False, 0)]
+)
+def test_a_host_that_only_chats_is_offered_a_chat(says, status, chat, hint):
+    client, _ = says((status, AS_JSON, '{"detail": "Not Found"}'), words=(f"prompt.chat={str(chat).lower()}",))
+    with pytest.raises(UserError) as error:
+        client.ask("one")
+    assert str(error.value).count("needs prompt.chat=true") == hint
+
+
+@pytest.mark.parametrize(
+    ("replies", "chat", "said"),
+    [
+        ([replied(), replied()], False, []),
+        ([replied(""), replied()], False, ["1 of 2 answers is empty although the host wrote tokens: it sent no text;"]),
+        ([replied("", written=0), replied("", written=None)], False, []),
+        (
+            [replace(replied("", written=None), elsewhere="a"), replace(replied(""), elsewhere="a, b")],
+            True,
+            ["2 of 2 answers are empty although the host wrote tokens: it sent a, b; raise window.answer"],
+        ),
+        ([replace(replied(""), refused="no")] * 2, False, ["2 questions were refused by the host's "]),
+        ([replied(read=141)] * 2, False, []),  # 100 were sent; 1.25 times as many, and 16, are borne
+        ([replied(read=142)] * 2, False, ["the host read 142 tokens of 100 that were sent, on average: it wraps "]),
+        ([replied(read=142), replied(read=141)], False, []),
+        ([replied(read=142), replied(read=None)], False, ["the host read 142 tokens of 100 that were sent"]),
+        ([replied(read=142)] * 2, True, []),  # a chat has a template
+        ([replace(replied(), streamed=False), replied()], False, ["the host does not stream"]),
+    ],
+)  # fmt: skip
+def test_what_is_odd_in_replies_is_said(says, replies, chat, said):
+    client, _ = says(words=(f"prompt.chat={str(chat).lower()}",))
+    ids = [f"q{i}" for i in range(len(replies))]
+    found = hosted.notes(client, dict.fromkeys(ids, "x" * 200), dict(zip(ids, replies, strict=True)))
+    assert len(found) == len(said)
+    assert all(line.startswith(start) for line, start in zip(found, said, strict=True))
+    assert ("prompt.chat=true" in " ".join(found)) == (not chat and "wrote tokens" in " ".join(found))
+
+
+def test_many_refused_questions_are_named_by_the_first(says):
+    client, _ = says(words=("api.omit=[temperature]",))
+    replies = {f"q{i}": replace(replied(""), refused=f"no {i}") for i in range(11)}
+    refused, cold = hosted.notes(client, dict.fromkeys(replies, "x" * 200), replies)
+    assert refused.endswith(" and score 0: q0, q1, q2, q3, q4, q5, q6, q7, q8, q9, … (no 0)")
+    assert cold.startswith("temperature was not sent")
+
+
+def test_transcripts_of_before_are_replayed(says, tmp_path):
+    client, _ = says(WHOLE, WHOLE, words=PRICES)
+    first = client.ask("one")
+    client.ask("x" * 20)
+    client.close()
+    path = tmp_path / "transcript.jsonl"
+    old = []
+    for line, counts in zip(map(json.loads, path.read_text().splitlines()), [(90, 3), (0, 0)], strict=True):
+        for key in ("read", "written"):
+            del line[key]
+        for key in ("elsewhere", "refused", "streamed"):
+            del line["reply"][key]
+        line["reply"] |= dict(zip(("read", "written"), counts, strict=True))
+        old.append(json.dumps(line) + "\n")
+    path.write_text("".join(old))
+    replayed, _ = says(words=PRICES, replay=True)
+    assert asdict(replayed.ask("one")) == asdict(first)
+    unknown = replayed.ask("x" * 20)
+    assert (unknown.text, unknown.read, unknown.written) == ("amber", None, None)
+    # " amber" has 6 characters, two per token
+    assert replayed.usd == pytest.approx((90 * 2000 + 3 * 10000 + 10 * 2000 + 3 * 10000) / 1e6)
 
 
 # ---- through the scripts -------------------------------------------------------------------------------------------

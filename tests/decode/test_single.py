@@ -238,7 +238,7 @@ class Answers:
 
     def __init__(self, *answers: tuple[float, list[int]], positions: int = 1000):
         self.answers = [Generation(ids, logprob) for logprob, ids in answers]
-        self.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions))
+        self.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions), dtype=torch.float32)
         self.asked: list[tuple] = []
 
     def answer(self, *asked) -> Generation:

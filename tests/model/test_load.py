@@ -1,5 +1,6 @@
 """Bases stay frozen and exact, adapters fit or are refused."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -9,8 +10,11 @@ from types import SimpleNamespace
 from common.config import Api, Base, Config, Lora, Window, load
 from common.data.tokens import Tokenizers
 from common.decode import predict
+from common.decode.answers import stop_tokens
 from common.errors import UserError, first_line
 from common.model import load as module
+from common.model.identity import identify
+from common.model.llama import beyond_lora, unsupported_reason
 from common.model.load import (
     PROBE,
     AutoTokenizer,
@@ -28,14 +32,31 @@ from common.model.load import (
     tokenizer_sha256,
 )
 from common.runs import preflight
+from tests.decode.test_predict import demo_trees
 from tests.model.test_pack import gradient, lora_model, packed_loss, trees_of
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from peft import (
+    AdaLoraConfig,
+    AdaptionPromptConfig,
+    HRAConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config
 
 CPU = torch.device("cpu")
 
@@ -131,7 +152,9 @@ def test_a_system_is_its_base_its_adapter_or_a_new_one_of_its_seed(tiny_base, mo
     assert load_system(Config("x", base), "adapter", CPU) == "base on cpu"
     assert load_system(Config("x", base, lora=lora, seed=7), "adapter", CPU) == "trained"
     assert load_system(Config("x", base, lora=lora, seed=7), None, CPU) == "new"
-    assert done == [("base on cpu", "adapter", base), ("base on cpu", lora, 7)]
+    assert done == [("base on cpu", "adapter", base, False), ("base on cpu", lora, 7)]
+    load_system(Config("x", base, lora=lora), "adapter", CPU, force=True)
+    assert done[-1] == ("base on cpu", "adapter", base, True)
 
 
 def test_qlora7b_trains_the_share_of_llama_2_that_its_rank_and_targets_say():
@@ -268,10 +291,14 @@ def test_a_tokenizers_fingerprint_is_the_hash_of_vocabulary_ids_text_and_eos(tin
     other = load_tokenizer(str(tiny_base))
     other.add_tokens(["never in a text"])
     assert tokenizer_sha256(other) != before
-    loaded = SimpleNamespace(config=SimpleNamespace(_commit_hash="c0ffee"))
+    none = GenerationConfig()
+    loaded = SimpleNamespace(config=SimpleNamespace(_commit_hash="c0ffee"), generation_config=none)
     sums = {"tokenizer": before, "cutter": tokenizer_sha256(other)}
-    assert sources(loaded, Tokenizers(tokenizer, other)) == {**sums, "base_commit": "c0ffee"}
-    assert sources(SimpleNamespace(config=object()), Tokenizers(tokenizer, other)) == {**sums, "base_commit": None}
+    found = sources(loaded, Tokenizers(tokenizer, other))
+    assert found == {**sums, "base_commit": "c0ffee", "eos_ids": [1]}
+    loaded = SimpleNamespace(config=object(), generation_config=GenerationConfig(eos_token_id=[7, 1]))
+    found = sources(loaded, Tokenizers(tokenizer, other))
+    assert found == {**sums, "base_commit": None, "eos_ids": [1, 7]}
     assert sources(None, Tokenizers(tokenizer, other)) == {**sums, "base_commit": None}
 
 
@@ -331,7 +358,7 @@ def test_what_another_tool_set_in_an_adapters_configuration_is_kept(adapter, tin
 @pytest.mark.parametrize("config", ["{}", "[]", '{"peft_type": "NONE"}', '{"r": 4'])
 def test_a_configuration_that_is_none_is_refused(adapter, tiny_base, config):
     (adapter / "adapter_config.json").write_text(config)
-    with pytest.raises(UserError, match=r"not a whole adapter|trained on None"):
+    with pytest.raises(UserError, match="not a whole adapter"):
         load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
 
 
@@ -339,8 +366,10 @@ def test_an_adapter_of_another_base_is_refused_by_name(adapter, tiny_base):
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "meta-llama/Llama-2-7b-hf"
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="trained on meta-llama/Llama-2-7b-hf, not on"):
+    says = rf"^{adapter}: it was trained on meta-llama/Llama-2-7b-hf, not on {tiny_base}; .*FORCE=1"
+    with pytest.raises(UserError, match=says):
         load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
+    load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base), force=True)
 
 
 def test_an_adapter_of_other_shapes_is_refused(adapter, tiny_base, tmp_path):
@@ -349,7 +378,10 @@ def test_an_adapter_of_other_shapes_is_refused(adapter, tiny_base, tmp_path):
     settings = json.loads((tiny_base / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps({**settings, "intermediate_size": 256}))
     base = Base(str(moved), quant="none", dtype="fp32", random_weights=True)
-    with pytest.raises(UserError, match=rf"^{adapter}: the adapter does not fit this base"):
+    with pytest.raises(
+        UserError,
+        match=rf"^{adapter}: it was trained on another base, {tiny_base}: intermediate_size is 256, was 128; ",
+    ):
         load_adapter(load_base(base, CPU), adapter, base)
 
 
@@ -441,3 +473,230 @@ def test_a_tokenizer_saved_with_truncation_and_padding_neither_cuts_nor_pads(tin
     text = "A long text about canals, bridges and harbours."
     backend = load_tokenizer(str(tmp_path / "base")).backend_tokenizer
     assert backend.encode(text).ids == load_tokenizer(str(tiny_base)).backend_tokenizer.encode(text).ids
+
+
+# ---- numbers that are not finite -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_an_adapter_whose_numbers_are_not_finite_is_refused_by_tensor(adapter, tiny_base, number):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    weights[name][1, 2] = number
+    save_file(weights, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=rf"^{adapter}: {name} holds numbers that are not finite"):
+        load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
+
+
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_a_base_whose_numbers_are_not_finite_is_refused_by_tensor(tiny_base, tmp_path, quant, double, name):
+    folder = tmp_path / "harmed"
+    shutil.copytree(tiny_base, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[name].view(-1)[5] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"^{folder}: {name} holds numbers that are not finite"):
+        load_base(replace(nf4(folder), quant=quant, double_quant=double), CPU)
+
+
+# ---- bases that are quantised already ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "double"), [("fp4", False), ("nf4", True), ("nf4", False)])
+def test_a_base_that_is_stored_in_4_bits_is_taken_for_what_it_is(tiny_base, tmp_path, kind, double):
+    folder = tmp_path / "packed"
+    load_base(replace(nf4(tiny_base), quant=kind, double_quant=double), CPU).save_pretrained(folder)
+    stored = replace(nf4(folder), quant=kind, double_quant=double)
+    ids = torch.arange(5, 25)[None]
+    plain = load_base(replace(stored, path=str(tiny_base)), CPU)
+    assert torch.equal(load_base(stored, CPU)(input_ids=ids).logits, plain(input_ids=ids).logits)
+    fit = f"base.quant={kind} base.double_quant={str(double).lower()}"
+    says = rf"packed is stored in 4-bit {kind} by bitsandbytes: set {fit}$"
+    for other in ({"quant": "none"}, {"quant": "nf4" if kind == "fp4" else "fp4"}, {"double_quant": not double}):
+        with pytest.raises(UserError, match=says):
+            load_base(replace(stored, **other), CPU)
+
+
+def test_a_base_that_is_quantised_by_another_method_is_refused_by_its_name(tiny_base, tmp_path):
+    folder = tmp_path / "packed"
+    shutil.copytree(tiny_base, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=rf"^{folder} is quantised already, by gptq; "):
+        load_base(nf4(folder), CPU)
+
+
+# ---- adapters of every kind, as PEFT answers with them -------------------------------------------------------------
+
+
+def noisy(base, config, folder):
+    """An adapter of PEFT's kind `config` on `base`, no weight of it where it began, saved; what it answers."""
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    noise = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.15 * torch.randn(parameter.shape, generator=noise)
+    model.save_pretrained(folder)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(plain, str(folder)).eval()
+
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+QV = {"target_modules": ["q_proj", "v_proj"]}
+KINDS = {  # of each, whether the fast layers compute it, and whether export merges it
+    "LoRA": (LoraConfig(r=4, target_modules=SEVEN), True, True),
+    "LoRA with rank-stabilised scales": (LoraConfig(r=4, use_rslora=True, **QV), True, True),
+    "LoRA on the head too": (LoraConfig(r=4, target_modules=["q_proj", "lm_head"]), False, True),
+    "LoRA of several ranks": (LoraConfig(r=4, rank_pattern={"q_proj": 2}, **QV), False, True),
+    "LoRA with biases": (LoraConfig(r=4, lora_bias=True, **QV), False, False),
+    "LoRA and the base's norms": (LoraConfig(r=4, modules_to_save=["norm"], **QV), False, False),
+    "LoRA and a whole head": (LoraConfig(r=4, modules_to_save=["lm_head"], **QV), False, False),
+    "LoRA and trained tokens": (LoraConfig(r=4, trainable_token_indices=[5, 6, 30], **QV), False, False),
+    "LoRA on embeddings": (LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]), False, False),
+    "LoRA over repeated layers": (LoraConfig(r=4, layer_replication=[(0, 2), (0, 2)], **QV), False, False),
+    "DoRA": (LoraConfig(r=4, use_dora=True, **QV), False, False),
+    "IA3": (IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]), False, False),
+    "AdaLoRA": (AdaLoraConfig(init_r=4, target_r=2, total_step=9, **QV), False, False),
+    "VeRA": (VeraConfig(r=4, **QV), False, False),
+    "LoHa": (LoHaConfig(r=4, **QV), False, False),
+    "LoKr": (LoKrConfig(r=4, **QV), False, False),
+    "OFT": (OFTConfig(r=0, oft_block_size=8, **QV), False, False),
+    "HRA": (HRAConfig(r=4, **QV), False, False),
+    "norms": (LNTuningConfig(target_modules=["norm"]), False, False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_adapter_of_single_tokens_answers_as_by_peft(tiny_base, tmp_path, kind):
+    config, fast, merges = KINDS[kind]
+    config = copy.deepcopy(config)
+    config.task_type = "CAUSAL_LM"
+    peft_model = noisy(tiny_base, config, tmp_path / "adapter")
+    base = Base(str(tiny_base), quant="none", dtype="fp32")
+    model = load_adapter(load_base(base, CPU), tmp_path / "adapter", base)
+    assert (unsupported_reason(model) is None) == fast
+    assert (beyond_lora(model) is None) == merges
+    tokenizer = load_tokenizer(str(tiny_base))
+    trees, stops, limit = demo_trees(tokenizer, 2), stop_tokens(tokenizer, model), 6
+    answers = predict.answer_trees(model, tokenizer, trees, stops, limit, progress=None)
+    for tree in trees:
+        for branch in tree.branches:
+            ids = torch.tensor([tree.prefix_ids + branch.prompt_ids])
+            out = peft_model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=limit,
+                eos_token_id=stops,
+                pad_token_id=2,
+            )
+            assert answers[branch.id].token_ids == out[0, ids.shape[1] :].tolist(), kind
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (PromptTuningConfig(num_virtual_tokens=3), "PROMPT_TUNING"),
+        (PrefixTuningConfig(num_virtual_tokens=3), "PREFIX_TUNING"),
+        (AdaptionPromptConfig(adapter_len=3, adapter_layers=1), "ADAPTION_PROMPT"),
+        (LoraConfig(r=4, alora_invocation_tokens=[5, 6], **QV), "aLoRA"),
+    ],
+)
+def test_an_adapter_that_is_more_than_its_tokens_is_refused_by_kind(tiny_base, tmp_path, config, named):
+    config = copy.deepcopy(config)
+    config.task_type = "CAUSAL_LM"
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    base = Base(str(tiny_base), quant="none", dtype="fp32")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/adapter: {named} is no adapter of single tokens"):
+        load_adapter(load_base(base, CPU), tmp_path / "adapter", base)
+
+
+def test_what_an_adapters_file_lacks_is_named(tiny_base, tmp_path):
+    config = LoraConfig(r=4, modules_to_save=["lm_head"], task_type="CAUSAL_LM", **QV)
+    noisy(tiny_base, config, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: w for name, w in load_file(file).items() if "lora_" in name}, file)
+    base = Base(str(tiny_base), quant="none", dtype="fp32")
+    with pytest.raises(UserError, match=r"first odd weight: base_model\.model\.lm_head\.weight is not in its file"):
+        load_adapter(load_base(base, CPU), tmp_path, base)
+
+
+def test_weights_in_the_format_of_before_safetensors_are_read(adapter, tiny_base):
+    ids = torch.arange(5, 25)[None]
+    now = load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))(input_ids=ids).logits
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    assert torch.equal(load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))(input_ids=ids).logits, now)
+    (adapter / "adapter_model.bin").write_bytes(b"no pickle")
+    with pytest.raises(UserError, match="not a whole adapter"):
+        load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
+    (adapter / "adapter_model.bin").unlink()
+    with pytest.raises(UserError, match=r"it holds none of adapter_model\.safetensors and adapter_model\.bin"):
+        load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
+
+
+# ---- which base it is ----------------------------------------------------------------------------------------------
+
+
+def recorded(adapter, name, identity=None):
+    """Another base's name in an adapter's settings, and another identity beside it."""
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": name}))
+    if identity:
+        (adapter / "trained_with.json").write_text(json.dumps({"identity": identity}))
+
+
+def scaled(base, folder):
+    """A base of other numbers."""
+    shutil.copytree(base, folder)
+    weights = {name: w * 1.05 for name, w in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def notes(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+
+
+def loads(adapter, folder):
+    return load_adapter(load_base(nf4(folder), CPU), adapter, nf4(folder))
+
+
+def test_the_same_base_under_another_name_is_taken_with_a_note(adapter, tiny_base, tmp_path, capsys):
+    shutil.copytree(tiny_base, tmp_path / "a-copy")
+    recorded(adapter, "me/tiny-llama", identify(nf4(tiny_base)) | {"name": "me/tiny-llama"})
+    loads(adapter, tmp_path / "a-copy")
+    assert notes(capsys) == [f"note: {tmp_path}/a-copy is the base of {adapter}, which knows it as me/tiny-llama"]
+    loads(adapter, tiny_base)  # of the same name, and surely the same
+    assert notes(capsys) == []
+
+
+def test_another_base_of_the_same_name_is_refused(adapter, tiny_base, tmp_path):
+    other = scaled(tiny_base, tmp_path / "tiny-llama")
+    recorded(adapter, "me/tiny-llama", identify(nf4(tiny_base)) | {"name": "me/tiny-llama"})
+    with pytest.raises(UserError, match=r"another base, me/tiny-llama: 6 of 6 sampled tensors have other numbers"):
+        loads(adapter, other)
+    recorded(adapter, str(tiny_base))  # whose folder is here, so it can be looked at
+    (adapter / "trained_with.json").unlink()
+    with pytest.raises(UserError, match=rf"another base, {tiny_base}: 6 of 6 sampled"):
+        loads(adapter, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("me/tiny-llama", "is recorded as me/tiny-llama"),
+        ("/gone/.cache/hub/models--me--tiny-llama/snapshots/0123abcd", "is recorded as /gone/.cache"),
+        (None, "is not recorded"),
+    ],
+)
+def test_without_an_identity_shapes_and_name_decide_with_a_note(adapter, tiny_base, capsys, name, says):
+    recorded(adapter, name)
+    loads(adapter, tiny_base)
+    (note,) = notes(capsys)
+    assert note.startswith(f"note: the base of {adapter} {says}")

@@ -245,8 +245,16 @@ def parts() -> dict[str, torch.nn.Module]:
 @pytest.mark.parametrize("readme", [True, False])
 def test_a_saved_training_has_all_that_is_needed_to_go_on(tmp_path, readme):
     state, training, others = State({"config": "c0ffee"}, step=3, best_em=0.0), parts(), parts()
-    save(tmp_path / "last", adapter(readme=readme), state, training)
-    names = {"SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "state.json", "training.pt"}
+    save(tmp_path / "last", adapter(readme=readme), state, {"system": "x"}, training)
+    names = {
+        "SHA256SUMS",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "state.json",
+        "trained_with.json",
+        "training.pt",
+    }
+    assert json.loads((tmp_path / "last" / "trained_with.json").read_text()) == {"system": "x"}
     assert {path.name for path in (tmp_path / "last").iterdir()} == names
     assert json.loads((tmp_path / "last" / "adapter_config.json").read_text()) == {"save_embedding_layers": False}
     saved = json.loads((tmp_path / "last" / "state.json").read_text())
@@ -268,14 +276,14 @@ def test_a_saved_training_has_all_that_is_needed_to_go_on(tmp_path, readme):
     for name, part in training.items():
         assert part.state_dict().keys() == others[name].state_dict().keys()
         assert all(torch.equal(a, b) for a, b in zip(part.parameters(), others[name].parameters(), strict=True))
-    save(tmp_path / "best", adapter(), state)
+    save(tmp_path / "best", adapter(), state, {})
     assert {path.name for path in (tmp_path / "best").iterdir()} == names - {"training.pt"}
-    save(tmp_path / "last", adapter(), state, {})  # without an optimizer's state it is no less a training's
+    save(tmp_path / "last", adapter(), state, {}, {})  # without an optimizer's state it is no less a training's
     assert (tmp_path / "last" / "training.pt").exists()
 
 
 def test_a_training_of_another_kind_is_not_gone_on_with(tmp_path):
-    save(tmp_path / "last", adapter(), State(), parts())
+    save(tmp_path / "last", adapter(), State(), {}, parts())
     for training, other in (
         ({**parts(), "scaler": torch.nn.Linear(1, 1)}, "scaler"),
         ({"optimizer": torch.nn.Linear(2, 1)}, "average"),
@@ -298,16 +306,16 @@ def test_an_optimizers_state_is_read_to_the_host_and_runs_no_code(tmp_path, monk
     "error", [OSError("No space left\non this device"), SafetensorError("No space left"), RuntimeError("No space left")]
 )
 def test_what_cannot_be_saved_is_one_line_and_leaves_what_was_there(tmp_path, error):
-    save(tmp_path / "last", adapter(), State(step=1))
+    save(tmp_path / "last", adapter(), State(step=1), {})
     with pytest.raises(
         UserError, match=r"last: could not be saved \(No space left\); its last whole state is untouched"
     ):
-        save(tmp_path / "last", adapter(fails=error), State(step=2))
+        save(tmp_path / "last", adapter(fails=error), State(step=2), {})
     assert load_state(tmp_path / "last") == State(step=1)
     with pytest.raises(UserError, match=rf"\({'x' * 120}\)"):
-        save(tmp_path / "last", adapter(fails=OSError("x" * 130)), State())
+        save(tmp_path / "last", adapter(fails=OSError("x" * 130)), State(), {})
     with pytest.raises(ValueError, match="a mistake of ours"):
-        save(tmp_path / "last", adapter(fails=ValueError("a mistake of ours")), State())
+        save(tmp_path / "last", adapter(fails=ValueError("a mistake of ours")), State(), {})
 
 
 def test_an_adapters_weights_are_known_by_their_sum_and_a_change_of_them_is_noticed(tmp_path):

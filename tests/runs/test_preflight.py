@@ -292,6 +292,7 @@ def test_what_was_typed_right_is_let_through(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     preflight.typed("train_loop", ["qlora7b", "data.train=demo/train.json", "data.dev=demo/dev.json", "--fresh"])
     preflight.typed("eval_loop", ["raw7b", "data.dev=demo/dev.json"])
+    (tmp_path / "adapter_config.json").write_text("{}")
     preflight.typed("export", ["qlora7b", str(tmp_path / "out"), f"adapter={tmp_path}", "data.dev=demo/dev.json"])
 
 

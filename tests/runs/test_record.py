@@ -236,59 +236,6 @@ def test_a_run_without_a_record_is_unfinished_and_a_damaged_record_is_named(conf
         record.read_all(run.parent)
 
 
-def test_the_adapter_is_that_of_the_newest_training_of_the_same_system_seed_base_lora_and_prompt(config):
-    assert record.trained_adapter(load("smollm2-raw")) is None
-    with pytest.raises(UserError, match=rf"no finished training.*make train MODEL={SYSTEM}"):
-        record.trained_adapter(config())
-    finish(config("seed=1"))
-    finish(config("lora.rank=4"))
-    finish(config("base.quant=fp4"))
-    record.new_run(config(), "train")  # not finished
-    with pytest.raises(UserError, match="no finished training"):
-        record.trained_adapter(config())
-    run, _ = finish(config("train.lr=1e-5"))
-    assert record.trained_adapter(config("data.dev_questions=5")) == run / "best"
-    other, written = finish(config("train.lr=1e-4"))
-    (other / "record.json").write_text(json.dumps(written | {"created": "2999-01-01T00:00:00+00:00"}))
-    assert record.trained_adapter(config()) == other / "best"
-    assert record.trained_adapter(config("train.lr=1e-5", "data.dev_questions=5")) == run / "best"
-    shutil.rmtree(other)
-    # that adapter has learned another prompt
-    with pytest.raises(UserError, match=rf"no finished training.*{run} has prompt\.order=both\)"):
-        record.trained_adapter(config("prompt.order=question"))
-    written = json.loads((run / "record.json").read_text())
-    del written["config"]["prompt"]  # as in records from before there was a choice
-    (run / "record.json").write_text(json.dumps(written))
-    assert record.trained_adapter(config("prompt.order=context")) == run / "best"
-
-
-def test_an_adapter_of_other_data_or_another_window_comes_after_one_that_was_trained_so(config):
-    asked = ("train.lr=1e-4", "data.train_paragraphs=9")
-    run, written = finish(config(*asked))
-    (run / "record.json").write_text(json.dumps(written | {"created": "2000-01-01T00:00:00+00:00"}))
-    for other in ("data.train_paragraphs=8", "window.context=300", "data.fix_offsets=true"):
-        finish(config(*asked, other))
-    assert record.trained_adapter(config(*asked)) == run / "best"
-
-
-def test_an_adapter_that_is_asked_otherwise_than_it_was_trained_is_noted(config, capsys):
-    run, _ = finish(config("prompt.order=context"))
-    record.note_prompt(run / "best", config("prompt.order=context"))
-    record.note_prompt(run.parent / "from elsewhere", config())
-    record.note_prompt(None, config())
-    assert capsys.readouterr().err == ""
-    record.note_prompt(run / "best", config("window.answer=48"))
-    assert capsys.readouterr().err == f"note: {run}/best was trained with prompt.order=context window.answer=32\n"
-
-
-def test_a_training_that_went_on_with_other_memory_was_trained_so(config):
-    run, written = finish(config("train.lr=1e-4", "train.memory_budget_gib=20", "train.pack_tokens=512"))
-    (run / "record.json").write_text(json.dumps(written | {"created": "2000-01-01T00:00:00+00:00"}))
-    other, _ = finish(config("train.lr=2e-4"))
-    assert record.trained_adapter(config("train.lr=1e-4", "train.memory_budget_gib=30")) == run / "best"
-    assert record.trained_adapter(config("train.lr=1e-4", "train.memory_budget_gib=null")) == other / "best"
-
-
 def test_a_copy_of_a_run_under_another_name_is_not_taken_for_it(config):
     assert record.newest_run(config(), "train") is None
     first = record.new_run(config(), "train")
@@ -386,12 +333,6 @@ def test_every_adapter_of_llama_2_has_the_base_that_it_is_compared_with():
         assert record.weights_of(raw | other) != record.weights_of(raw)
 
 
-def test_a_named_adapter_wins_and_must_exist(config, tmp_path):
-    with pytest.raises(UserError, match=f"^adapter={tmp_path}/absent: no such folder$"):
-        record.trained_adapter(config(f"adapter={tmp_path / 'absent'}"))
-    assert record.trained_adapter(config(f"adapter={tmp_path}")) == tmp_path
-
-
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     write_text(tmp_path / "file", "old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
@@ -435,24 +376,6 @@ def test_a_write_goes_beside_the_file_until_it_is_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *names: moved.append(names))
     write_text(tmp_path / "file.json", "new")
     assert moved == [(tmp_path / "file.json.partial", tmp_path / "file.json")]
-
-
-def test_who_has_no_training_is_told_what_is_nearest_and_what_to_do(config, tmp_path):
-    with pytest.raises(UserError) as caught:
-        record.trained_adapter(config())
-    told = f"{SYSTEM} (seed 0) has no finished training under {tmp_path}/runs/ with this base, lora and prompt.order"
-    rest = f": make train MODEL={SYSTEM}, or name an adapter with ADAPTER=folder"
-    assert str(caught.value) == told + rest
-    finish(config("lora.rank=4", "base.revision=an-older-one"))
-    near, _ = finish(config("lora.rank=4", "seed=1"))
-    finish(config("seed=1", "system=other"))
-    finish(config("lora.rank=4"), "eval")  # no training
-    with pytest.raises(UserError) as caught:
-        record.trained_adapter(config())
-    assert str(caught.value) == f"{told} ({near} has seed=1 lora.rank=4){rest}"
-    assert record.trained_adapter(config("base.random_weights=true")) is None
-    run, _ = finish(config("base.random_weights=true"))
-    assert record.trained_adapter(config("base.random_weights=true")) == run / "best"
 
 
 def test_records_are_compared_only_where_what_must_match_does(config):

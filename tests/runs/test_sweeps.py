@@ -90,6 +90,8 @@ def test_stored_adapters_can_answer(sweep, tmp_path):
     elsewhere = tmp_path / "runs"
     tuned = sweeps.load(str(sweep().parent / "tuned.yaml"), ["seed=1"])
     run = finish(tuned, "train")
+    (run / "best").mkdir()
+    (run / "best" / "adapter_config.json").write_text("{}")
     file = sweep(seeds=[1], kinds="[eval, bench]", adapters=str(elsewhere))
     (raw, found), chosen = sweeps.plan(file, [f"runs={tmp_path / 'new'}"])
     assert (raw.config.adapter, found.config.adapter) == (None, str(run / "best"))
@@ -127,6 +129,7 @@ def test_what_is_left_out_of_a_sweep_has_its_default(tmp_path):
 def test_adapters_that_are_named_are_not_looked_for(sweep, tmp_path):
     finish(sweeps.load(str(sweep().parent / "tuned.yaml")), "train")
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "adapter_config.json").write_text("{}")
     file = sweep(
         kinds="[train, eval, bench]", adapters=str(tmp_path / "runs"), overrides=f"[tuned:adapter={tmp_path}/mine]"
     )

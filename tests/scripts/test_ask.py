@@ -11,6 +11,7 @@ from common.decode.answers import Generation
 from common.decode.hosted import Reply
 from common.errors import UserError
 from common.model.load import load_tokenizer
+from common.runs import adapters
 from scripts import ask
 from tests.decode.test_predict import system
 
@@ -132,7 +133,7 @@ def test_the_second_query_is_timed_and_its_best_window_told(
 
     monkeypatch.setattr(ask.single, "ask", answered)
     config = load(str(answering_config), ["lora=null", f"window.overflow={overflow}", "prompt.order=both"])
-    result = ask.ask_here(config, "a context", "a question")
+    result = ask.ask_here(config, adapters.Chosen(config, None), "a context", "a question")
     assert clock == ["query", "clock", "query", "clock"]
     assert result["milliseconds"] == 250
     assert {key: result[key] for key in expected} == expected
@@ -155,20 +156,25 @@ def test_a_context_of_several_windows_is_read_whole_where_that_is_asked_for(answ
     assert whole["passes"] >= whole["windows"] >= 3
 
 
-def test_an_adapter_is_checked_noted_and_answers(answering_config, monkeypatch):
+@pytest.mark.parametrize("force", [False, True])
+def test_an_adapter_is_checked_noted_and_answers(answering_config, monkeypatch, capsys, force):
     done: list[tuple] = []
-    monkeypatch.setattr(ask.record, "trained_adapter", lambda config: "an adapter")
-    monkeypatch.setattr(ask.checkpoint, "verified", lambda adapter: f"{adapter}, verified")
-    monkeypatch.setattr(ask.record, "note_prompt", lambda adapter, config: done.append((adapter, config.system)))
 
-    def loaded(config: Config, adapter: str, device: torch.device):
-        done.append((adapter, config.system))
+    def chosen(config, given, force):
+        return adapters.Chosen(config, "an adapter", None, "seed=1", "FORCE=1" * force)
+
+    monkeypatch.setattr(adapters, "choose", chosen)
+    monkeypatch.setattr(ask.checkpoint, "verified", lambda adapter: f"{adapter}, verified")
+
+    def loaded(config: Config, adapter: str, device: torch.device, force: bool):
+        done.append((adapter, config.system, force))
         raise UserError("far enough")
 
     monkeypatch.setattr(ask, "load_system", loaded)
     with pytest.raises(UserError, match="far enough"):
-        ask.main([str(answering_config), "--context", "c", "--question", "q"])
-    assert done == [("an adapter, verified", "answering")] * 2
+        ask.main([str(answering_config), "--context", "c", "--question", "q", *["--force"] * force])
+    assert done == [("an adapter, verified", "answering", force)]
+    assert capsys.readouterr().err == "note: seed=1, as an adapter was trained\n"
 
 
 def test_shots_stand_before_the_question_and_have_room(answering_config, capsys, monkeypatch):
@@ -191,8 +197,9 @@ def hosted(tmp_path, answering_base, monkeypatch):
     prompts: list[str] = []
 
     class Client:
-        def __init__(self, config: Config, transcript):
+        def __init__(self, config: Config, transcript, count):
             assert transcript.parent.is_dir()
+            self.config, self.api, self.count = config, config.api, count
 
         def ask(self, text: str) -> Reply:
             prompts.append(text)
@@ -240,7 +247,7 @@ def test_what_is_not_said_comes_from_the_environment(answering_config, capsys, m
     monkeypatch.setattr(
         ask,
         "ask_here",
-        lambda config, *texts: (
+        lambda config, chosen, *texts: (
             seen.append(texts)
             or {"answer": "", "confidence": None, "context_cut": False, "milliseconds": 0.0, "on": ""}
         ),
@@ -262,7 +269,7 @@ def test_the_question_is_the_last_line_of_stdin_and_nothing_need_be_in_the_envir
     monkeypatch.setattr(
         ask,
         "ask_here",
-        lambda config, *texts: (
+        lambda config, chosen, *texts: (
             seen.append(texts)
             or {"answer": "Zürich", "confidence": None, "context_cut": False, "milliseconds": 0.0, "on": ""}
         ),

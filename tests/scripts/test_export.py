@@ -1,25 +1,30 @@
 """A merged model answers as its adapter does, for any tool, and says what it is."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import eval_loop
 import train_loop
-from common.config import load
-from common.data import prompt
+from common.config import Base, load
+from common.data import prompt, squad
 from common.data.squad import Dataset
 from common.errors import UserError
 from common.runs import checkpoint, record
 from scripts import export
+from tests.conftest import ROOT, squad_file
 from tests.model.test_pack import lora_model
 from tests.scripts.test_certify import scored
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import yaml
+from peft import LoraConfig, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +49,7 @@ def exported(tiny_config, folder, capsys, *words: str) -> dict:
     return result
 
 
-def test_a_merged_model_answers_as_its_adapter_does(tiny_config, trained, tmp_path, capsys):
+def test_a_merged_model_answers_as_its_adapter_does(tiny_config, tiny_base, trained, tmp_path, capsys):
     result = exported(tiny_config, tmp_path / "merged", capsys, "--dtype=fp32")
     assert (result["n"], result["same_answers"], result["worse"]) == (12, 12, False)
     assert result["em_before"] == result["em_after"]
@@ -53,7 +58,12 @@ def test_a_merged_model_answers_as_its_adapter_does(tiny_config, trained, tmp_pa
     card = (tmp_path / "merged" / "README.md").read_text()
     assert f"| merged, the same questions | {result['em_after']:.2f} | | 12 |" in card
     assert "| the adapter on its nf4 base, all questions | " in card
-    assert "CC BY-SA 4.0" in card
+    tokens = AutoConfig.from_pretrained(tiny_base).vocab_size
+    assert header(card).keys() == {"language", "library_name", "pipeline_tag"}
+    assert f"a base of the shapes llama, 2 layers of 64, {tokens} tokens (a local copy named tiny-llama)" in card
+    assert "was trained on train.json, on the base in nf4" in card
+    assert "official rules, on dev.json:" in card
+    assert not re.search(r"(^|[\s(`])/\w", card)  # a path of this machine
     with pytest.raises(UserError, match="is there already"):
         export.main([str(tiny_config), str(tmp_path / "merged")])
 
@@ -170,21 +180,122 @@ def test_a_card_has_the_newest_evaluation_of_this_adapter_and_of_nothing_else(tm
         "| merged, the same questions | 62.50 | | 7 |",
     ]
     assert [line for line in without.splitlines() if line.startswith("|")] == [*rows[:2], *rows[3:]]
-    assert f"`make export MODEL=smollm2-qlora` (code c0ffee0123, changed since) from the adapter {adapter}" in text
-    assert f"(sha256 {sha256}); stored in fp16." in text
-    assert "adapter was trained on the base in nf4" in text
-    assert "official rules, on dev.json:" in text
+    assert "`make export MODEL=smollm2-qlora` (code c0ffee0123, changed since); stored in fp16." in text
+    assert f"The adapter's weights have the sha256\n{sha256}.\n" in text
+    assert str(tmp_path) not in text
+    assert "The adapter was trained on data that is not known here, on the base in nf4.\n" in text
+    assert f"official rules, on dev of {export.SQUAD}:" in text
     assert f"or {config.window.answer} tokens, context and question cut to 350:" in text
-    assert f"```\n{prompt.text('{context}', '{question}', config.prompt.order)}\n```" in text
-    assert f"base_model: {config.base.path}\n" in text
-    assert "Trained on\ndata that is not known here;" in text
+    assert f"```\n{prompt.text('{context}', '{question}', config.prompt)}\n```" in text
+    assert text.startswith("---\n")
+    assert header(text) == {
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "license": "apache-2.0",
+        "language": "en",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+    }
+    assert "# smollm2-qlora: HuggingFaceTB/SmolLM2-135M-Instruct with a LoRA adapter, merged\n" in text
+    assert "licence holds for them: Apache-2.0.\nThe training data's licence: not known here.\n" in text
+    with_data = {"data": {"train": "rajpurkar/squad", "train_paragraphs": None}}
+    for trained, words in ((None, ""), (60, "the first 60 paragraphs of ")):
+        with_data["data"]["train_paragraphs"] = trained
+        (adapter / "trained_with.json").write_text(json.dumps(with_data))
+        text = card()
+        assert f"The adapter was trained on {words}SQuAD v1.1 (rajpurkar/squad), on" in text
+        assert header(text)["datasets"] == ["rajpurkar/squad"]
+        assert text.endswith("The training data's licence: CC BY-SA 4.0.\n")
 
 
-def test_what_cannot_be_merged_by_its_two_matrices_is_refused(tiny_base):
+def header(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def local(folder: Path, **found) -> Base:
+    """A base in a folder with this config.json."""
+    folder.mkdir(parents=True)
+    sizes = {"num_hidden_layers": 3, "hidden_size": 64, "vocab_size": 99}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **sizes, **found}))
+    return Base(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("found", "id_"),
+    [
+        ({}, None),
+        ({"_name_or_path": "meta-llama/Llama-2-7b-hf"}, "meta-llama/Llama-2-7b-hf"),
+        ({"_name_or_path": "/models/llama"}, None),
+        ({"_name_or_path": "./llama"}, None),
+        ({"_name_or_path": "../models/llama"}, None),
+        ({"_name_or_path": "configs/shapes"}, None),  # a folder that is here
+        ({"_name_or_path": "llama"}, None),
+        ({"_name_or_path": ""}, None),
+        ({"_name_or_path": None}, None),
+    ],
+)
+def test_a_local_base_is_named_by_the_hub_id_that_its_config_says(tmp_path, monkeypatch, found, id_):
+    monkeypatch.chdir(ROOT)
+    base = local(tmp_path / "secret" / "llama-copy", **found)
+    assert export.hub_id(base) == id_
+    words = "of the shapes llama, 3 layers of 64, 99 tokens (a local copy named llama-copy)"
+    assert export.shapes_of(base) == f"a base {words}"
+    untrue = replace(base, random_weights=True)
+    assert export.hub_id(untrue) is None
+    assert export.shapes_of(untrue) == f"random weights {words}"
+
+
+def test_bases_of_the_hub_its_cache_and_this_repository_have_their_hub_id(tmp_path, monkeypatch):
+    assert export.hub_id(Base("owner/name")) == "owner/name"
+    assert export.hub_id(Base("owner/name", random_weights=True)) is None
+    assert export.shapes_of(Base("owner/name", random_weights=True)) == "random weights of the shapes of owner/name"
+    cached = local(tmp_path / "models--owner--a--name" / "snapshots" / "c0ffee")
+    assert export.hub_id(cached) == "owner/a--name"
+    monkeypatch.chdir(cached.path)
+    assert export.hub_id(replace(cached, path=".")) == "owner/a--name"
+    monkeypatch.setattr(export.smollm2, "FOLDER", tmp_path / "smollm2")
+    own = local(tmp_path / "smollm2", _name_or_path="other/name")
+    monkeypatch.chdir(tmp_path)
+    assert export.hub_id(own) == export.hub_id(Base("smollm2")) == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_the_licence_of_every_configured_base_is_known():
+    own = {str(export.smollm2.FOLDER.relative_to(ROOT)): export.SMOLLM2}
+    paths = [load(path.stem).base.path for path in (ROOT / "configs").glob("*.yaml")]
+    assert {own.get(path, path) for path in paths} == export.LICENCES.keys()
+
+
+def test_data_is_named_by_its_hub_id_or_its_file_and_never_by_a_path(tmp_path, monkeypatch):
+    file = squad_file(tmp_path / "secret.json", paragraphs=2, questions=2)
+    content = json.loads(file.read_text())
+    assert export.data_name(str(file), "train") == export.data_name(str(file), "dev") == "secret.json"
+    own = export.texts_sha256(squad.golds(str(file)))
+    monkeypatch.setattr(export, "SQUAD_TEXTS", {"train": own, "dev": "other"})
+    assert export.data_name(str(file), "train") == "SQuAD v1.1 (rajpurkar/squad)"
+    assert export.data_name(str(file), "dev") == "secret.json"
+    qas = content["data"][0]["paragraphs"][0]["qas"]
+    qas[0] |= {"id": "another", "question": f" {qas[0]['question']} "}  # as some copies have them
+    content["data"].reverse()
+    file.write_text(json.dumps(content))
+    assert export.data_name(str(file), "train") == "SQuAD v1.1 (rajpurkar/squad)"
+    qas[0]["question"] += " Or not?"
+    file.write_text(json.dumps(content))
+    assert export.data_name(str(file), "train") == "secret.json"
+    file.write_text("damaged")
+    assert export.data_name(str(file), "train") == "secret.json"
+    file.unlink()
+    assert export.data_name(str(file), "train") == "secret.json"
+    monkeypatch.setenv("SQUAD_DIR", str(tmp_path))  # it holds no SQuAD
+    assert export.data_name("rajpurkar/squad", "train") == "SQuAD v1.1 (rajpurkar/squad)"
+    assert export.data_name("rajpurkar/squad", "dev") == "dev of SQuAD v1.1 (rajpurkar/squad)"
+    assert export.data_name("owner/other.v2", "dev") == "owner/other.v2"
+
+
+def test_what_cannot_be_merged_by_its_two_matrices_is_refused():
     for change in ({"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}):
-        settings = SimpleNamespace(**({"use_dora": False, "bias": "none", "modules_to_save": None} | change))
-        model = SimpleNamespace(peft_config={"default": settings}, active_adapter="default")
-        with pytest.raises(UserError, match="more than two matrices a layer"):
+        model = SimpleNamespace(peft_config={"default": LoraConfig(**change)})
+        with pytest.raises(
+            UserError, match=f"LoRA's two matrices on linears are merged here.* has {next(iter(change))};"
+        ):
             export.merged(model, torch.float32)
 
 
@@ -241,7 +352,5 @@ def test_a_folder_that_cannot_be_is_refused_before_the_work(tiny_config, tmp_pat
 
 
 def same_data(tiny_config) -> list[str]:
-    import yaml
-
     data = yaml.safe_load(tiny_config.read_text())["data"]
     return [f"data.{key}={value}" for key, value in data.items()] + ["base.dtype=fp32"]

@@ -187,11 +187,7 @@ def hand(tmp_path) -> Path:
         [110.2, 130.7],
         8.0,
         1000,
-        result={
-            "peak": peak,
-            "nvml_peak": {"process_bytes": 5.25 * GIB, "device_bytes": 9 * GIB},
-            "phases": energy,
-        },
+        result={"peak": peak, "nvml_peak": {"process_bytes": 5.25 * GIB, "device_bytes": 9 * GIB}, "phases": energy},
     )
     clocked(
         runs,
@@ -519,9 +515,10 @@ def test_a_line_is_named_by_its_system_and_what_is_unusual_of_it(change, name):
     assert not report.Line([], [r], {}).scored
 
 
-def test_the_newest_of_a_lines_timings_counts():
-    timings = [{"created": day, "n": i} for i, day in enumerate(("02", "03", "01"))]
-    assert report.Line([], timings, {}).bench == timings[1]
+def test_the_timing_of_the_most_queries_counts_on_a_line_and_the_newest_of_equals():
+    runs = ((900, "02"), (1000, "02"), (1000, "03"), (1000, "01"), (10, "04"))
+    timings = [{"folder": "x", "created": day, "result": {"n": n}} for n, day in runs]
+    assert report.Line([], timings, {}).bench == timings[2]
     assert report.Line([], [], {}).bench is None
 
 
@@ -591,14 +588,122 @@ def test_settings_in_another_order_and_records_from_before_random_weights_are_th
     assert report.is_random({}) is False
 
 
-def test_the_newest_of_the_same_seed_counts(hand, capsys):
+OTHERS = ["run", "questions", "made", "reason"]
+
+
+def test_the_newest_of_the_same_seed_counts_and_the_others_are_listed(hand, capsys):
     answered(hand, "smollm2-raw", rows=ROWS["smollm2-qlora 1"], created="2026-01-03", folder="newer")
     answered(hand, "smollm2-raw", rows=ROWS["smollm2-qlora 0"], created="2026-01-01", folder="older")
-    clocked(hand, "smollm2-raw", 77.0, None, 1.0, 10, created="2026-01-03", folder="timed")
-    out, *_ = made(hand, capsys)
+    clocked(hand, "smollm2-raw", 77.0, None, 1.0, 1000, created="2026-01-03", folder="timed")
+    out, page, markdown = made(hand, capsys)
     assert cell(out, "EM [95 %]")[0].startswith("40.00 ")
-    assert cell(out, "p95 ms [95 %]")[0] == "77 (n 10)"
+    assert cell(out, "p95 ms [95 %]")[0] == "77 (n 1000)"
     assert cell(out, "J a query")[0] == "–"
+    rows = [
+        [f"{hand}/smollm2-raw-s0-eval", "5", "2026-01-02", f"older than {hand}/newer"],
+        [f"{hand}/smollm2-raw-s0-bench", "1000", "2026-01-02", f"older than {hand}/timed"],
+        [f"{hand}/older", "5", "2026-01-01", f"older than {hand}/newer"],
+    ]
+    assert page.tables[-2] == [OTHERS, *rows]
+    assert out["others"] == [dict(zip(OTHERS, row, strict=True)) for row in page.tables[-2][1:]]
+    assert "\n".join(piped(page.tables[-2])) in markdown
+    for text in (page.text, markdown):
+        assert text.count("Other runs that are not in the tables") == 1
+    assert f"{hand}/older" not in str(page.tables[:-2])
+    report.main([str(hand)])
+    assert capsys.readouterr().out.splitlines()[-3] == (
+        "runs that are not in the tables, listed below them in the report: 3"
+    )
+
+
+def test_where_every_run_counts_no_others_are_listed(hand, capsys):
+    out, page, markdown = made(hand, capsys)
+    assert out["others"] == []
+    assert "Other runs" not in page.text + markdown
+
+
+@pytest.mark.parametrize("created", ["2026-01-01", "2026-01-03"])
+def test_a_smoke_timing_never_replaces_a_measurement(hand, capsys, created):
+    for seed, n in ((0, 999), (5, 7)):
+        folder = f"smoke-{seed}"
+        clocked(hand, "smollm2-raw", 7.0, None, 1.0, n, seed=seed, created=created, folder=folder)
+    shapes = ("base.random_weights=true",)
+    clocked(hand, "smollm2-raw", 8.0, None, 1.0, 5000, words=shapes, created=created, folder="random")
+    out, *_ = made(hand, capsys)
+    assert cell(out, "p95 ms [95 %]")[0] == "123 [110, 131] (n 1000)"
+    why = f"fewer questions than the 1000 of {hand}/smollm2-raw-s0-bench"
+    assert out["others"] == [dict(zip(OTHERS, (f"{hand}/smoke-0", "999", created, why), strict=True))]
+    assert cell(out, "system")[2:] == ["smollm2-raw (random weights)", "smollm2-raw"]
+    assert cell(out, "p95 ms [95 %]")[2:] == ["8 (n 5000)", "7 (n 7)"]  # seed 5 has no other timing
+
+
+def test_an_evaluation_of_more_questions_counts_whenever_it_was_made(hand, capsys):
+    rows = ROWS["smollm2-qlora 1"]
+    answered(hand, "smollm2-raw", rows=rows, created="2026-01-03", folder="cut", result={"n": 4})
+    out, *_ = made(hand, capsys)
+    assert cell(out, "EM [95 %]")[0].startswith("20.00 ")
+    assert [row["reason"] for row in out["others"]] == [f"fewer questions than the 5 of {hand}/smollm2-raw-s0-eval"]
+
+
+def part_of_dev(hand: Path, n: int, words: tuple[str, ...] = (), system="smollm2-raw", seed=0, **change) -> str:
+    """An evaluation of `n` questions of dev, newer than all others; its folder."""
+    dev = squad.read(str(hand.parent / "dev.json"), "dev")
+    part = squad.Dataset(squad.stratified(dev.examples, n), dev.source)
+    folder, kept = f"part-{system}-{n}", {e.id for e in part.examples}
+    must = {"data": part.sha256, "questions": n} | change
+    words = (f"data.dev_questions={n}", *words)
+    about = {"must": must, "words": words, "result": {"n": n}, "created": f"2026-02-0{n}", "folder": folder}
+    answered(hand, system, seed, rows=ROWS["smollm2-raw 0"], **about)
+    file = hand / folder / "questions.jsonl"
+    lines = [line for line in file.read_text().splitlines(keepends=True) if json.loads(line)["id"] in kept]
+    file.write_text("".join(lines))
+    return str(hand / folder)
+
+
+def test_a_table_of_runs_that_were_all_repeated_with_more_questions_is_left_out(hand, capsys):
+    three, two = part_of_dev(hand, 3), part_of_dev(hand, 2)
+    file = Path(three) / "record.json"
+    found = json.loads(file.read_text())
+    found["must_match"] = dict(reversed(found["must_match"].items()))  # the order of keys means nothing
+    file.write_text(json.dumps(found))
+    out, page, _ = made(hand, capsys)
+    assert [group["must_match"]["questions"] for group in out["groups"]] == [5]
+    why = f"fewer questions than the 5 of {hand}/smollm2-raw-s0-eval"
+    rows = [[three, "3", "2026-02-03", why], [two, "2", "2026-02-02", why]]
+    assert page.tables[-2] == [OTHERS, *rows]
+    (hand / "smollm2-raw-s0-eval" / "record.json").unlink()
+    out, *_ = made(hand, capsys)
+    assert [group["must_match"]["questions"] for group in out["groups"]] == [5, 3]
+    assert [row["reason"] for row in out["others"]] == [f"fewer questions than the 3 of {three}"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "other"},
+        {"window": {"context": 300, "question": 50, "answer": 20, "tokenizer": None}},
+        {"words": ("base.quant=none",)},
+        {"words": ("base.random_weights=true",)},
+        {"seed": 7},
+        {"words": ("data.dev=elsewhere.json",)},
+        {"words": ("data.dev_questions=null",)},  # another file by the same name
+    ],
+)
+def test_a_table_of_fewer_questions_stays_where_one_of_its_runs_was_not_repeated(hand, capsys, change):
+    part_of_dev(hand, 3, **change)
+    out, *_ = made(hand, capsys)
+    assert [group["must_match"]["questions"] for group in out["groups"]] == [5, 3]
+    assert out["others"] == []
+
+
+def test_a_table_stays_as_long_as_one_system_was_only_scored_there(hand, capsys):
+    part_of_dev(hand, 3)
+    run = part_of_dev(hand, 3, system="smollm2-qlora")
+    assert [group["must_match"]["questions"] for group in made(hand, capsys)[0]["groups"]] == [5]
+    changed(Path(run), system="smollm2-other")
+    out, *_ = made(hand, capsys)
+    assert [group["must_match"]["questions"] for group in out["groups"]] == [5, 3]
+    assert len(out["groups"][1]["rows"]) == 2
 
 
 def test_without_costs_or_rates_the_price_is_not_known(hand, capsys):
@@ -664,9 +769,18 @@ def test_a_timing_of_another_adapter_is_in_no_table(hand, capsys):
     changed(hand / "smollm2-qlora-s0-bench", result={"adapter_sha256": "cd" * 32})
     out, page, markdown = made(hand, capsys)
     assert cell(out, "p95 ms [95 %]") == ["123 [110, 131] (n 1000)", "–"]
-    words = f"{hand}/smollm2-qlora-s0-bench is in no table: another adapter was evaluated since, or before"
-    assert page.items[0] == words
-    assert markdown.splitlines()[2] == f"- {words}"
+    why = "another adapter was evaluated since, or before"
+    row = [f"{hand}/smollm2-qlora-s0-bench", "900", "2026-01-02", why]
+    assert page.tables[-2] == [OTHERS, row]
+    assert piped([row])[0] in markdown.splitlines()
+
+
+def test_a_smaller_timing_of_the_evaluated_adapter_counts_before_a_larger_one_of_another(hand, capsys):
+    adapter = {"adapter_sha256": "cd" * 32}
+    clocked(hand, "smollm2-qlora", 50.0, None, 1.0, 5000, result=adapter, created="2026-01-03", folder="of-another")
+    out, *_ = made(hand, capsys)
+    assert cell(out, "p95 ms [95 %]")[1] == "62 (n 900)"
+    assert [row["run"] for row in out["others"]] == [f"{hand}/of-another"]
 
 
 @pytest.mark.parametrize("unknown", ["eval", "bench"])
@@ -713,10 +827,7 @@ def test_systems_are_shown_alone_and_one_that_was_not_run_says_why(hand, capsys)
     assert markdown.splitlines()[2:5] == [f"- {item}" for item in page.items[:3]]
     assert "smollm2-raw" not in page.text
     report.main([str(hand), "--systems", "smollm2-qlora", "raw7b", "api8b"])
-    assert capsys.readouterr().out.splitlines()[-4:-1] == [
-        *page.items[:2],
-        f"{hand}/report.md, {hand}/report.html",
-    ]
+    assert capsys.readouterr().out.splitlines()[-4:-1] == [*page.items[:2], f"{hand}/report.md, {hand}/report.html"]
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_measuring_that_fails_is_set_up_and_one_that_is_stopped_says_of_what(tmp
             "data.dev_questions=5",
             "smollm2-qlora:lora.rank=2",
             f"runs={folder}",
-        ],
+        ]
     ]
     assert capsys.readouterr().err == f"error: measuring ended with {code}; the same command goes on in {folder}\n"
     assert not (folder / "verdict.json").exists()

@@ -168,7 +168,7 @@ def test_micro_batches_add_up(tiny_base):
     ("change", "reason"),
     [
         (lambda m: setattr(m.peft_config["default"], "lora_dropout", 0.1), "dropout"),
-        (lambda m: setattr(m.peft_config["default"], "use_dora", True), "DoRA"),
+        (lambda m: setattr(m.peft_config["default"], "use_dora", True), "its LoRA has use_dora"),
         (lambda m: setattr(m.config, "model_type", "gemma"), "gemma"),
         (lambda m: m.config.rope_parameters.update(rope_type="dynamic"), "rotary"),
         (lambda m: m.get_base_model().lm_head.weight.requires_grad_(True), "something else"),
