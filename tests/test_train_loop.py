@@ -10,6 +10,7 @@ import random
 import resource
 import signal
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,12 +18,13 @@ import eval_loop
 import train_loop
 from common.config import load
 from common.data import plan, squad
-from common.data.trees import build_trees
+from common.data.trees import Branch, build_trees
 from common.decode import plain, predict
 from common.decode.answers import stop_tokens
 from common.errors import UserError
 from common.files import SUMS
-from common.model.load import add_lora, load_base, load_tokenizer
+from common.model.identity import identify
+from common.model.load import add_lora, load_base, load_tokenizer, tokenizer_sha256
 from common.model.pack import build_pack
 from common.runs import checkpoint, gauges, ranks
 from common.train import engine
@@ -396,8 +398,8 @@ def test_times_are_of_what_they_say(tiny_config, tmp_path, monkeypatch, capsys):
 
     for name in ("now", "mark"):
         monkeypatch.setattr(gauges, name, lambda device: clock.now)
-    monkeypatch.setattr(train_loop.time, "perf_counter", lambda: 60.0)  # when the script began
-    monkeypatch.setattr(engine.F, "cross_entropy", takes(1, engine.F.cross_entropy))
+    monkeypatch.setattr(train_loop.time, "perf_counter", lambda: 59.9876)  # when the script began
+    monkeypatch.setattr(engine.F, "cross_entropy", takes(1.0004567, engine.F.cross_entropy))
     monkeypatch.setattr(train_loop.bnb.optim.PagedAdamW8bit, "step", takes(2, train_loop.bnb.optim.PagedAdamW8bit.step))
     answer_trees = predict.answer_trees
     monkeypatch.setattr(predict, "answer_trees", takes(10, answer_trees))
@@ -406,13 +408,13 @@ def test_times_are_of_what_they_say(tiny_config, tmp_path, monkeypatch, capsys):
     train_loop.main(words)
     said = capsys.readouterr().out
     result = json.loads(said.splitlines()[-1])
-    assert (result["seconds"], result["evaluation_seconds"], result["start_seconds"]) == (4 * 3 + 2 * 10, 20, 40)
+    assert (result["seconds"], result["evaluation_seconds"], result["start_seconds"]) == (4 * 3 + 2 * 10, 20, 40.0)
     assert (result["questions"], result["questions_per_s"]) == (32, round(32 / 12, 2))
-    assert result["idle_share"] == round(1 - 4 / 12, 4)
+    assert result["idle_share"] == round(1 - 4 * 1.0004567 / (12 + 4 * 0.0004567), 4)
     assert "evaluations took 62% of 32 s" in said
     assert f"; {32 / 12:.2f} questions/s; " in said
     seconds = [(row["step"], row["seconds"]) for row in metrics(only_run(tmp_path)) if "loss" in row]
-    assert seconds == [(1, 3), (2, 6), (3, 19), (4, 22)]
+    assert seconds == [(1, 3), (2, 6.001), (3, 19.001), (4, 22.002)]  # in milliseconds
     # cut off in the second evaluation, then resumed: two steps and an evaluation are from before
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at_evaluation(patch, 2)
@@ -483,7 +485,7 @@ def course(tmp_path_factory, answering_base):
     """A whole training of the model that answers: its YAML, EM of each evaluation, run folder and result."""
     folder = tmp_path_factory.mktemp("course")
     config = answering_yaml(folder, answering_base)
-    with contextlib.redirect_stdout(io.StringIO()) as out:
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         train_loop.main([str(config)])
     result = json.loads(out.getvalue().splitlines()[-1])
     run = only_run(folder)
@@ -492,6 +494,7 @@ def course(tmp_path_factory, answering_base):
         run=run,
         result=result,
         said=out.getvalue(),
+        shown=err.getvalue().replace("\r", "\n"),
         ems=[row["em"] for row in metrics(run) if "em" in row],
     )
 
@@ -506,6 +509,14 @@ def test_em_rises_and_falls_and_the_best_weights_are_kept(course):
     assert (last.step, last.best_step, last.best_em) == (16, kept.step, best)
     assert last.waited == 7 - course.ems.index(best)
     assert f"best EM {best:.2f} F1 {course.result['f1']:.2f} at step {kept.step}" in course.said
+    # a line for each evaluation, on stderr, where the bar is
+    lines = [line for line in course.shown.splitlines() if line.startswith("step ")]
+    assert len(lines) == 8
+    assert lines[0].startswith(f"step 2: EM {course.ems[0]:.2f} F1 ")
+    assert f" on {course.result['n']} (dev), best so far" in lines[0]
+    assert [line.endswith("best so far") for line in lines].count(True) == len(
+        [i for i, em in enumerate(course.ems) if em > max([-1.0, *course.ems[:i]])]
+    )
     with contextlib.redirect_stdout(io.StringIO()) as out:
         eval_loop.main([str(course.config)])
     again = json.loads(out.getvalue().splitlines()[-1])
@@ -807,3 +818,73 @@ def test_a_record_says_which_tokenizers_and_a_crash_costs_ten_minutes_at_most(ti
     assert len(about["may_differ"]["tokenizer"]) == 64
     assert about["must_match"]["window"]["tokenizer"] == about["may_differ"]["tokenizer"][:12]
     assert train_loop.SAVE_SECONDS == 600
+
+
+def test_predictions_keep_the_letters_of_the_data(tiny_config, tmp_path, monkeypatch):
+    answers = predict.by_all_ranks
+
+    def odd(*args):
+        return {id_: replace(answer, text="Zürich") for id_, answer in answers(*args).items()}
+
+    monkeypatch.setattr(predict, "by_all_ranks", odd)
+    train_loop.main([str(tiny_config), "train.max_steps=1", "early_stop.questions=2"])
+    text = (only_run(tmp_path) / "predictions.json").read_bytes()
+    assert text.count("Zürich".encode()) == 2
+
+
+def test_random_weights_are_said_to_have_no_accuracy_and_a_resumed_run_to_go_on(tiny_config, monkeypatch, capsys):
+    words = [str(tiny_config), "base.random_weights=true", "train.max_steps=3", "train.eval_every=1"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at_evaluation(patch, 3)
+        train_loop.main(words)
+    capsys.readouterr()
+    train_loop.main(words)
+    out, err = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    assert (result["em"], result["f1"]) == (None, None)
+    assert out.splitlines()[0] == f"{result['run']}: going on after step 2"
+    assert f"(random weights): no accuracy at step {result['best_step']}; " in out
+    assert "step 3: EM" not in err
+
+
+def test_an_adapter_that_never_stops_is_said_to_at_its_evaluation():
+    scored = SimpleNamespace(em=12.345, f1=23.456)
+
+    def line(*hit: bool, better: bool = False) -> str:
+        answers = {str(i): SimpleNamespace(hit_limit=h) for i, h in enumerate(hit)}
+        return train_loop.evaluated(7, scored, answers, "dev", better)
+
+    assert line(True, False) == "step 7: EM 12.35 F1 23.46 on 2 (dev)"
+    assert line(True, True, False, better=True) == (
+        "step 7: EM 12.35 F1 23.46 on 3 (dev), best so far; 67% of the answers never stop by themselves"
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "dtype", "advice"),
+    [
+        (1, torch.float16, "set base.dtype=bf16 or fp32, for fp16 overflows, or look at these questions: q1, q2"),
+        (9, torch.float16, "set base.dtype=bf16 or fp32, for fp16 overflows, or lower train.lr, or look at"),
+        (1, torch.bfloat16, "from before it; look at these questions: q1, q2"),
+        (2, torch.float32, "from before it; lower train.lr, or look at these questions: q1, q2"),
+    ],
+)
+def test_what_to_do_about_a_loss_that_is_not_finite(tmp_path, step, dtype, advice):
+    branches = [Branch(id_, [1], [2]) for id_ in ("q1", "q2")]
+    error = str(train_loop.not_finite(step, math.nan, 2.0, tmp_path, branches, dtype))
+    assert error.startswith(f"step {step}: loss nan, gradient norm 2.0; stopped, and what {tmp_path} holds is whole")
+    assert advice in error
+
+
+def test_an_adapter_carries_what_it_was_trained_with(tiny_config, tmp_path):
+    train_loop.main([str(tiny_config), "train.max_steps=1", "early_stop.questions=2", "prompt.order=question"])
+    run = only_run(tmp_path)
+    config = load(str(tiny_config), ["train.max_steps=1", "early_stop.questions=2", "prompt.order=question"])
+    for name in ("best", "last"):
+        settings = json.loads((run / name / "trained_with.json").read_text())
+        mine = config.to_dict()
+        for key in ("system", "seed", "base", "lora", "prompt", "window", "train", "early_stop", "data"):
+            assert settings[key] == mine[key], key
+        assert settings["identity"] == identify(config.base)
+        assert settings["tokenizer_sha256"] == tokenizer_sha256(load_tokenizer(config.base.path))
+        assert settings["data_sha256"] == squad.load(config.data, "train").sha256

@@ -581,7 +581,7 @@ def test_any_adapter_of_single_tokens_answers_as_by_peft(tiny_base, tmp_path, ki
     assert (unsupported_reason(model) is None) == fast
     assert (beyond_lora(model) is None) == merges
     tokenizer = load_tokenizer(str(tiny_base))
-    trees, stops, limit = demo_trees(tokenizer, 2), stop_tokens(tokenizer, model), 6
+    trees, stops, limit = demo_trees(tokenizer, 1), stop_tokens(tokenizer, model), 4
     answers = predict.answer_trees(model, tokenizer, trees, stops, limit, progress=None)
     for tree in trees:
         for branch in tree.branches:

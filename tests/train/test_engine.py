@@ -16,6 +16,7 @@ from tests.model.test_pack import CPU, lora_model, trees_of
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import LlamaForCausalLM
 
 GIB = 2**30
 
@@ -70,6 +71,26 @@ def lora_model_of(engine: Engine):
     return engine._logits.__self__.base
 
 
+def test_sizes_are_of_the_packs_of_32_steps():
+    assert module.SAMPLE_STEPS == 32
+
+
+def test_layers_that_are_not_fused_recompute_without_reentrant_backward(make, monkeypatch):
+    """Reentrant checkpoints need gradients of the inputs, which frozen embeddings have none of."""
+    asked = []
+    monkeypatch.setattr(LlamaForCausalLM, "gradient_checkpointing_enable", lambda self, **how: asked.append(how))
+    make(fused=False)
+    assert asked == [{"gradient_checkpointing_kwargs": {"use_reentrant": False}}]
+
+
+def test_layers_hold_as_many_matrices_as_memory_allows(make, monkeypatch):
+    given, fused, choose = [], module.Fused, memory.choose
+    monkeypatch.setattr(module, "Fused", lambda *args: given.append(args[1:]) or fused(*args))
+    monkeypatch.setattr(memory, "choose", lambda *args: choose(*args)._replace(keep_layers=1, hold_layers=2))
+    make(free=8 * GIB)
+    assert given == [(1, 2)]
+
+
 def test_sizes_are_of_the_packs_of_the_first_steps_and_the_example_is_the_smallest(make, monkeypatch):
     monkeypatch.setattr(module, "SAMPLE_STEPS", 2)
     made = make(free=8 * GIB)
@@ -113,7 +134,9 @@ def test_layers_that_are_not_fused_have_packs_by_device_or_as_asked(make):
     assert checked.memory_advice == "lower train.pack_tokens (now 1024)"
     assert kept.memory_advice == "lower train.pack_tokens (now 1024), or set train.gradient_checkpointing=true"
     assert checked.description == "layers by transformers and PEFT (train.fused=false), packs of 1024 tokens"
-    with pytest.raises(UserError, match="needs the fused layers; not with train"):
+    by_hand = "set train.memory_budget_gib=null, and train.pack_tokens and train.gradient_checkpointing by hand"
+    says = rf"needs the fused layers; not with train\.fused=false: {by_hand}$"
+    with pytest.raises(UserError, match=says):
         make(fused=False, memory_budget_gib=8.0)
 
 
