@@ -24,7 +24,7 @@ from common.data.squad import Dataset, Example
 from common.data.tokens import Tokenizers
 from common.decode import predict
 from common.device import pick_device
-from common.errors import UserError, first_line, one_line_errors
+from common.errors import UserError, first_line, one_line_errors, way_on
 from common.files import read_json, replacing, write_text
 from common.metrics import score
 from common.metrics.stats import mcnemar
@@ -98,7 +98,9 @@ def main(argv: list[str]) -> None:
             tokenizers.own.save_pretrained(folder)
         except (SafetensorError, RuntimeError) as error:
             reason = first_line(error)
-            raise UserError(f"{args.folder}: could not be written ({reason}); make room, and try again") from error
+            raise UserError(
+                f"{args.folder}: could not be written ({reason}); {way_on(error)}, then try again"
+            ) from error
         del model, plain, weights
 
         # ---- check -------------------------------------------------------------------------------------------------

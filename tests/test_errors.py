@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from common.errors import UserError, one_line_errors
+from common.errors import UserError, one_line_errors, way_on
 from tests.conftest import ROOT
 
 import pytest
@@ -49,3 +49,18 @@ def test_a_reader_that_goes_away_is_no_error():
         writer.stdout.close()
         assert writer.stderr.read() == ""
         assert writer.wait() == 141
+
+
+@pytest.mark.parametrize(
+    ("error", "way"),
+    [
+        (OSError(28, "No space left on device"), "make room"),
+        (OSError(122, "Disk quota exceeded"), "make room"),
+        (OSError(13, "Permission denied"), "see to that"),
+        (RuntimeError("IoError: No space left on device (os error 28)"), "make room"),
+        (RuntimeError("[enforce fail at inline_container.cc:626] . unexpected pos 64 vs 0"), "make room"),
+        (RuntimeError("CUDA error: an illegal memory access"), "see to that"),
+    ],
+)
+def test_room_is_asked_for_only_where_it_is_missing(error, way):
+    assert way_on(error) == way

@@ -57,7 +57,9 @@ def beyond_lora(model: Model) -> str | None:
         kinds = ", ".join(str(getattr(a.peft_type, "value", a.peft_type)) for a in adapters)
         return f"its adapter is {kinds}, not one of LoRA"
     plain, settings = LoraConfig(), adapters[0]
-    odd = [f.name for f in fields(plain) if f.name not in LORA and getattr(settings, f.name) != getattr(plain, f.name)]
+    unknown = (f.name for f in fields(plain) if f.name not in LORA)
+    # tools write false, null or nothing for what is off
+    odd = [name for name in unknown if (getattr(settings, name) or None) != (getattr(plain, name) or None)]
     if odd:
         return f"its LoRA has {', '.join(odd)}"
     others = {type(m).__name__ for m in model.modules() if isinstance(m, LoraLayer) and type(m) not in LORA_LINEARS}

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, first_line
+from common.errors import UserError, first_line, way_on
 from common.files import SUMS, recover, replacing, sha256
 from common.runs import record
 from common.runs.adapters import SETTINGS, WEIGHTS
@@ -100,8 +100,8 @@ def save(
                 )
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError
         raise UserError(
-            f"{folder}: could not be saved ({first_line(error, 120)}); its last whole state is untouched. "
-            "Make room, then run the same command to go on"
+            f"{folder}: could not be saved ({first_line(error, 120)}); its last whole state is untouched; "
+            f"{way_on(error)}, then run the same command to go on"
         ) from error
 
 

@@ -700,3 +700,42 @@ def test_without_an_identity_shapes_and_name_decide_with_a_note(adapter, tiny_ba
     loads(adapter, tiny_base)
     (note,) = notes(capsys)
     assert note.startswith(f"note: the base of {adapter} {says}")
+
+
+OTHER_TOOLS = {  # what each writes into adapter_config.json beside PEFT's own fields
+    "Unsloth": {
+        "auto_mapping": {
+            "base_model_class": "LlamaForCausalLM",
+            "parent_library": "transformers.models.llama.modeling_llama",
+            "unsloth_fixed": True,
+        },
+        "base_model_name_or_path": "unsloth/tiny-llama-bnb-4bit",
+        "task_type": None,
+    },
+    "TRL": {"base_model_name_or_path": "me/tiny-llama", "modules_to_save": None, "task_type": "CAUSAL_LM"},
+    "LLaMA-Factory": {
+        "base_model_name_or_path": "/data/models/tiny-llama",
+        "task_type": "CAUSAL_LM",
+        "lora_dropout": 0.0,
+    },
+    "axolotl": {
+        "base_model_name_or_path": "./tiny-llama",
+        "lora_dropout": 0.05,
+        "fan_in_fan_out": None,
+        "peft_type": "LORA",
+    },
+    "an older PEFT": {"base_model_name_or_path": "tiny-llama", "a_field_that_is_gone": 3},
+}
+
+
+@pytest.mark.parametrize("tool", OTHER_TOOLS)
+def test_an_adapter_as_another_tool_writes_it_runs_in_the_fast_layers(tiny_base, tmp_path, tool):
+    config = LoraConfig(r=4, target_modules=SEVEN, task_type="CAUSAL_LM")
+    peft_model = noisy(tiny_base, config, tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, **OTHER_TOOLS[tool]}))
+    base = Base(str(tiny_base), quant="none", dtype="fp32")
+    model = load_adapter(load_base(base, CPU), tmp_path, base)
+    assert unsupported_reason(model) is None
+    ids = torch.arange(5, 25)[None]
+    assert torch.equal(model(input_ids=ids).logits, peft_model(input_ids=ids).logits)
