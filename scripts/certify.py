@@ -127,11 +127,11 @@ def changed(adapter: Path, before: str) -> str | None:
     """How an adapter's folder differs from what was measured; None if it does not."""
     try:
         checkpoint.verified(adapter)
-        now = sha256(adapter / "adapter_model.safetensors")
     except UserError as error:
         return str(error)
-    except OSError as error:
-        raise UserError(f"{error}; adapter=folder says where it is now") from error
+    now = checkpoint.weights_sha256(adapter)
+    if now is None:
+        raise UserError(f"{adapter}: its weights are gone; adapter=folder says where it is now")
     return None if now == before else f"sha256 {now}, was {before}"
 
 

@@ -126,8 +126,13 @@ def merged(model: Model, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     out: dict[str, torch.Tensor] = {}
     if reason := beyond_lora(model):
         raise UserError(f"only LoRA's two matrices on linears are merged here, and {reason}; PEFT merges some others")
+    tied = model.get_base_model().config.tie_word_embeddings
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
+            if tied and name.endswith(("lm_head", "embed_tokens")):
+                raise UserError(
+                    f"{name} is adapted, and its base ties head and embeddings: merged they would be one again"
+                )
             base = module.get_base_layer()
             weight = dense(base.weight, torch.float32)
             (active,) = module.active_adapters

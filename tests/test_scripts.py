@@ -244,6 +244,27 @@ def test_a_mistyped_target_or_variable_is_named_before_anything_runs(typed, says
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize(("value", "on"), [("1", True), ("yes", True), ("0", False), ("no", False), ("", False)])
+def test_a_switch_that_is_off_is_off(value, on):
+    done = run("make", "--dry-run", "eval", f"FORCE={value}", f"FRESH={value}")
+    assert ("--force" in done.stdout, "--fresh" in done.stdout) == (on, on)
+
+
+@pytest.mark.parametrize("name", ["ADAPTER", "RUNS", "MODEL", "SEED"])
+def test_a_variable_that_is_typed_and_empty_is_an_error(name):
+    done = run("make", "--dry-run", "eval", f"{name}=")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == f"error: {name} is empty; leave it out, or say which"
+
+
+@pytest.mark.parametrize("name", ["MODEL", "SEED", "RUNS"])
+def test_nothing_that_is_typed_is_run_by_the_shell(tmp_path, name):
+    mark = tmp_path / "run"
+    for target in ("eval", "bench-train", "bundle"):
+        run("make", "--dry-run", target, f"{name}=`touch {mark}`")
+    assert not mark.exists()
+
+
 def test_variables_of_the_tools_that_make_starts_are_none_of_ours():
     others = ["HF_HOME=/x", "CUDA_VISIBLE_DEVICES=0", "OPENAI_API_KEY=k", "HF_TOKEN=t", "SQUAD_DIR=/y"]
     assert run("make", "--dry-run", "eval", "MODEL=raw7b", *others).returncode == 0

@@ -95,7 +95,10 @@ def _p(p: float) -> str:
 def main(argv: list[str]) -> None:
     data, *words = argv or [""]
     # make's PRED is one word, a file whose name may hold spaces or several names as a shell would take them apart
-    files = [file for word in words for file in ([word] if Path(word).is_file() else shlex.split(word))]
+    try:
+        files = [file for word in words for file in ([word] if Path(word).is_file() else shlex.split(word))]
+    except ValueError as error:
+        raise UserError(f"PRED={' '.join(words)}: {error}; quote a name as a shell would have it") from error
     if len(files) < 2:
         raise UserError("usage: make compare PRED='a.json b.json …' DATA=dev.json (each plain or .gz)")
     first, *others = files

@@ -1,11 +1,11 @@
 """Loads a frozen base (NF4, FP4 or plain; real or random weights) and a LoRA adapter on it, new or trained."""
 
+import contextlib
 import hashlib
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 from common.config import Base, Config, Lora
@@ -21,7 +21,6 @@ from common.runs.results import Section
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -39,6 +38,7 @@ PROBE = (
 )
 # PEFT's adapters that treat each token alone, so packs and trees change nothing; compared with PEFT's answers in tests
 TOKENWISE = ("LORA", "ADALORA", "IA3", "VERA", "LOHA", "LOKR", "OFT", "HRA", "LN_TUNING", "TRAINABLE_TOKENS")
+DERIVED = ("rotary_emb.inv_freq",)  # tensors that old checkpoints hold and models compute
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # random matrices start at multiples of a prime modulo a power of two, in numbers: no two start at the same place
 STARTS, STRIDE = 2**20, 7919
@@ -65,7 +65,7 @@ def load_tokenizer(path: str, revision: str = "main") -> Tokenizer:
     """The tokenizer of a hub id or folder, without truncation and padding. Raises `UserError` if it cannot be used."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # each kind of damage to its files has an exception of its own
         raise UserError(f"{path}: no tokenizer could be loaded from there ({first_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: its tokenizer has no EOS token, which ends every answer")
@@ -99,7 +99,7 @@ def load_base(base: Base, device: torch.device) -> PreTrainedModel:
                 model, found = AutoModelForCausalLM.from_pretrained(base.path, revision=base.revision, **options)
         except (torch.OutOfMemoryError, UserError):
             raise
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # another shape is a RuntimeError
+        except Exception as error:  # each kind of damage to its files has an exception of its own
             raise UserError(f"{base.path}: no model could be loaded from there ({first_line(error)})") from error
     # transformers fills these with random numbers
     if lacks := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
@@ -108,6 +108,9 @@ def load_base(base: Base, device: torch.device) -> PreTrainedModel:
     hint = "; fp16 cannot hold them: set base.dtype=bf16 or fp32" if dtype == torch.float16 else ""
     for name, p in model.named_parameters():
         _need_finite(base.path, name, p, hint)
+    if unused := sorted(key for key in found["unexpected_keys"] if not key.endswith(DERIVED)):
+        more = f" and {len(unused) - 1} more" if unused[1:] else ""
+        raise UserError(f"{base.path}: {unused[0]}{more} stands in its files and not in the model of its config.json")
     if getattr(model.config, "attn_logit_softcapping", None):  # transformers before 5.23 ignores it
         name = type(model).__name__
         raise UserError(f"{base.path}: {name} does not support attention over trees: it caps its scores")
@@ -180,7 +183,9 @@ def load_adapter(model: PreTrainedModel, folder: Path, base: Base, force: bool =
     try:
         config = PeftConfig.from_pretrained(str(folder))
         weights = adapter_weights(folder)
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError, UnpicklingError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # each kind of damage to its files has an exception of its own
         raise UserError(f"{folder}: not a whole adapter ({first_line(error)})") from error
     if config.peft_type is None:
         raise UserError(f"{folder}: not a whole adapter (its configuration names no peft_type)")
@@ -191,9 +196,14 @@ def load_adapter(model: PreTrainedModel, folder: Path, base: Base, force: bool =
         if not force:
             raise UserError(f"{folder}: {other}; base.path=… names its base, FORCE=1 takes this one all the same")
         print(f"note: {folder}: {other}; FORCE=1 takes this one all the same", file=sys.stderr)
+    unknown = sorted(json.loads((folder / "adapter_config.json").read_text()).keys() - vars(config).keys())
+    if unknown:
+        print(f"note: {folder}/adapter_config.json sets what is not known here: {', '.join(unknown)}", file=sys.stderr)
+    if str(getattr(config, "init_lora_weights", "")).startswith("pissa_niter"):
+        raise UserError(f"{folder}: its base is changed by a random SVD at each load; convert it to plain LoRA by PEFT")
     try:
         peft_model = get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # what a configuration may say wrongly has many kinds
         raise UserError(f"{folder}: this adapter does not fit {base.path} ({first_line(error)})") from error
     load_weights(peft_model, weights, str(folder))
     return peft_model.eval()
@@ -204,7 +214,10 @@ def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     file = next((folder / name for name in adapters.WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise UserError(f"{folder}: it holds none of {' and '.join(adapters.WEIGHTS)}, so no weights")
-    return load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    if not (isinstance(found, dict) and all(isinstance(weight, torch.Tensor) for weight in found.values())):
+        raise UserError(f"{file}: not a dict of tensors by name")
+    return found
 
 
 def another_base(folder: Path, recorded: str | None, base: Base) -> str | None:
@@ -215,9 +228,11 @@ def another_base(folder: Path, recorded: str | None, base: Base) -> str | None:
     settings = adapters.trained_with(folder)
     trained, here = (settings or {}).get("identity"), identify(base)
     if trained is None and recorded and (Path(recorded) / "config.json").is_file():
-        trained = identify(replace(base, path=recorded))
+        with contextlib.suppress(Exception):  # a folder that is damaged says nothing
+            trained = identify(replace(base, path=recorded))
     if trained and (how := differs(trained, here)):
-        return f"it was trained on another base, {trained['name']}: {how}"
+        name = trained.get("name") if isinstance(trained, dict) else "unknown"
+        return f"it was trained on another base, {name}: {how}"
     name = (trained or {}).get("name") or recorded
     certain = bool(trained and trained["samples"].keys() & here["samples"].keys())
     if not certain and name and model_name(name) != model_name(base.path):
@@ -267,7 +282,12 @@ def _need_finite(origin: str, name: str, tensor: torch.Tensor, hint: str = "") -
 def eos_ids(own: int, settings: GenerationConfig | None) -> list[int]:
     """The tokens that end an answer, as in transformers' `generate`: the tokenizer's and the generation settings'."""
     more = settings.eos_token_id if settings else None
-    return sorted({own, *(more if isinstance(more, list) else [] if more is None else [more])})
+    ids = [own, *(more if isinstance(more, list) else [] if more is None else [more])]
+    if not all(isinstance(id_, int) for id_ in ids):
+        raise UserError(
+            f"generation_config.json: eos_token_id is {more!r}; it must be a token's number, or a list of them"
+        )
+    return sorted(set(ids))
 
 
 def sources(model: Model | None, tokenizers: Tokenizers) -> Section:

@@ -60,13 +60,16 @@ def choose(config: Config, given: Collection[str] = (), force: bool = False) -> 
     mine = config.to_dict()
     taken: list[tuple[str, str, object]] = []
     against: list[tuple[str, str, object]] = []
-    for section, keys in {**BOUND, **FREE}.items():
-        asked, was = mine[section] or {}, trained[section]
-        for key in keys or was:
-            typed = f"{section}.{key}" in given
-            if asked.get(key) == was[key] or (typed and section in FREE):
-                continue
-            (against if typed else taken).append((section, key, was[key]))
+    try:
+        for section, keys in {**BOUND, **FREE}.items():
+            asked, was = mine[section] or {}, trained[section]
+            for key in keys or was:
+                typed = f"{section}.{key}" in given
+                if asked.get(key) == was[key] or (typed and section in FREE):
+                    continue
+                (against if typed else taken).append((section, key, was[key]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{adapter}: the settings of its training are damaged ({error!r})") from error
     if against and not force:
         raise UserError(
             f"{adapter} was trained with {_words(against)}: leave that out of ARGS, or ask otherwise by FORCE=1"
@@ -82,7 +85,7 @@ def choose(config: Config, given: Collection[str] = (), force: bool = False) -> 
             prompt=Prompt(**mine["prompt"]),
         )
         return Chosen(complete, adapter, trained, _words(taken), f"FORCE=1 {_words(against)}".strip() * force)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{adapter} was trained otherwise than it is asked: {error}") from error
 
 

@@ -267,3 +267,8 @@ def test_a_file_that_answers_none_of_the_questions_is_no_system(dev, files, tmp_
     other = predictions(tmp_path / "other.json", X="red")
     with pytest.raises(UserError, match=f"{other}: none of its 1 answers is to a question of"):
         main([str(dev), files[0], other])
+
+
+def test_an_open_quote_is_one_line(dev):
+    with pytest.raises(UserError, match=r"^PRED=it's\.json b: No closing quotation; quote"):
+        main([str(dev), "it's.json b"])

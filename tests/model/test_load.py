@@ -20,6 +20,7 @@ from common.model.load import (
     AutoTokenizer,
     add_lora,
     compute_dtype,
+    eos_ids,
     load_adapter,
     load_base,
     load_system,
@@ -739,3 +740,80 @@ def test_an_adapter_as_another_tool_writes_it_runs_in_the_fast_layers(tiny_base,
     assert unsupported_reason(model) is None
     ids = torch.arange(5, 25)[None]
     assert torch.equal(model(input_ids=ids).logits, peft_model(input_ids=ids).logits)
+
+
+# ---- files that are more, or other, than they should be ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("harm", ["a layer less in config.json", "a bias more", "a derived tensor"])
+def test_tensors_that_the_model_has_no_place_for_are_named(tiny_base, tmp_path, harm):
+    folder = tmp_path / "harmed"
+    shutil.copytree(tiny_base, folder)
+    settings, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    if harm == "a layer less in config.json":
+        settings["num_hidden_layers"] = 1
+        (folder / "config.json").write_text(json.dumps(settings))
+    else:
+        name = "q_proj.bias" if harm == "a bias more" else "rotary_emb.inv_freq"
+        weights[f"model.layers.0.self_attn.{name}"] = torch.zeros(4)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    if harm == "a derived tensor":
+        load_base(Base(str(folder), quant="none"), CPU)
+        return
+    with pytest.raises(UserError, match=rf"^{folder}: model\.layers\..* stands? in its files and not in the model"):
+        load_base(Base(str(folder), quant="none"), CPU)
+
+
+@pytest.mark.parametrize(
+    "damage", ["[]", '{"hidden_size": "64"}', '{"rms_norm_eps": null}', '{"hidden_act": "no such"}']
+)
+def test_a_damaged_config_is_one_line(tiny_base, tmp_path, damage):
+    folder = tmp_path / "harmed"
+    shutil.copytree(tiny_base, folder)
+    found, settings = json.loads(damage), json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, **found} if found else found))
+    with pytest.raises(UserError, match=f"^{folder}: "):
+        load_base(Base(str(folder), quant="none"), CPU)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", "a list", "an epoch more"])
+def test_weights_that_are_no_dict_of_tensors_are_one_line(adapter, tiny_base, content):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_model.safetensors").unlink()
+    if isinstance(content, bytes):
+        (adapter / "adapter_model.bin").write_bytes(content)
+    else:
+        torch.save([1] if content == "a list" else {**weights, "epoch": 3}, adapter / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"not a whole adapter|not a dict of tensors"):
+        load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"target_modules": "("}, {"bias": "foo"}, {"init_lora_weights": "pissa_niter_4"}, {"alpha_pattern": [1]}],
+)
+def test_settings_of_an_adapter_that_cannot_be_are_one_line(adapter, tiny_base, setting):
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, **setting}))
+    with pytest.raises(UserError, match=f"^{adapter}: "):
+        load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
+
+
+def test_a_setting_that_is_not_known_is_named(adapter, tiny_base, capsys):
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "lora_alhpa": 8}))
+    loads(adapter, tiny_base)
+    assert f"note: {adapter}/adapter_config.json sets what is not known here: lora_alhpa" in notes(capsys)
+
+
+@pytest.mark.parametrize("identity", ["a text", {"name": "x"}, [1]])
+def test_a_damaged_identity_is_one_line(adapter, tiny_base, identity):
+    recorded(adapter, "me/tiny-llama", identity)
+    with pytest.raises(UserError, match="what it says of its base is damaged"):
+        loads(adapter, tiny_base)
+
+
+@pytest.mark.parametrize("eos", ["</s>", ["</s>"], [[1, 2]]])
+def test_an_eos_that_is_no_token_is_one_line(eos):
+    with pytest.raises(UserError, match="eos_token_id is .*; it must be a token's number"):
+        eos_ids(1, SimpleNamespace(eos_token_id=eos))

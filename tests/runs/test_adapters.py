@@ -272,3 +272,14 @@ def test_another_tools_adapter_brings_its_lora_section(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"r": 0}')
     with pytest.raises(UserError, match=r"adapter_config\.json: rank: must be between"):
         choose(load("some/model", [f"adapter={tmp_path}"]))
+
+
+@pytest.mark.parametrize(
+    "damage", [{}, {"lora": None}, {"prompt": {"order": "sideways"}}, {"window": {"context": "x"}}]
+)
+def test_settings_that_are_damaged_are_one_line(config, tmp_path, damage):
+    adapter = stored(tmp_path / "a", config())
+    settings = json.loads((adapter / adapters.SETTINGS).read_text())
+    (adapter / adapters.SETTINGS).write_text(json.dumps({**settings, **damage} if damage else {}))
+    with pytest.raises(UserError, match=f"^{adapter}"):
+        choose(config(f"adapter={adapter}"))
