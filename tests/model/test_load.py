@@ -815,5 +815,5 @@ def test_a_damaged_identity_is_one_line(adapter, tiny_base, identity):
 
 @pytest.mark.parametrize("eos", ["</s>", ["</s>"], [[1, 2]]])
 def test_an_eos_that_is_no_token_is_one_line(eos):
-    with pytest.raises(UserError, match="eos_token_id is .*; it must be a token's number"):
+    with pytest.raises(UserError, match=r"eos_token_id is .*; it must be a token's number"):
         eos_ids(1, SimpleNamespace(eos_token_id=eos))
