@@ -238,7 +238,7 @@ def test_make_alone_lists_every_target_with_one_line():
     ],
 )
 def test_a_mistyped_target_or_variable_is_named_before_anything_runs(typed, says):
-    result = run("make", "--dry-run", *typed)
+    result = run("make", "--no-print-directory", "--dry-run", *typed)
     assert result.returncode == 2
     assert result.stderr.splitlines()[0] == f"error: {says}"
     assert result.stdout == ""
