@@ -11,6 +11,7 @@ import select
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ REASONS = {  # why clocks are below what they could be; idle and a clock that so
 class Phase:
     """What NVML said during one phase; bytes, MHz, joules, seconds. None: the driver does not say."""
 
-    def __init__(self, handle: Any, pid: int):
+    def __init__(self, handle: object, pid: int):
         self.handle, self.pid = handle, pid
         self.began, self.energy = time.monotonic(), _maybe(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
         self.process_bytes: int | None = None
@@ -48,9 +49,9 @@ class Phase:
         bits = _maybe(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, self.handle) or 0
         self.reasons |= {name for name, bit in REASONS.items() if bits & bit}
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         now = _maybe(pynvml.nvmlDeviceGetTotalEnergyConsumption, self.handle)
-        out: dict[str, Any] = {"seconds": round(time.monotonic() - self.began, 3), "throttled": sorted(self.reasons)}
+        out: dict[str, object] = {"seconds": round(time.monotonic() - self.began, 3), "throttled": sorted(self.reasons)}
         out |= {"process_bytes": self.process_bytes, "device_bytes": self.device_bytes, "processes": self.processes}
         out["energy_j"] = (now - self.energy) / 1000 if now is not None and self.energy is not None else None
         clocks = self.clocks
@@ -60,7 +61,7 @@ class Phase:
 def main(uuid: str, pid: int, file: str) -> None:
     pynvml.nvmlInit()
     handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-    done: dict[str, Any] = {}
+    done: dict[str, object] = {}
     name, phase, written, rest = "start", Phase(handle, pid), 0.0, ""
 
     def write() -> None:
@@ -83,7 +84,7 @@ def main(uuid: str, pid: int, file: str) -> None:
     pynvml.nvmlShutdown()
 
 
-def _maybe(question: Any, *arguments: Any) -> Any:
+def _maybe(question: Callable[..., Any], *arguments: object) -> Any:
     try:
         return question(*arguments)
     except pynvml.NVMLError:

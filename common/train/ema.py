@@ -41,7 +41,7 @@ class EMA:
             weight.copy_(mean)
             mean.copy_(before)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """`mean`: tensors like the weights; `steps`."""
         return {"mean": self.mean, "steps": self.steps}
 
