@@ -140,6 +140,8 @@ def job_of(
     config: Config, args: argparse.Namespace, kinds: list[str], folder: Path
 ) -> tuple[DecodeJob, list[squad.Example]]:
     """The job of every stack, and the questions' examples."""
+    chosen = adapters.choose(config)
+    config = chosen.config  # asked as its adapter was trained
     tokenizers = load_tokenizers(config)
     tokenizer = tokenizers.own
     examples = squad.load(config.data, "dev").examples[: args.questions or None]
@@ -153,7 +155,7 @@ def job_of(
     alone, batched = (
         random.Random(0).sample(questions, min(n, len(questions))) for n in (args.alone, args.peers_batched)
     )
-    adapter = adapters.choose(config).adapter
+    adapter = chosen.adapter
     sections = config.to_dict()
     return {
         "base": sections["base"],

@@ -961,7 +961,7 @@ def test_a_model_that_answers_is_timed_from_text_to_text(answering_config, monke
 
 
 def test_a_host_that_reports_no_tokens_has_no_mean(tmp_path, tiny_base, dev_file, monkeypatch, capsys):
-    monkeypatch.setattr(hosted, "_count", lambda value: None)
+    monkeypatch.setattr(hosted, "count_of", lambda value: None)
     host = Host()
     words = [f"api.url={host.url}", f"data.dev={dev_file}", f"window.tokenizer={tiny_base}", f"runs={tmp_path / 'r'}"]
     bench_latency.main(["api8b", *words, "bench.queries=2", "bench.warmup_queries=1", "bench.processes=1"])

@@ -85,7 +85,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 def test_what_reads_plans_and_scores_needs_no_torch():
     free = [name for name in COMMON if wing_of(name) in ("ground", "data", "metrics", "runs") and name not in TORCH]
-    free += ["common.decode.hosted", "scripts.report", "scripts.sweep", "scripts.revalidate"]
+    free += ["common.decode.hosted", "common.decode.responses", "scripts.report", "scripts.sweep", "scripts.revalidate"]
     code = (
         f"import sys, {', '.join(free)}; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )

@@ -8,12 +8,10 @@ Hosts differ in what they send with status 200. An answer counts if its finish r
 Errors are raised in the host's words. Values that a host leaves out are None, never 0.
 """
 
-import contextlib
 import functools
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import ssl
@@ -24,13 +22,26 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, cast
 
 from common.config import FIELDS, Config
 from common.data.prompt import message
 from common.data.tokens import Tokenizer, tokenize
+from common.decode.responses import (
+    ERROR_CHARS,
+    Body,
+    Json,
+    Retryable,
+    count_of,
+    error_message,
+    events,
+    mended,
+    named,
+    reported_error,
+    retry_after,
+    server_seconds,
+    text_of,
+)
 from common.errors import UserError
 from common.files import lock
 
@@ -38,30 +49,16 @@ import httpx2
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from tqdm import tqdm
 
-Json = dict[str, Any]  # an object as `json.loads` returns it
-
 RETRY_STATUSES = {408, 409, 425, 429, *range(500, 600)}  # HTTP: timeout, conflict, too early, rate limit, server error
 BACKOFF = wait_random_exponential(multiplier=0.5, max=60)  # seconds, where the host names none
 LONGEST_WAIT_S = 300.0  # that a host may ask for; longer waits are for the user to decide
 CHARS_PER_TOKEN = 2  # where no tokenizer is given; English has about 4, so costs are overestimated
-ERROR_CHARS, BODY_CHARS = 300, 2000  # kept of an error's message and of an error response: a line, and a page
+BODY_CHARS = 2000  # kept of an error response: a page
 STREAMED = {"stop": ["\n"], "stream": True, "stream_options": {"include_usage": True}}
 ENDS = {"stop", "eos", "eos_token", "stop_sequence", "end_turn"}  # finish reasons of a complete answer
 LIMITS = {"length", "max_tokens", "model_length"}  # finish reasons of the token limit
 USAGE = ("prompt_tokens", "completion_tokens")
-CONTROL = {"", "ping", "[ping]", "heartbeat", "keep-alive", "keepalive"}  # events, and data, that carry nothing
-# fields of a chat message that hold text, but no answer
-NO_ANSWER = (
-    "reasoning_content",
-    "reasoning",
-    "reasoning_details",
-    "thinking",
-    "tool_calls",
-    "function_call",
-    "refusal",
-)
 THINKING = re.compile(r"\A(.*</think>|\s*<think>.*)", re.S)  # the same inside the text
-WORDS = ("detail", "message", "msg", "error_msg", "error_message", "errors")  # keys of an error's message
 TRANSIENT = re.compile(
     r"overload|rate.?limit|too many requests|timed?.?out|temporar|try again|busy|at capacity|unavailable|server.?error",
     re.I,
@@ -96,20 +93,8 @@ class Reply:
     streamed: bool = True
 
 
-class _Retryable(Exception):
-    """A failure after which another try may help; `after`: seconds that the host asks to wait."""
-
-    def __init__(self, why: str, after: float | None = None, filtered: bool = False):
-        super().__init__(why)
-        self.after, self.filtered = after, filtered
-
-
 class _OfQuestion(UserError):
     """A failure that another question may not meet: the message gets the question's id."""
-
-
-class _Body(Json):
-    """A JSON body instead of a stream of events."""
 
 
 class Client:
@@ -173,13 +158,13 @@ class Client:
             return self.replies[key]
         if self.replay:
             raise UserError(f"{self.transcript}: has no answer to {prompt[-80:]!r}; it is of another run, or not whole")
-        stop, retry = stop_after_attempt(self.api.tries), retry_if_exception_type(_Retryable)
+        stop, retry = stop_after_attempt(self.api.tries), retry_if_exception_type(Retryable)
         request, began, tries = self.sent(body), time.perf_counter(), itertools.count(1)
         try:
             return Retrying(self._sleep, stop, _pause, retry, reraise=True)(self._try, request, key, began, tries)
         except _OfQuestion as error:
             raise UserError(f"{of}{error}") from error
-        except _Retryable as error:
+        except Retryable as error:
             last = f"{self.api.tries} tries, and the last had {error}"
             raise UserError(
                 f"{of}{self.api.url}: {last}; what was answered is kept, the same command goes on"
@@ -205,13 +190,13 @@ class Client:
         try:
             reply = self._stream(request, seen, start, waited=start - began)
             return reply
-        except (httpx2.HTTPError, httpx2.StreamError, _Retryable) as error:
+        except (httpx2.HTTPError, httpx2.StreamError, Retryable) as error:
             # redact first: a cut may split a key
-            why = self._redact(_mended(str(error)) or type(error).__name__)[:ERROR_CHARS]
+            why = self._redact(mended(str(error)) or type(error).__name__)[:ERROR_CHARS]
             if last and getattr(error, "filtered", False):
                 reply = _refusal(why, seen, start, start - began)
                 return reply
-            raise _Retryable(why, getattr(error, "after", None)) from None
+            raise Retryable(why, getattr(error, "after", None)) from None
         except UserError as error:
             why = str(error)
             raise
@@ -240,30 +225,30 @@ class Client:
             seen["status"] = status = response.status_code
             if status != 200:
                 response.read()
-                text = self._redact(_mended(response.text))
+                text = self._redact(mended(response.text))
                 seen["text"] = text[:BODY_CHARS]
                 if status in FILTER_STATUSES and self._is_filter(text):
-                    return _refusal(f"HTTP {status}: {_error_message(text)}", seen, start, waited)
-                raise self._failure(status, text, _retry_after(response.headers.get("retry-after")))
-            for event in _events(response):
-                if reported := _reported(event):
-                    said = self._redact(_mended(json.dumps(reported, ensure_ascii=False)))
+                    return _refusal(f"HTTP {status}: {error_message(text)}", seen, start, waited)
+                raise self._failure(status, text, retry_after(response.headers.get("retry-after")))
+            for event in events(response):
+                if reported := reported_error(event):
+                    said = self._redact(mended(json.dumps(reported, ensure_ascii=False)))
                     # as free as an error by status
                     seen.update(text=said[:BODY_CHARS], read=read or 0, written=written or 0)
                     if self._is_filter(said):
-                        return _refusal(_error_message(said), seen, start, waited)
+                        return _refusal(error_message(said), seen, start, waited)
                     raise self._failure_inside(reported, said)
                 try:
                     choice = (event.get("choices") or [{}])[0]
-                    piece, fields = _text_of(choice)
+                    piece, fields = text_of(choice)
                     reason = choice.get("finish_reason") or reason
                     counts = found if isinstance(found := event.get("usage"), dict) else {}
-                    usage = counts if any(_count(counts.get(key)) for key in USAGE) else usage
-                    server = _server_seconds(event, response.headers) or server
+                    usage = counts if any(count_of(counts.get(key)) for key in USAGE) else usage
+                    server = server_seconds(event, response.headers) or server
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
-                    raise _Retryable(f"an event that is none of an answer's: {event}") from error
+                    raise Retryable(f"an event that is none of an answer's: {event}") from error
                 elsewhere |= dict.fromkeys(fields)
-                streamed = streamed and not isinstance(event, _Body)
+                streamed = streamed and not isinstance(event, Body)
                 if piece and first is None:
                     first = time.perf_counter() - start
                 if piece and not choice.get("text") and not choice.get("delta") and by_delta:
@@ -271,18 +256,18 @@ class Client:
                 by_delta = by_delta or bool(piece and (choice.get("text") or choice.get("delta")))
                 pieces.append(piece)
                 # a host may split a surrogate pair over two events; half of one alone becomes U+FFFD
-                seen["text"] = text = self._redact(_mended("".join(pieces)))
-                read, written = (_count(usage.get(key)) for key in USAGE)
+                seen["text"] = text = self._redact(mended("".join(pieces)))
+                read, written = (count_of(usage.get(key)) for key in USAGE)
                 # no prompt has 0 tokens, nor has a text; of an answer without text 0 is plausible
                 written = None if written == 0 and (text or elsewhere or not read) else written
                 seen["read"], seen["written"] = read, written = read or None, written
         total = time.perf_counter() - start
         if reason is None:
-            raise _Retryable("an answer that was cut short")
+            raise Retryable("an answer that was cut short")
         kind = str(reason).lower()
         if kind not in ENDS | LIMITS:
             filtered = FILTER.search(kind) is not None
-            raise _Retryable(f'an answer that ended with finish_reason "{reason}"', filtered=filtered)
+            raise Retryable(f'an answer that ended with finish_reason "{reason}"', filtered=filtered)
         connected = [marks[n] - start for n in marks if n.endswith((".connect_tcp.complete", ".start_tls.complete"))]
         answer, thoughts = THINKING.subn("", text)
         line, more, _ = answer.lstrip().partition("\n")
@@ -302,14 +287,14 @@ class Client:
 
     def _is_filter(self, text: str) -> bool:
         """True if an error's code, type or message names a content filter; `text` is JSON, or all of the message."""
-        return FILTER.search(_named(text).replace(self.config.base.path, "")) is not None
+        return FILTER.search(named(text).replace(self.config.base.path, "")) is not None
 
-    def _failure(self, status: int, text: str, after: float | None) -> UserError | _Retryable:
-        message = f"HTTP {status}: {_error_message(text)}"
+    def _failure(self, status: int, text: str, after: float | None) -> UserError | Retryable:
+        message = f"HTTP {status}: {error_message(text)}"
         if after and after > LONGEST_WAIT_S:
             return UserError(f"{self.api.url}: {message}; it asks to wait {after:.0f} s: start again then, to go on")
         if status in RETRY_STATUSES:
-            return _Retryable(message, after)
+            return Retryable(message, after)
         if status in (401, 403):
             message += f"; the key is read from {self.api.key}, which is {'set' if self.key else 'not set'}"
         if status == 404:
@@ -320,28 +305,28 @@ class Client:
             message += self._omittable(text)
         return (UserError if status in OF_ALL else _OfQuestion)(f"{self.api.url}: {message}")
 
-    def _failure_inside(self, error: Json, said: str) -> UserError | _Retryable:
+    def _failure_inside(self, error: Json, said: str) -> UserError | Retryable:
         """The error that a host reports in a reply of status 200; `said` is its JSON, without the key."""
-        message = f"an error in a reply of status 200: {_error_message(said)}"
+        message = f"an error in a reply of status 200: {error_message(said)}"
         inner = error["error"] if isinstance(error.get("error"), dict) else error
         codes = [str(inner.get(key)) for key in ("code", "status", "status_code")]
         retried = any(code.isdecimal() and int(code) in RETRY_STATUSES for code in codes)
-        if retried or TRANSIENT.search(_named(said)):
-            return _Retryable(message)
-        message += "; does api.url end with /v1?" if isinstance(error, _Body) else ""
+        if retried or TRANSIENT.search(named(said)):
+            return Retryable(message)
+        message += "; does api.url end with /v1?" if isinstance(error, Body) else ""
         return _OfQuestion(f"{self.api.url}: {message}{self._omittable(said)}")
 
     def _omittable(self, text: str) -> str:
         """The end of an error that names a field of our requests: how to leave it out."""
-        named = f"{_error_message(text)} {_named(text)}"
-        if re.search(r"context.(length|window)", named):  # which names max_tokens, too
+        words = f"{error_message(text)} {named(text)}"
+        if re.search(r"context.(length|window)", words):  # which names max_tokens, too
             return ""
         names = dict(word.partition("=")[::2] for word in self.api.omit)
-        found = [field for field in FIELDS if field not in names and re.search(rf"\b{field}\b", named)]
-        other = re.search(r"\bmax_(completion|new|output)_tokens\b", named)
-        words = [f"{field}={other[0]}" if field == "max_tokens" and other else field for field in found]
+        found = [field for field in FIELDS if field not in names and re.search(rf"\b{field}\b", words)]
+        other = re.search(r"\bmax_(completion|new|output)_tokens\b", words)
+        omitted = [f"{field}={other[0]}" if field == "max_tokens" and other else field for field in found]
         return (
-            f"; a host that refuses {found[0]} needs api.omit=[{','.join([*self.api.omit, *words])}]" if found else ""
+            f"; a host that refuses {found[0]} needs api.omit=[{','.join([*self.api.omit, *omitted])}]" if found else ""
         )
 
     def _reserve(self, request: Json) -> float:
@@ -470,84 +455,6 @@ def notes(client: Client, wanted: Mapping[str, str], replies: Mapping[str, Reply
     return out
 
 
-# ---- responses -----------------------------------------------------------------------------------------------------
-
-
-class _Kept:
-    """A response of any content type, for `EventSource`; `text` is what came until `keep` is unset."""
-
-    def __init__(self, response: httpx2.Response):
-        self.headers = {"content-type": "text/event-stream"}
-        self.response, self.request, self.text, self.keep = response, response.request, "", True
-
-    def iter_text(self) -> Iterator[str]:
-        for text in self.response.iter_text():
-            self.text += text if self.keep else ""
-            yield text
-
-
-def _events(response: httpx2.Response) -> Iterator[Json]:
-    """The JSON of every event with data, up to [DONE], or a `_Body`. Raises `_Retryable` for anything else."""
-    kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if "json" in kind or "html" in kind:
-        response.read()
-        yield _body(response.text, kind)
-        return
-    kept = _Kept(response)
-    for event in httpx2.EventSource(cast(httpx2.Response, kept)):
-        data, name = event.data.strip(), event.event.lower()
-        kept.keep = False
-        if data == "[DONE]":
-            return
-        if name != "error" and (data.lower() in CONTROL or name in CONTROL):
-            continue
-        try:
-            found = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            if name != "error":
-                raise _Retryable(f"an answer that is no JSON: {event.data!r}") from error
-            found = data or "an event without words"
-        if name == "error" and not (isinstance(found, dict) and found.get("error")):
-            found = {"error": found}
-        if not isinstance(found, dict):
-            raise _Retryable(f"an event that is none of an answer's: {found}")
-        yield found
-    if kept.keep and kept.text.strip():
-        yield _body(kept.text, kind)
-
-
-def _body(text: str, kind: str) -> _Body:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        said = " ".join(text.split())[:ERROR_CHARS]
-        raise _Retryable(f"no stream and no JSON, but {kind or 'a body of no type'}: {said}") from error
-    found = found[0] if isinstance(found, list) and len(found) == 1 else found
-    return _Body(found if isinstance(found, dict) else {"error": f"a JSON body that is no answer: {found}"})
-
-
-def _reported(event: Json) -> Json | None:
-    """The object that holds an error's message, if an event or body reports an error."""
-    choices = event.get("choices")
-    holders = [event, *(c for c in (choices if isinstance(choices, list) else []) if isinstance(c, dict))]
-    if failed := [holder for holder in holders if holder.get("error")]:
-        return failed[0]
-    said = any(isinstance(event.get(key), str | list) and event[key] for key in WORDS)
-    named = "error" in (event.get("object"), event.get("type"), event.get("status"))
-    return event if not choices and (said or named or isinstance(event, _Body)) else None
-
-
-def _text_of(choice: Json) -> tuple[str, list[str]]:
-    """A choice's text, and the names of fields that hold what is no answer."""
-    said = choice.get("delta") or choice.get("message") or {}
-    content = choice.get("text") or said.get("content") or ""
-    fields = [name for name in NO_ANSWER if said.get(name) or choice.get(name)]
-    if isinstance(content, list):  # a chat message in parts
-        fields += [part["type"] for part in content if part["type"] != "text"]
-        content = "".join(part["text"] for part in content if part["type"] == "text")
-    return "" + content, fields
-
-
 def _refusal(why: str, seen: Json, start: float, waited: float) -> Reply:
     """The reply to a question that the host's content filter refuses."""
     read, written, total = seen.get("read"), seen.get("written"), time.perf_counter() - start
@@ -564,77 +471,6 @@ def _prompt_of(request: Json) -> str:
     return request.get("prompt") or request["messages"][0]["content"]
 
 
-def _mended(text: str) -> str:
-    """Text that UTF-8 takes: halves of a surrogate pair are joined, or become U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _count(value: object) -> int | None:
-    """A token count; None if it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return int(value) if value >= 0 and value == int(value) else None
-
-
-def _parsed(text: str) -> Json:
-    """The JSON object of an error response; empty if it is none."""
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(text)
-        found = found[0] if isinstance(found, list) and len(found) == 1 else found
-        return found if isinstance(found, dict) else {}
-    return {}
-
-
-def _named(text: str) -> str:
-    """The code, type, field and message of an error response: not what a host repeats of the request."""
-    found = _parsed(text)
-    error = found["error"] if isinstance(found.get("error"), dict) else found
-    inner = error.get("innererror")
-    holders = (error, inner if isinstance(inner, dict) else {}, found)
-    values = [holder.get(key) for holder in holders for key in ("code", "type", "param", "error", *WORDS)]
-    return " ".join(v for v in values if isinstance(v, str)) if found else text[:ERROR_CHARS]
-
-
-def _error_message(text: str) -> str:
-    """The message in an error response's body, on one line."""
-    found = _parsed(text)
-    error = found.get("error", found)
-    inner = error if isinstance(error, dict) else {}
-    said = error if isinstance(error, str) else inner.get("message") or next(filter(None, map(found.get, WORDS)), None)
-    return " ".join(str(said or text).split())[:ERROR_CHARS] or "no word of why"
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds to wait by a Retry-After header, which holds seconds or a date."""
-    with contextlib.suppress(ValueError):
-        seconds = float(value or "")
-        return max(0.0, seconds) if math.isfinite(seconds) else None
-    with contextlib.suppress(ValueError, TypeError):
-        return max(0.0, (parsedate_to_datetime(value or "") - datetime.now(UTC)).total_seconds())
-    return None
-
-
 def _pause(state: RetryCallState) -> float:
     after = getattr(state.outcome and state.outcome.exception(), "after", None)
     return BACKOFF(state) if after is None else after
-
-
-def _server_seconds(event: Json, headers: Mapping[str, str]) -> float | None:
-    """The host's own time: OpenAI's header, Groq's usage, llama.cpp's timings; None if it is left out or odd."""
-    header = headers.get("openai-processing-ms")
-    timings, usage = event.get("timings"), event.get("usage")
-    parts = [timings.get(key) for key in ("prompt_ms", "predicted_ms")] if isinstance(timings, dict) else [None]
-    total = usage.get("total_time") if isinstance(usage, dict) else None
-    for values, per_second in (([header], 1000), ([total], 1), (parts, 1000)):
-        known = [seconds for value in values if (seconds := _duration(value)) is not None]
-        if len(known) == len(values):
-            return sum(known) / per_second
-    return None
-
-
-def _duration(value: Any) -> float | None:
-    """A time that is finite and not negative; None for all else."""
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        found = float(value)
-        return found if math.isfinite(found) and found >= 0 and not isinstance(value, bool) else None
-    return None

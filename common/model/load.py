@@ -46,8 +46,10 @@ STARTS, STRIDE = 2**20, 7919
 
 def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
     """The configured dtype. `auto`: fp32 on a CPU; on a GPU bf16 if its hardware has it, else fp16."""
-    if base.dtype != "auto" or device.type == "cpu":
-        return DTYPES["fp32" if base.dtype == "auto" else base.dtype]
+    if base.dtype != "auto":
+        return DTYPES[base.dtype]
+    if device.type == "cpu":
+        return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
@@ -251,7 +253,8 @@ def load_weights(model: PeftModel, weights: dict[str, torch.Tensor], origin: str
     for name, weight in weights.items():
         _need_finite(origin, name, weight)
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    more = weights.keys() - wanted - model.state_dict().keys()  # embeddings of the base may be stored beside adapters
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    more = weights.keys() - wanted - own  # embeddings of the base may be stored beside adapters
     if odd := sorted((wanted - weights.keys()) | more):
         where = "is not in its file" if odd[0] in wanted else "is none of the model's"
         raise UserError(f"{misfit} (first odd weight: {odd[0]} {where})")

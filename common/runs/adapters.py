@@ -124,11 +124,10 @@ def trained_with(adapter: Path) -> Section | None:
     """The settings an adapter was trained with; None for one of another tool."""
     if (adapter / SETTINGS).is_file():
         found = read_json(adapter / SETTINGS)
-        try:
-            assert isinstance(found, dict)
-            return found | {key: value for key, value in with_defaults(found).items() if key in found}
-        except (AssertionError, TypeError, AttributeError) as error:
-            raise UserError(f"{adapter / SETTINGS}: not the settings of a training; what was changed here?") from error
+        sections = found if isinstance(found, dict) else {"": None}
+        if not all(isinstance(sections[key], dict) for key in sections.keys() & {"", *BOUND, *FREE}):
+            raise UserError(f"{adapter / SETTINGS}: not the settings of a training; what was changed here?")
+        return sections | {key: value for key, value in with_defaults(sections).items() if key in sections}
     record = adapter.parent / "record.json"
     return read_one(record)["config"] if record.is_file() else None  # a run from before there was such a file
 

@@ -1,7 +1,7 @@
 """The fields of a record, and of the result of each kind of run. Imports no torch.
 
-Percentages are named by their unit where they stand alone: `em` and `f1` are percent, shares are in [0, 1], times with
-`_ms` are milliseconds, others seconds, memory is bytes. None: not known, or not defined for this run.
+`em`, `f1` and their intervals are percent, shares are in [0, 1], times with `_ms` are milliseconds, others seconds,
+memory is bytes. None: not known, or not defined for this run.
 """
 
 from typing import Any, NotRequired, TypedDict

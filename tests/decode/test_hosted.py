@@ -17,7 +17,7 @@ import eval_loop
 from common.config import load
 from common.data import prompt, squad
 from common.data.trees import build_trees
-from common.decode import hosted
+from common.decode import hosted, responses
 from common.errors import UserError
 from common.model.load import load_tokenizer
 from scripts import ask as ask_script
@@ -399,7 +399,7 @@ def test_a_reply_costs_its_tokens_and_by_our_own_count_what_is_not_known(client,
 
 def test_what_was_cut_short_was_paid_for_and_what_was_refused_was_not(client, ask):
     failures = ((200, "cut"), (500, "busy"), (None, "no word"))
-    tries = [*((status, hosted._Retryable(why)) for status, why in failures), replied()]
+    tries = [*((status, responses.Retryable(why)) for status, why in failures), replied()]
     asking = client(*tries, words=PRICES)
     asking.ask("twenty letters, 2 x 10"[:20])
     cut = (10 * 2000 + 0.5 * 10000) / 1e6  # 20 characters were sent and 1 came, two per token
@@ -477,7 +477,7 @@ def test_a_try_that_failed_is_on_its_way_no_more(client):
 
 
 def test_a_line_of_the_transcript_holds_the_request_and_its_outcome(client, tmp_path, monkeypatch):
-    asking = client((503, hosted._Retryable("busy – wait")), replied("Zürich"), words=("api.url=http://h/v1",))
+    asking = client((503, responses.Retryable("busy – wait")), replied("Zürich"), words=("api.url=http://h/v1",))
     asking.ask("one")
     first, second = lines(tmp_path)  # before it is closed
     body = {"model": "meta-llama/Llama-3.1-8B", "prompt": "one", "temperature": 0, "max_tokens": 32, "stop": ["\n"]}
@@ -504,7 +504,7 @@ def test_an_answer_is_of_one_address_and_one_request(ask):
 
 
 def test_what_went_wrong_is_kept_up_to_300_letters_and_the_key_is_hidden_first(client, tmp_path):
-    tries = [hosted._Retryable("x" * 295 + KEY), httpx2.ReadTimeout(""), httpx2.StreamError("z" * 301)]
+    tries = [responses.Retryable("x" * 295 + KEY), httpx2.ReadTimeout(""), httpx2.StreamError("z" * 301)]
     asking = client(*((None, error) for error in tries), replied())
     asking.ask("one")
     first, second, third, _ = lines(tmp_path)
@@ -573,7 +573,7 @@ class Wire:
         self.now, self.events, self.marks, self.asked = 1000.0, events, trace, None
         self.status_code, self.headers, self.text = status, headers or {}, text
         monkeypatch.setattr(hosted.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(hosted, "_events", self.coming)
+        monkeypatch.setattr(hosted, "events", self.coming)
         client.http.stream = self.stream
 
     @contextlib.contextmanager
@@ -631,10 +631,10 @@ def test_a_field_of_any_event_is_kept_and_an_event_that_is_no_answer_is_retried(
     reply = client._stream({}, {}, 1000.0, waited=0.0)
     assert (reply.text, reply.hit_limit, reply.read, reply.written, reply.server) == ("a b", True, 7, 2, 0.25)
     Wire(monkeypatch, client, [piece("a"), piece("b")])
-    with pytest.raises(hosted._Retryable, match="an answer that was cut short"):
+    with pytest.raises(responses.Retryable, match="an answer that was cut short"):
         client._stream({}, {}, 1000.0, waited=0.0)
     Wire(monkeypatch, client, [{"choices": [{"text": ["a"]}]}])
-    with pytest.raises(hosted._Retryable, match=r"an event that is none of an answer's: .*'a'"):
+    with pytest.raises(responses.Retryable, match=r"an event that is none of an answer's: .*'a'"):
         client._stream({}, {}, 1000.0, waited=0.0)
 
 
@@ -642,7 +642,7 @@ def test_a_field_of_any_event_is_kept_and_an_event_that_is_no_answer_is_retried(
 def test_statuses_after_which_another_try_may_help(ask, monkeypatch, status):
     client, _ = ask()
     Wire(monkeypatch, client, [], status=status, headers={"retry-after": "300"}, text=f"no, {KEY} " + "x" * 3000)
-    with pytest.raises(hosted._Retryable) as again:
+    with pytest.raises(responses.Retryable) as again:
         client._stream({}, seen := {}, 0.0, waited=0.0)
     assert again.value.after == 300
     assert str(again.value) == f"HTTP {status}: " + ("no, … " + "x" * 3000)[:300]
@@ -678,7 +678,7 @@ def test_what_was_waited_is_all_before_the_try_that_succeeded(ask, monkeypatch):
         waits.append(waited)
         clock["now"] += 2
         if len(waits) < 3:
-            raise hosted._Retryable("busy", 10.0)
+            raise responses.Retryable("busy", 10.0)
         return replied()
 
     monkeypatch.setattr(hosted.time, "perf_counter", lambda: clock["now"])
@@ -714,9 +714,9 @@ def test_pauses_double_up_to_a_minute_unless_the_host_says(monkeypatch):
     states = [RetryCallState(None, None, (), {}) for _ in range(9)]
     for i, state in enumerate(states, 1):
         state.attempt_number = i
-        state.set_exception((hosted._Retryable, hosted._Retryable("busy"), None))
+        state.set_exception((responses.Retryable, responses.Retryable("busy"), None))
     assert [hosted._pause(state) for state in states] == [(0, 0.5 * 2**i) for i in range(7)] + [(0, 60)] * 2
-    states[0].set_exception((hosted._Retryable, hosted._Retryable("busy", 0.0), None))
+    states[0].set_exception((responses.Retryable, responses.Retryable("busy", 0.0), None))
     assert hosted._pause(states[0]) == 0.0
     states[0].set_exception((ValueError, ValueError("no"), None))
     assert hosted._pause(states[0]) == (0, 0.5)
@@ -800,7 +800,7 @@ def test_asking_is_checked_while_an_answer_is_awaited(client):
     ],
 )
 def test_the_line_for_a_person_in_an_error(text, message):
-    assert hosted._error_message(text) == message
+    assert responses.error_message(text) == message
 
 
 @pytest.mark.parametrize(
@@ -825,8 +825,8 @@ def test_how_long_a_host_asks_to_wait(monkeypatch, value, seconds):
         def now(cls, tz=None):
             return datetime(2025, 1, 1, tzinfo=tz)
 
-    monkeypatch.setattr(hosted, "datetime", Clock)
-    assert hosted._retry_after(value) == seconds
+    monkeypatch.setattr(responses, "datetime", Clock)
+    assert responses.retry_after(value) == seconds
 
 
 @pytest.mark.parametrize(
@@ -857,7 +857,7 @@ def test_how_long_a_host_asks_to_wait(monkeypatch, value, seconds):
     ],
 )
 def test_a_hosts_own_time(event, headers, seconds):
-    assert hosted._server_seconds(event, headers) == seconds
+    assert responses.server_seconds(event, headers) == seconds
 
 
 # ---- what hosts send -----------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from common.model.load import (
     tokenizer_sha256,
 )
 from common.runs import preflight
-from tests.decode.test_predict import demo_trees
+from tests.decode.test_predict import LIMIT, demo_trees, generated
 from tests.model.test_pack import gradient, lora_model, packed_loss, trees_of
 
 import bitsandbytes as bnb
@@ -582,20 +582,12 @@ def test_any_adapter_of_single_tokens_answers_as_by_peft(tiny_base, tmp_path, ki
     assert (unsupported_reason(model) is None) == fast
     assert (beyond_lora(model) is None) == merges
     tokenizer = load_tokenizer(str(tiny_base))
-    trees, stops, limit = demo_trees(tokenizer, 1), stop_tokens(tokenizer, model), 4
-    answers = predict.answer_trees(model, tokenizer, trees, stops, limit, progress=None)
+    trees, stops = demo_trees(tokenizer, 1), stop_tokens(tokenizer, model)
+    answers = predict.answer_trees(model, tokenizer, trees, stops, LIMIT, progress=None)
     for tree in trees:
         for branch in tree.branches:
-            ids = torch.tensor([tree.prefix_ids + branch.prompt_ids])
-            out = peft_model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=limit,
-                eos_token_id=stops,
-                pad_token_id=2,
-            )
-            assert answers[branch.id].token_ids == out[0, ids.shape[1] :].tolist(), kind
+            expected = generated(peft_model, tokenizer, tree, branch, stops)
+            assert answers[branch.id].token_ids == expected, kind
 
 
 @pytest.mark.parametrize(
