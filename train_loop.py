@@ -27,16 +27,9 @@ from common.device import describe_device, out_of_memory, pick_device
 from common.errors import UserError, one_line_errors
 from common.files import write_text
 from common.metrics.score import Score, score
+from common.model.adapter import add_lora, load_weights
 from common.model.identity import identify
-from common.model.load import (
-    add_lora,
-    compute_dtype,
-    load_base,
-    load_tokenizers,
-    load_weights,
-    sources,
-    tokenizer_sha256,
-)
+from common.model.load import compute_dtype, load_base, load_tokenizers, sources, tokenizer_sha256
 from common.runs import adapters, checkpoint, gauges, preflight, ranks, record, signals
 from common.runs.results import Section, TrainResult
 from common.train.early_stopping import EarlyStopping

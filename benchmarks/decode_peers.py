@@ -97,7 +97,8 @@ def ours(job: DecodeJob) -> DecodeResult:
     from common.decode import predict, single
     from common.decode.answers import Generation
     from common.device import pick_device
-    from common.model.load import add_lora, load_adapter, load_base, load_tokenizer
+    from common.model.adapter import add_lora, load_adapter
+    from common.model.load import load_base, load_tokenizer
 
     import torch
 

@@ -19,6 +19,7 @@ from typing import TypedDict, final
 
 from benchmarks.child import last_line
 from benchmarks.records import DecodeJob, DecodeResult, DecodeRow, Question, markdown
+from common.arguments import Parser
 from common.config import Config, load
 from common.data import cache, squad
 from common.decode.answers import gold_ids, stop_tokens, to_text
@@ -119,8 +120,8 @@ def main(argv: list[str]) -> None:
     print(json.dumps(result))
 
 
-def parser(gpu: bool) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def parser(gpu: bool) -> Parser:
+    p = Parser(__doc__.partition("\n")[0])
     p.add_argument(
         "model", nargs="?", default="qlora7b" if gpu else "smollm2-raw", help="a name in configs/, or a YAML"
     )

@@ -9,11 +9,12 @@ alarms must come as often as the power says, code that has become worse for both
 they did on an idle H100 (docs/log.md).
 """
 
-import argparse
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
+from common.arguments import Parser
 from common.config import Rules
+from common.errors import one_line_errors
 from common.metrics.stats import slower, wilson, worse
 
 import numpy as np
@@ -86,7 +87,7 @@ def counted(name: str, runs: int, queries: int) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=3000, help="of each unchanged case; a twentieth of the others")
     parser.add_argument("--queries", type=int, default=1000, help="of a timing")
     args = parser.parse_args(argv)
@@ -97,4 +98,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with one_line_errors():
+        main(sys.argv[1:])

@@ -9,13 +9,13 @@ Prints a table of microseconds a layer and one JSON line. Every way is one CUDA 
 launches cost nothing, and the cache helps little.
 """
 
-import argparse
 import json
 import statistics
 import sys
 from collections.abc import Callable
 from unittest import mock
 
+from common.arguments import Parser
 from common.device import describe_device, pick_device
 from common.errors import UserError, one_line_errors
 from common.model.linears import MergedLinear
@@ -31,7 +31,7 @@ DTYPE = torch.bfloat16
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("--shape", default="configs/shapes/llama-2-7b", help="a folder with a config.json")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 5, 7, 8, 16, 32, 64, 128, 256])
     args = parser.parse_args(argv)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from benchmarks.records import markdown
+from common.arguments import Parser
 from common.config import load
 from common.device import describe_device, pick_device
 from common.errors import UserError, one_line_errors
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     gpus = torch.cuda.device_count()
-    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    p = Parser(__doc__.partition("\n")[0])
     p.add_argument(
         "model", nargs="?", default="qlora7b" if gpus else "smollm2-qlora", help="a name in configs/, a YAML"
     )

@@ -24,6 +24,7 @@ from typing import Literal, TypedDict
 
 from benchmarks.child import last_line
 from benchmarks.records import Figures, PeerResult, TrainJob, markdown
+from common.arguments import Parser
 from common.config import Config, load
 from common.data import cache, plan, squad
 from common.errors import UserError, one_line_errors
@@ -190,8 +191,8 @@ def parse(argv: list[str], gpu: bool) -> argparse.Namespace:
     return args
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def parser() -> Parser:
+    p = Parser(__doc__.partition("\n")[0])
     p.add_argument("model", nargs="?", help="a name in configs/, or a YAML file")
     p.add_argument("overrides", nargs="*", metavar="key=value")
     p.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))

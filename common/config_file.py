@@ -6,10 +6,12 @@ dataclasses, so `2e-4` is a float; words that YAML takes for something else (`of
 
 import dataclasses
 import functools
+import json
 import math
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -34,6 +36,19 @@ def read(cls: type[T], path: Path | None, overrides: typing.Iterable[str] = ()) 
     for override in overrides:
         _override(tree, override)
     return _build(cls, tree, "", str(path or "overrides"), known_keys(cls))
+
+
+def of_dict(cls: type[T], values: Mapping[str, Any], source: str) -> T:
+    """A JSON object as a `cls`, as strictly as a file. Raises `UserError`, which begins with `source`."""
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: leaf(inner) for key, inner in value.items()}
+        node = yaml.compose(json.dumps(value))
+        assert node  # of any JSON there is one
+        return _Leaf(node, source)
+
+    return _build(cls, leaf(values), "", source, known_keys(cls))
 
 
 def given_keys(overrides: typing.Iterable[str]) -> set[str]:

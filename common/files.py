@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import zlib
@@ -143,7 +144,11 @@ def read_json(path: Path) -> object:
     for signature, what in SIGNATURES.items():
         if raw.startswith(signature):
             raise UserError(f"{path}: {what}")
+    if raw[257:262] == b"ustar":
+        raise UserError(f"{path}: a tar archive; unpack it, and name the JSON file that was in it")
     encoding = json.detect_encoding(raw)  # by a byte order mark, or zeros among the first four bytes
+    if (raw and not raw.strip(b"\0")) or (raw.endswith(b"\0") and encoding.startswith("utf-8")):
+        raise UserError(f"{path}: ends in zero bytes{_COMPLETE}")
     if not encoding.startswith("utf-8"):
         raise UserError(f"{path}: text in {encoding.upper()}; UTF-8 is read: iconv -f {encoding.upper()[:6]} -t UTF-8")
     try:
@@ -154,22 +159,33 @@ def read_json(path: Path) -> object:
         raise UserError(f"{path}: {where}, perhaps Latin-1: iconv -f LATIN1 -t UTF-8 converts it") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: {_unlike_json(text, error)}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
+        raise UserError(f"{path}{_line_of_number(text)}: {error}") from error
+    except (LookupError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from error
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object of JSON. Raises `ValueError` where a key stands twice with two values, of which json keeps the last."""
+    """An object of JSON. Raises `LookupError` where a key stands twice with two values: json keeps the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         for key, value in pairs:
             if found[key] != value:
-                raise ValueError(f'"{key}" stands twice in an object, with two values')
+                values = " and ".join(json.dumps(v)[:40] for v in (value, found[key]))
+                raise LookupError(f'"{key}" stands twice in an object, with two values: {values}')
     return found
 
 
 def _no_constant(name: str) -> object:
     raise ValueError(f"{name} is none of JSON's numbers")
+
+
+def _line_of_number(text: str) -> str:
+    """Of the first number that Python's reader takes or refuses and JSON has not, ":line"; empty if there is none."""
+    for found in re.finditer(r'"(?:[^"\\]|\\.)*"|(NaN|-?Infinity|\d{4301,})', text):
+        if found[1]:
+            return f":{text.count(chr(10), 0, found.start()) + 1}"
+    return ""
 
 
 def _unlike_json(text: str, error: json.JSONDecodeError) -> str:

@@ -58,26 +58,45 @@ ELSEWHERE = {
     "report_to": "tracker",
     "early_stopping_patience": "early_stop.patience",
 }
+# what other tools let choose, and this project does not
+FIXED = {
+    "optim": "the optimizer is bitsandbytes' paged AdamW in 8 bits",
+    "optimizer": "the optimizer is bitsandbytes' paged AdamW in 8 bits",
+    "lr_scheduler_type": "the rate rises over train.warmup, then falls by a cosine",
+    "lr_scheduler": "the rate rises over train.warmup, then falls by a cosine",
+    "logging_steps": "every step is logged",
+    "load_in_8bit": "base.quant is nf4, fp4 or none",
+    "temperature": "every system decodes greedily",
+    "top_p": "every system decodes greedily",
+    "top_k": "every system decodes greedily",
+    "do_sample": "every system decodes greedily",
+    "num_beams": "every system decodes greedily",
+    "packing": "questions of a paragraph share it: train.share_prefixes",
+}
 OF_MAKE = {"model": "MODEL", "seeds": "SEED", "adapter_path": "ADAPTER", "config": "MODEL", "gpus": "PROCESSES"}
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of a message that names the nearest known word; empty if none is near.
+    """The end of a message that names the nearest known word, or what is fixed here; empty if none is near.
 
     A key's last part decides before its spelling: "learning_rate", "lr" and "trian.lr" all mean "train.lr".
     """
     words = list(known)
     last = word.rpartition(".")[2]
     same = [ELSEWHERE.get(last.lower(), ""), *(w for w in words if w.rpartition(".")[2] == last)]
+    if last.lower() in FIXED and last not in words:
+        return f"; {FIXED[last.lower()]}"
     close = [w for w in same if w in words] or difflib.get_close_matches(word, words, 1, cutoff=0.5)
     return f' — did you mean "{close[0]}"?' if close else ""
 
 
 def main(kind: str, word: str, known: list[str]) -> None:
     """Print the error for a variable or target of make that is not known."""
-    setting = word if "." in word else ELSEWHERE.get(word.lower())
+    setting, fixed = word if "." in word else ELSEWHERE.get(word.lower()), FIXED.get(word.lower())
     if kind == "variable" and setting:
         hint = f'; it is a setting: ARGS="{setting}=…"'
+    elif kind == "variable" and fixed:
+        hint = f"; {fixed}"
     elif kind == "target" and os.path.exists(f"configs/{word}.yaml"):
         hint = f"; it is a system: MODEL={word}"
     else:

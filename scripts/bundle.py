@@ -7,7 +7,6 @@
 unpacked into `.cache/`, where the Makefile points pip and the scripts; that needs the standard library alone.
 """
 
-import argparse
 import gzip
 import importlib.metadata
 import json
@@ -22,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from common.arguments import Parser
 from common.errors import UserError, one_line_errors
 from common.files import ROOT, atomic, sha256
 
@@ -205,7 +205,7 @@ def unpack(bundle: Path = BUNDLE, into: Path = CACHE) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack")
     packing.add_argument("models", nargs="+", help="names in configs/ or YAML files, and key=value")

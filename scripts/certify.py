@@ -7,14 +7,15 @@ CERTIFIED (exit code 0), or what does not fit (1). A hosted model's whole transc
 must be equal. In 16 bits rounding can flip a token, so as many may differ as chance allows if a tenth flip.
 """
 
-import argparse
 import json
 import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.arguments import Parser
 from common.config import Config, flat, load
+from common.config_file import of_dict
 from common.data import squad
 from common.data.tokens import Tokenizers
 from common.data.trees import prompt_texts
@@ -38,7 +39,7 @@ Found = dict[str, str | None]  # check → what does not fit
 
 def main(argv: list[str]) -> None:
     # ---- settings --------------------------------------------------------------------------------------------------
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, help="the folder of an evaluation")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--questions", type=int, default=50, help="how many are answered again, drawn anew each time")
@@ -57,9 +58,11 @@ def main(argv: list[str]) -> None:
     found: Found = {}
 
     # ---- what is stored --------------------------------------------------------------------------------------------
-    stored, mine = {key: v for key, v in flat(was["config"]).items() if key not in MOVED}, flat(config.to_dict())
-    other = [f"{key} is {mine.get(key)}, was {value}" for key, value in stored.items() if mine.get(key) != value]
-    found["configuration"] = "; ".join(other) or None
+    begun, ended = load(str(args.run / "config.yaml")), of_dict(Config, was["config"], f"{args.run}/record.json")
+    # limits and fields of requests may change between two sittings of a run: its hash leaves them out
+    alike, mine = begun.hash("eval") == ended.hash("eval"), flat(begun.to_dict())
+    other = [f"{key} is {mine.get(key)}, was {v}" for key, v in flat(was["config"]).items() if mine.get(key) != v]
+    found["configuration"] = None if alike else "; ".join(other)
     preflight.check(config)
     dev = squad.load(config.data, "dev")
     tokenizers = load_tokenizers(config)

@@ -7,7 +7,6 @@ equals, so a smoke run never replaces a measurement; the others are listed below
 make one line. Systems with random weights have lines of their own, without accuracy. Imports no torch.
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -19,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import cast
 
+from common.arguments import Parser
 from common.config import Data
 from common.data import squad
 from common.errors import UserError, one_line_errors
@@ -314,7 +314,7 @@ def markdown_table(rows: Sequence[Cells]) -> str:
 
 def main(argv: list[str]) -> None:
     # ---- settings --------------------------------------------------------------------------------------------------
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="?", default="runs", help="the folder of run folders")
     parser.add_argument("--usd-per-hour", type=float, help="price of the device: adds what 1,000 single queries cost")
     parser.add_argument("--systems", nargs="+", default=[], help="these alone; of one that was not run, the reason")

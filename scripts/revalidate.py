@@ -10,7 +10,6 @@ on stdin. Exit codes: 0 as good as accepted, 1 a regression, 2 set-up, 75 anothe
 last run (or FOLDER) the one to compare with; accepted.json keeps the history.
 """
 
-import argparse
 import json
 import re
 import subprocess
@@ -21,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from common.arguments import Parser
 from common.errors import UserError, one_line_errors
 from common.files import lock, write_text
 from common.runs import record, regression, signals, sweeps
@@ -31,7 +31,7 @@ BUSY = 75  # EX_TEMPFAIL: try again later
 
 def main(argv: list[str]) -> None:
     # ---- settings --------------------------------------------------------------------------------------------------
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("words", nargs="*", metavar="SWEEP, key=value", help="a sweep, and overrides for every run")
     parser.add_argument("--notify", metavar="COMMAND", help="gets the verdict as JSON, where it is no pass")
     parser.add_argument("--accept", metavar="WHY", help="accept what was measured last")

@@ -19,6 +19,7 @@ from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from common.arguments import Parser
 from common.errors import UserError, one_line_errors
 from common.files import ROOT
 from common.runs import signals, sweeps
@@ -32,7 +33,7 @@ SLURM = {"name": "squad-qlora", "gpus_per_node": 1, "timeout_min": 1440}  # of a
 
 def main(argv: list[str]) -> None:
     # ---- plan ------------------------------------------------------------------------------------------------------
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("sweep", help="a name in configs/sweeps/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--workers", type=int, help="runs at a time; default: one a GPU, or one")

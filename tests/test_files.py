@@ -8,6 +8,7 @@ import re
 import stat
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -126,6 +127,13 @@ def zipped() -> bytes:
     return out.getvalue()
 
 
+def tarred() -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("dev.json"))
+    return out.getvalue()
+
+
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
@@ -148,9 +156,13 @@ def zipped() -> bytes:
         (b'{"a": [1, 2', r":1: not valid JSON \(.*\); is the file complete\?$"),
         (b'{"a": "cut he', r":1: not valid JSON \(.*\); is the file complete\?$"),
         (b'{"a": 1,\n "b" 2}', r":2: not valid JSON \(Expecting ':' delimiter, at column 6\)$"),
-        (b'{"a": NaN}', ": NaN is none of JSON's numbers$"),
-        (b'{"a": -Infinity}', ": -Infinity is none of JSON's numbers$"),
-        (b'{"a": {"b": 1, "b": 2}}', ': "b" stands twice in an object, with two values$'),
+        (b'{"a": NaN}', ":1: NaN is none of JSON's numbers$"),
+        (b'{"a":\n "NaN \\" NaN",\n "b": -Infinity}', ":3: -Infinity is none of JSON's numbers$"),
+        (b'{"a":\n' + b"9" * 5000 + b"}", ":2: .*4300 digits"),
+        (b'{"a": {"b": 1, "b": 2}}', ': "b" stands twice in an object, with two values: 1 and 2$'),
+        (b'{"a": 1}' + b"\0" * 9, r": ends in zero bytes; is the file complete\?$"),
+        (b"\0" * 99, r": ends in zero bytes; is the file complete\?$"),
+        (tarred(), ": a tar archive; unpack it, and name the JSON file"),
         (b"[" * 10**5, ": .*recursion"),
         (gzip.compress(b'{"a": 1}', mtime=0)[:-9], r": cannot be read \(.*\); is the file complete\?$"),
     ],

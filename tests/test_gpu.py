@@ -20,8 +20,9 @@ from common.decode.predict import answer_trees
 from common.decode.single import Single
 from common.errors import UserError
 from common.model import attention, linears, memory, tree_mask
+from common.model.adapter import add_lora
 from common.model.linears import MergedLinear
-from common.model.load import add_lora, load_base, load_tokenizer, parameter_counts
+from common.model.load import load_base, load_tokenizer, parameter_counts
 from common.model.memory import GIB, Shapes, choose
 from common.model.nf4 import MATMUL_TOKENS
 from common.model.pack import IGNORED, PadSizes, build_pack

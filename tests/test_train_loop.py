@@ -23,8 +23,9 @@ from common.decode import plain, predict
 from common.decode.answers import stop_tokens
 from common.errors import UserError
 from common.files import SUMS
+from common.model.adapter import add_lora
 from common.model.identity import identify
-from common.model.load import add_lora, load_base, load_tokenizer, tokenizer_sha256
+from common.model.load import load_base, load_tokenizer, tokenizer_sha256
 from common.model.pack import build_pack
 from common.runs import checkpoint, gauges, ranks
 from common.train import engine

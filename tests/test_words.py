@@ -2,7 +2,7 @@
 
 from common.config import Config
 from common.config_file import known_keys
-from common.words import ELSEWHERE, nearest
+from common.words import ELSEWHERE, FIXED, nearest
 
 import pytest
 from hypothesis import given
@@ -37,6 +37,12 @@ def test_every_name_of_another_tool_means_a_key_that_exists():
     assert set(ELSEWHERE.values()) <= set(KEYS)
 
 
+@pytest.mark.parametrize("word", FIXED)
+def test_what_other_tools_let_choose_and_is_fixed_here_is_said(word):
+    assert nearest(word, KEYS) == nearest(f"train.{word}", KEYS) == f"; {FIXED[word]}"
+    assert not any(key.rpartition(".")[2] == word for key in KEYS)
+
+
 def test_a_word_that_is_far_from_all_names_none():
     assert nearest("xyzzy", ["train.lr"]) == ""
     assert nearest("learning_rate", ["other"]) == ""  # not offered where it is none of the known ones
@@ -45,4 +51,4 @@ def test_a_word_that_is_far_from_all_names_none():
 @given(st.text())
 def test_any_text_has_a_nearest_word_among_the_known_or_none(word):
     end = nearest(word, KEYS)
-    assert end == "" or end.removeprefix(' — did you mean "').removesuffix('"?') in KEYS
+    assert end == "" or end.startswith("; ") or end.removeprefix(' — did you mean "').removesuffix('"?') in KEYS

@@ -9,7 +9,7 @@ from dataclasses import replace
 from common.config import Prompt
 from common.data.squad import Example
 from common.data.tokens import Tokenizer, tokenize
-from common.errors import UserError
+from common.errors import UserError, first_line
 
 VERSION = "1"
 CONTEXT = "Context: {}"
@@ -66,7 +66,10 @@ def chat_text(tokenizer: Tokenizer, prompt: str) -> str:
     if not tokenizer.chat_template:
         raise UserError("prompt.chat: this model's tokenizer has no chat template")
     asked = [{"role": "user", "content": message(prompt)}]
-    return tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program, and may raise anything
+        raise UserError(f"prompt.chat: this model's chat template fails ({first_line(error)})") from error
 
 
 def fill(options: Prompt, train: Iterable[Example]) -> Prompt:

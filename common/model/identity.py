@@ -85,11 +85,22 @@ def _files(base: Base, names: list[str]) -> dict[str, Path]:
     if single:
         with safe_open(single, framework="pt") as tensors:
             return {name: single for name in names if name in set(tensors.keys())}
-    if not index:
-        return {}
-    shards = json.loads(index.read_text())["weight_map"]
-    files = {name: _file(base, shards[name]) for name in names if name in shards}
+    files = {name: _file(base, shard) for name, shard in _shards(index).items() if name in names}
     return {name: file for name, file in files.items() if file}
+
+
+def stored_files(base: Base) -> list[Path]:
+    """The files on this disk that hold a base's weights; transformers reads the first of both kinds that is there."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        single, index = _file(base, name), _file(base, f"{name}.index.json")
+        found = [single] if single else [_file(base, shard) for shard in sorted(set(_shards(index).values()))]
+        if files := [file for file in found if file]:
+            return files
+    return []
+
+
+def _shards(index: Path | None) -> dict[str, str]:
+    return json.loads(index.read_text())["weight_map"] if index else {}
 
 
 def _file(base: Base, name: str) -> Path | None:

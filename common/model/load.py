@@ -1,27 +1,22 @@
 """Loads a frozen base (NF4, FP4 or plain; real or random weights) and a LoRA adapter on it, new or trained."""
 
-import contextlib
 import hashlib
 import json
-import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.config import Base, Config, Lora
+from common.config import Base, Config
 from common.data.tokens import Tokenizer, Tokenizers
 from common.device import out_of_memory
 from common.errors import UserError, first_line
-from common.model.identity import differs, identify, model_name
+from common.model.adapter import add_lora, load_adapter
 from common.model.llama import Model, causal_of
+from common.model.stored import is_quantized, need_finite, need_float_weights
 from common.model.tree_mask import registered
-from common.runs import adapters
 from common.runs.results import Section
 
 import bitsandbytes as bnb
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,8 +31,6 @@ PROBE = (
     "The 1,234th café — naïve “quotes”, don't; 3.14% of $5e-6!  Two spaces,\ttab\nline.\n\nContext: Ἀθῆναι Москва "
     "東京 القاهرة नई दिल्ली 🏛️ e\u0301 C++/x_y=[z]{w} <tag> #1 @home antidisestablishmentarianism\nAnswer:"
 )
-# PEFT's adapters that treat each token alone, so packs and trees change nothing; compared with PEFT's answers in tests
-TOKENWISE = ("LORA", "ADALORA", "IA3", "VERA", "LOHA", "LOKR", "OFT", "HRA", "LN_TUNING", "TRAINABLE_TOKENS")
 DERIVED = ("rotary_emb.inv_freq",)  # tensors that old checkpoints hold and models compute
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # random matrices start at multiples of a prime modulo a power of two, in numbers: no two start at the same place
@@ -96,8 +89,10 @@ def load_base(base: Base, device: torch.device) -> PreTrainedModel:
                 model, found = model_class.from_pretrained(None, config=config, state_dict=weights, **options)
                 model.name_or_path = base.path
             else:
-                if _is_stored_quantized(base):
+                if is_quantized(base):
                     del options["quantization_config"]  # it is read from there
+                else:
+                    need_float_weights(base)
                 model, found = AutoModelForCausalLM.from_pretrained(base.path, revision=base.revision, **options)
         except (torch.OutOfMemoryError, UserError):
             raise
@@ -109,7 +104,7 @@ def load_base(base: Base, device: torch.device) -> PreTrainedModel:
         raise UserError(f"{base.path}: no whole model: {lacks[0]}{more} is missing, or has another shape")
     hint = "; fp16 cannot hold them: set base.dtype=bf16 or fp32" if dtype == torch.float16 else ""
     for name, p in model.named_parameters():
-        _need_finite(base.path, name, p, hint)
+        need_finite(base.path, name, p, hint)
     if unused := sorted(key for key in found["unexpected_keys"] if not key.endswith(DERIVED)):
         more = f" and {len(unused) - 1} more" if unused[1:] else ""
         raise UserError(f"{base.path}: {unused[0]}{more} stands in its files and not in the model of its config.json")
@@ -127,24 +122,6 @@ def load_base(base: Base, device: torch.device) -> PreTrainedModel:
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype = dtype  # a stored one may name another
     return model.requires_grad_(False).eval()
-
-
-def _is_stored_quantized(base: Base) -> bool:
-    """True if a checkpoint is quantised already. Raises `UserError` if otherwise than `base.quant` says."""
-    stored = getattr(AutoConfig.from_pretrained(base.path, revision=base.revision), "quantization_config", None)
-    if not stored:
-        return False
-    settings = stored if isinstance(stored, dict) else stored.to_dict()
-    if not settings.get("load_in_4bit"):
-        method = settings.get("quant_method") or "a method that it does not name"
-        raise UserError(
-            f"{base.path} is quantised already, by {method}; base.path takes weights in 16 or 32 bits, or in 4"
-        )
-    quant, double = settings.get("bnb_4bit_quant_type", "fp4"), bool(settings.get("bnb_4bit_use_double_quant"))
-    if (quant, double) != (base.quant, base.double_quant):
-        fit = f"base.quant={quant} base.double_quant={str(double).lower()}"
-        raise UserError(f"{base.path} is stored in 4-bit {quant} by bitsandbytes: set {fit}")
-    return True
 
 
 def random_weights(base: Base) -> tuple[type[PreTrainedModel], Any, dict[str, torch.Tensor]]:
@@ -166,104 +143,6 @@ def random_weights(base: Base) -> tuple[type[PreTrainedModel], Any, dict[str, to
     return type(model), config, weights
 
 
-def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
-    """`model` with a new adapter: A random from `seed`, B zero, both fp32."""
-    sizes = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
-    options = LoraConfig(**sizes, target_modules=list(lora.targets), bias="none", task_type="CAUSAL_LM")
-    torch.manual_seed(seed)
-    try:
-        return get_peft_model(model, options)
-    except ValueError as error:
-        raise UserError(f"lora.targets: {first_line(error)}") from error
-
-
-def load_adapter(model: PreTrainedModel, folder: Path, base: Base, force: bool = False) -> PeftModel:
-    """`model` with a trained adapter in PEFT's format, in eval mode.
-
-    Raises `UserError` if they do not fit, or the adapter was trained on another base (unless `force`).
-    """
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-        weights = adapter_weights(folder)
-    except UserError:
-        raise
-    except Exception as error:  # each kind of damage to its files has an exception of its own
-        raise UserError(f"{folder}: not a whole adapter ({first_line(error)})") from error
-    if config.peft_type is None:
-        raise UserError(f"{folder}: not a whole adapter (its configuration names no peft_type)")
-    if config.peft_type not in TOKENWISE or getattr(config, "alora_invocation_tokens", None):
-        kind = "aLoRA" if config.peft_type == "LORA" else getattr(config.peft_type, "value", config.peft_type)
-        raise UserError(f"{folder}: {kind} is no adapter of single tokens; merge it into its base, then MODEL=folder")
-    if other := another_base(folder, config.base_model_name_or_path, base):
-        if not force:
-            raise UserError(f"{folder}: {other}; base.path=… names its base, FORCE=1 takes this one all the same")
-        print(f"note: {folder}: {other}; FORCE=1 takes this one all the same", file=sys.stderr)
-    unknown = sorted(json.loads((folder / "adapter_config.json").read_text()).keys() - vars(config).keys())
-    if unknown:
-        print(f"note: {folder}/adapter_config.json sets what is not known here: {', '.join(unknown)}", file=sys.stderr)
-    if str(getattr(config, "init_lora_weights", "")).startswith("pissa_niter"):
-        raise UserError(f"{folder}: its base is changed by a random SVD at each load; convert it to plain LoRA by PEFT")
-    try:
-        peft_model = get_peft_model(model, config)
-    except Exception as error:  # what a configuration may say wrongly has many kinds
-        raise UserError(f"{folder}: this adapter does not fit {base.path} ({first_line(error)})") from error
-    load_weights(peft_model, weights, str(folder))
-    return peft_model.eval()
-
-
-def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter's file by name, on the host."""
-    file = next((folder / name for name in adapters.WEIGHTS if (folder / name).is_file()), None)
-    if file is None:
-        raise UserError(f"{folder}: it holds none of {' and '.join(adapters.WEIGHTS)}, so no weights")
-    found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    if not (isinstance(found, dict) and all(isinstance(weight, torch.Tensor) for weight in found.values())):
-        raise UserError(f"{file}: not a dict of tensors by name")
-    return found
-
-
-def another_base(folder: Path, recorded: str | None, base: Base) -> str | None:
-    """Why an adapter's base is another one than `base`; None if they are the same, with a note if that is uncertain.
-
-    Shapes and sampled numbers decide if the adapter carries them, or its recorded base is on this disk; else the name.
-    """
-    settings = adapters.trained_with(folder)
-    trained, here = (settings or {}).get("identity"), identify(base)
-    if trained is None and recorded and (Path(recorded) / "config.json").is_file():
-        with contextlib.suppress(Exception):  # a folder that is damaged says nothing
-            trained = identify(replace(base, path=recorded))
-    if trained and (how := differs(trained, here)):
-        name = trained.get("name") if isinstance(trained, dict) else "unknown"
-        return f"it was trained on another base, {name}: {how}"
-    name = (trained or {}).get("name") or recorded
-    certain = bool(trained and trained["samples"].keys() & here["samples"].keys())
-    if not certain and name and model_name(name) != model_name(base.path):
-        return f"it was trained on {name}, not on {base.path}"
-    if not certain and name != base.path:
-        named = f"is recorded as {name}" if name else "is not recorded"
-        print(f"note: the base of {folder} {named}; {base.path} is taken for it", file=sys.stderr)
-    elif model_name(name or "") != model_name(base.path):
-        print(f"note: {base.path} is the base of {folder}, which knows it as {name}", file=sys.stderr)
-    return None
-
-
-def load_weights(model: PeftModel, weights: dict[str, torch.Tensor], origin: str) -> None:
-    """Copies an adapter's weights in. Raises `UserError`, which names `origin`, unless they are exactly the model's."""
-    misfit = f"{origin}: the adapter does not fit this base"
-    for name, weight in weights.items():
-        _need_finite(origin, name, weight)
-    wanted = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    more = weights.keys() - wanted - own  # embeddings of the base may be stored beside adapters
-    if odd := sorted((wanted - weights.keys()) | more):
-        where = "is not in its file" if odd[0] in wanted else "is none of the model's"
-        raise UserError(f"{misfit} (first odd weight: {odd[0]} {where})")
-    try:
-        set_peft_model_state_dict(model, weights)
-    except RuntimeError as error:
-        raise UserError(f"{misfit} (its shapes differ)") from error
-
-
 def load_system(config: Config, adapter: Path | None, device: torch.device, force: bool = False) -> Model:
     """A system's model in eval mode. A LoRA system without `adapter` (random weights) gets a new one."""
     model = load_base(config.base, device)
@@ -272,14 +151,6 @@ def load_system(config: Config, adapter: Path | None, device: torch.device, forc
     if adapter is None:
         return add_lora(model, config.lora, config.seed).eval()
     return load_adapter(model, adapter, config.base, force)
-
-
-def _need_finite(origin: str, name: str, tensor: torch.Tensor, hint: str = "") -> None:
-    """Raises `UserError` if a tensor, or a 4-bit weight's constants, hold NaN or infinity, which a sum then is too."""
-    state = getattr(tensor, "quant_state", None)
-    parts = [tensor] if state is None else [state.state2.absmax, state.offset] if state.nested else [state.absmax]
-    if not all(part.sum(dtype=torch.float32).isfinite() for part in parts if part.is_floating_point()):
-        raise UserError(f"{origin}: {name} holds numbers that are not finite (nan or inf){hint}")
 
 
 def eos_ids(own: int, settings: GenerationConfig | None) -> list[int]:

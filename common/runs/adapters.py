@@ -11,7 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.config import Base, Config, Lora, Prompt, Window, apart_from_memory, flat, load, with_defaults
+from common.config import Config, Lora, apart_from_memory, flat, load
+from common.config_file import of_dict
 from common.errors import UserError, first_line
 from common.files import read_json
 from common.runs.record import read_all, read_one, weights_of
@@ -22,6 +23,7 @@ import yaml
 
 SETTINGS = "trained_with.json"
 DEFAULT = "qlora7b"  # the Makefile's MODEL
+KEPT = ("system", "seed", "base", "lora", "prompt", "window", "train", "early_stop", "data")
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # as PEFT writes them, now and before 2023
 # keys that an adapter's training decides; of the window those alone that say how text is read, which may be chosen anew
 BOUND = {"prompt": None, "lora": None, "base": ("quant", "double_quant")}
@@ -60,33 +62,21 @@ def choose(config: Config, given: Collection[str] = (), force: bool = False) -> 
     mine = config.to_dict()
     taken: list[tuple[str, str, object]] = []
     against: list[tuple[str, str, object]] = []
-    try:
-        for section, keys in {**BOUND, **FREE}.items():
-            asked, was = mine[section] or {}, trained[section]
-            for key in keys or was:
-                typed = f"{section}.{key}" in given
-                if asked.get(key) == was[key] or (typed and section in FREE):
-                    continue
-                (against if typed else taken).append((section, key, was[key]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{adapter}: the settings of its training are damaged ({error!r})") from error
+    for section, keys in {**BOUND, **FREE}.items():
+        asked, was = mine[section] or {}, trained[section]
+        for key in keys or was:
+            typed = f"{section}.{key}" in given
+            if asked.get(key) == was[key] or (typed and section in FREE):
+                continue
+            (against if typed else taken).append((section, key, was[key]))
     if against and not force:
         raise UserError(
             f"{adapter} was trained with {_words(against)}: leave that out of ARGS, or ask otherwise by FORCE=1"
         )
     for section, key, value in taken:
         mine[section] = {**(mine[section] or {}), key: value}
-    try:
-        complete = replace(
-            config,
-            base=Base(**mine["base"]),
-            lora=Lora(**{**mine["lora"], "targets": tuple(mine["lora"]["targets"])}),
-            window=Window(**mine["window"]),
-            prompt=Prompt(**mine["prompt"]),
-        )
-        return Chosen(complete, adapter, trained, _words(taken), f"FORCE=1 {_words(against)}".strip() * force)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{adapter} was trained otherwise than it is asked: {error}") from error
+    complete = of_dict(Config, mine, f"{adapter} was trained otherwise than it is asked")
+    return Chosen(complete, adapter, trained, _words(taken), f"FORCE=1 {_words(against)}".strip() * force)
 
 
 def newest_system(argv: list[str]) -> list[str]:
@@ -122,22 +112,25 @@ def folder_of(name: str) -> Path:
 
 def trained_with(adapter: Path) -> Section | None:
     """The settings an adapter was trained with; None for one of another tool."""
-    if (adapter / SETTINGS).is_file():
-        found = read_json(adapter / SETTINGS)
-        sections = found if isinstance(found, dict) else {"": None}
-        if not all(isinstance(sections[key], dict) for key in sections.keys() & {"", *BOUND, *FREE}):
-            raise UserError(f"{adapter / SETTINGS}: not the settings of a training; what was changed here?")
-        return sections | {key: value for key, value in with_defaults(sections).items() if key in sections}
-    record = adapter.parent / "record.json"
-    return read_one(record)["config"] if record.is_file() else None  # a run from before there was such a file
+    file = adapter / SETTINGS
+    if file.is_file():
+        found = read_json(file)
+    else:  # a run from before there was such a file
+        file = adapter.parent / "record.json"
+        if not file.is_file():
+            return None
+        found = read_one(file)["config"]
+    if not isinstance(found, dict) or not isinstance(found.get("lora"), dict):
+        raise UserError(f"{file}: not the settings of an adapter's training; what was changed here?")
+    settings = of_dict(Config, {key: value for key, value in found.items() if key in KEPT}, str(file)).to_dict()
+    return found | {key: settings[key] for key in KEPT}
 
 
 def settings_of(config: Config, data_sha256: str, identity: object, tokenizer_sha256: str) -> Section:
     """What `trained_with.json` holds."""
-    kept = ("system", "seed", "base", "lora", "prompt", "window", "train", "early_stop", "data")
     mine = config.to_dict()
     facts = {"data_sha256": data_sha256, "tokenizer_sha256": tokenizer_sha256, "identity": identity}
-    return {key: mine[key] for key in kept} | facts
+    return {key: mine[key] for key in KEPT} | facts
 
 
 def newest(config: Config) -> Path | None:

@@ -1,6 +1,5 @@
 """Bases stay frozen and exact, adapters fit or are refused."""
 
-import copy
 import hashlib
 import json
 import shutil
@@ -10,51 +9,29 @@ from types import SimpleNamespace
 from common.config import Api, Base, Config, Lora, Window, load
 from common.data.tokens import Tokenizers
 from common.decode import predict
-from common.decode.answers import stop_tokens
 from common.errors import UserError, first_line
 from common.model import load as module
-from common.model.identity import identify
-from common.model.llama import beyond_lora, unsupported_reason
 from common.model.load import (
     PROBE,
     AutoTokenizer,
     add_lora,
     compute_dtype,
     eos_ids,
-    load_adapter,
     load_base,
     load_system,
     load_tokenizer,
     load_tokenizers,
-    load_weights,
     parameter_counts,
     random_weights,
     sources,
     tokenizer_sha256,
 )
 from common.runs import preflight
-from tests.decode.test_predict import LIMIT, demo_trees, generated
 from tests.model.test_pack import gradient, lora_model, packed_loss, trees_of
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import (
-    AdaLoraConfig,
-    AdaptionPromptConfig,
-    HRAConfig,
-    IA3Config,
-    LNTuningConfig,
-    LoHaConfig,
-    LoKrConfig,
-    LoraConfig,
-    OFTConfig,
-    PeftModel,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    VeraConfig,
-    get_peft_model,
-)
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config
@@ -324,97 +301,6 @@ def test_a_tokenizer_of_more_tokens_than_the_base_embeds_is_refused(tiny_base, s
         load_base(replace(nf4(tiny_base), tokenizer=str(smollm2_base)), CPU)
 
 
-# ---- adapters ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def adapter(tiny_base, tmp_path):
-    model = lora_model(tiny_base, "nf4")
-    model.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
-def test_a_saved_adapter_gives_the_same_logits_here_and_in_plain_peft(adapter, tiny_base):
-    from peft import PeftModel
-
-    ids = torch.arange(5, 25)[None]
-    ours = load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
-    plain = PeftModel.from_pretrained(load_base(nf4(tiny_base), CPU), adapter)
-    without = load_base(nf4(tiny_base), CPU)
-    assert torch.equal(ours(input_ids=ids).logits, plain(input_ids=ids).logits)
-    assert not torch.equal(ours(input_ids=ids).logits, without(input_ids=ids).logits)
-
-
-def test_what_another_tool_set_in_an_adapters_configuration_is_kept(adapter, tiny_base):
-    from peft import PeftModel
-
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
-    ids = torch.arange(5, 25)[None]
-    ours = load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
-    plain = PeftModel.from_pretrained(load_base(nf4(tiny_base), CPU), adapter)
-    assert torch.equal(ours(input_ids=ids).logits, plain(input_ids=ids).logits)
-
-
-@pytest.mark.parametrize("config", ["{}", "[]", '{"peft_type": "NONE"}', '{"r": 4'])
-def test_a_configuration_that_is_none_is_refused(adapter, tiny_base, config):
-    (adapter / "adapter_config.json").write_text(config)
-    with pytest.raises(UserError, match="not a whole adapter"):
-        load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
-
-
-def test_an_adapter_of_another_base_is_refused_by_name(adapter, tiny_base):
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "meta-llama/Llama-2-7b-hf"
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    says = rf"^{adapter}: it was trained on meta-llama/Llama-2-7b-hf, not on {tiny_base}; .*FORCE=1"
-    with pytest.raises(UserError, match=says):
-        load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
-    load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base), force=True)
-
-
-def test_an_adapter_of_other_shapes_is_refused(adapter, tiny_base, tmp_path):
-    moved = tmp_path / "tiny-llama"  # the name fits, the shapes do not
-    moved.mkdir()
-    settings = json.loads((tiny_base / "config.json").read_text())
-    (moved / "config.json").write_text(json.dumps({**settings, "intermediate_size": 256}))
-    base = Base(str(moved), quant="none", dtype="fp32", random_weights=True)
-    with pytest.raises(
-        UserError,
-        match=rf"^{adapter}: it was trained on another base, {tiny_base}: intermediate_size is 256, was 128; ",
-    ):
-        load_adapter(load_base(base, CPU), adapter, base)
-
-
-@pytest.mark.parametrize("harm", ["a weight less", "a weight more"])
-def test_weights_that_are_not_this_adapters_are_refused_by_name(adapter, tiny_base, harm):
-    found = add_lora(load_base(nf4(tiny_base), CPU), Lora(rank=4), seed=0)
-    weights = load_file(adapter / "adapter_model.safetensors")
-    load_weights(found, weights, "here")
-    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
-    if harm == "a weight less":
-        del weights[name]
-    else:
-        weights = {**weights, name.replace("layers.1", "layers.2"): weights[name]}
-    with pytest.raises(
-        UserError, match=r"here: the adapter does not fit this base \(first odd weight: .*layers\.[12]\.mlp"
-    ):
-        load_weights(found, weights, "here")
-
-
-@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_truncated_adapter_is_refused(adapter, tiny_base, file):
-    whole = (adapter / file).read_bytes()
-    (adapter / file).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="not a whole adapter"):
-        load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
-
-
-def test_unknown_lora_targets_are_named(tiny_base):
-    with pytest.raises(UserError, match=r"lora\.targets"):
-        add_lora(load_base(nf4(tiny_base), CPU), Lora(targets=("no_such_layer",)), seed=0)
-
-
 def test_a_folder_without_a_model_is_a_users_error(tmp_path):
     with pytest.raises(UserError, match="no model could be loaded"):
         load_base(Base(str(tmp_path), quant="none"), CPU)
@@ -479,16 +365,6 @@ def test_a_tokenizer_saved_with_truncation_and_padding_neither_cuts_nor_pads(tin
 # ---- numbers that are not finite -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
-def test_an_adapter_whose_numbers_are_not_finite_is_refused_by_tensor(adapter, tiny_base, number):
-    weights = load_file(adapter / "adapter_model.safetensors")
-    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
-    weights[name][1, 2] = number
-    save_file(weights, adapter / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=rf"^{adapter}: {name} holds numbers that are not finite"):
-        load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
-
-
 @pytest.mark.parametrize("quant", ["nf4", "none"])
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
@@ -530,210 +406,6 @@ def test_a_base_that_is_quantised_by_another_method_is_refused_by_its_name(tiny_
         load_base(nf4(folder), CPU)
 
 
-# ---- adapters of every kind, as PEFT answers with them -------------------------------------------------------------
-
-
-def noisy(base, config, folder):
-    """An adapter of PEFT's kind `config` on `base`, no weight of it where it began, saved; what it answers."""
-    torch.manual_seed(0)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
-    noise = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.15 * torch.randn(parameter.shape, generator=noise)
-    model.save_pretrained(folder)
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return PeftModel.from_pretrained(plain, str(folder)).eval()
-
-
-SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-QV = {"target_modules": ["q_proj", "v_proj"]}
-KINDS = {  # of each, whether the fast layers compute it, and whether export merges it
-    "LoRA": (LoraConfig(r=4, target_modules=SEVEN), True, True),
-    "LoRA with rank-stabilised scales": (LoraConfig(r=4, use_rslora=True, **QV), True, True),
-    "LoRA on the head too": (LoraConfig(r=4, target_modules=["q_proj", "lm_head"]), False, True),
-    "LoRA of several ranks": (LoraConfig(r=4, rank_pattern={"q_proj": 2}, **QV), False, True),
-    "LoRA with biases": (LoraConfig(r=4, lora_bias=True, **QV), False, False),
-    "LoRA and the base's norms": (LoraConfig(r=4, modules_to_save=["norm"], **QV), False, False),
-    "LoRA and a whole head": (LoraConfig(r=4, modules_to_save=["lm_head"], **QV), False, False),
-    "LoRA and trained tokens": (LoraConfig(r=4, trainable_token_indices=[5, 6, 30], **QV), False, False),
-    "LoRA on embeddings": (LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]), False, False),
-    "LoRA over repeated layers": (LoraConfig(r=4, layer_replication=[(0, 2), (0, 2)], **QV), False, False),
-    "DoRA": (LoraConfig(r=4, use_dora=True, **QV), False, False),
-    "IA3": (IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]), False, False),
-    "AdaLoRA": (AdaLoraConfig(init_r=4, target_r=2, total_step=9, **QV), False, False),
-    "VeRA": (VeraConfig(r=4, **QV), False, False),
-    "LoHa": (LoHaConfig(r=4, **QV), False, False),
-    "LoKr": (LoKrConfig(r=4, **QV), False, False),
-    "OFT": (OFTConfig(r=0, oft_block_size=8, **QV), False, False),
-    "HRA": (HRAConfig(r=4, **QV), False, False),
-    "norms": (LNTuningConfig(target_modules=["norm"]), False, False),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_adapter_of_single_tokens_answers_as_by_peft(tiny_base, tmp_path, kind):
-    config, fast, merges = KINDS[kind]
-    config = copy.deepcopy(config)
-    config.task_type = "CAUSAL_LM"
-    peft_model = noisy(tiny_base, config, tmp_path / "adapter")
-    base = Base(str(tiny_base), quant="none", dtype="fp32")
-    model = load_adapter(load_base(base, CPU), tmp_path / "adapter", base)
-    assert (unsupported_reason(model) is None) == fast
-    assert (beyond_lora(model) is None) == merges
-    tokenizer = load_tokenizer(str(tiny_base))
-    trees, stops = demo_trees(tokenizer, 1), stop_tokens(tokenizer, model)
-    answers = predict.answer_trees(model, tokenizer, trees, stops, LIMIT, progress=None)
-    for tree in trees:
-        for branch in tree.branches:
-            expected = generated(peft_model, tokenizer, tree, branch, stops)
-            assert answers[branch.id].token_ids == expected, kind
-
-
-@pytest.mark.parametrize(
-    ("config", "named"),
-    [
-        (PromptTuningConfig(num_virtual_tokens=3), "PROMPT_TUNING"),
-        (PrefixTuningConfig(num_virtual_tokens=3), "PREFIX_TUNING"),
-        (AdaptionPromptConfig(adapter_len=3, adapter_layers=1), "ADAPTION_PROMPT"),
-        (LoraConfig(r=4, alora_invocation_tokens=[5, 6], **QV), "aLoRA"),
-    ],
-)
-def test_an_adapter_that_is_more_than_its_tokens_is_refused_by_kind(tiny_base, tmp_path, config, named):
-    config = copy.deepcopy(config)
-    config.task_type = "CAUSAL_LM"
-    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    base = Base(str(tiny_base), quant="none", dtype="fp32")
-    with pytest.raises(UserError, match=rf"^{tmp_path}/adapter: {named} is no adapter of single tokens"):
-        load_adapter(load_base(base, CPU), tmp_path / "adapter", base)
-
-
-def test_what_an_adapters_file_lacks_is_named(tiny_base, tmp_path):
-    config = LoraConfig(r=4, modules_to_save=["lm_head"], task_type="CAUSAL_LM", **QV)
-    noisy(tiny_base, config, tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    save_file({name: w for name, w in load_file(file).items() if "lora_" in name}, file)
-    base = Base(str(tiny_base), quant="none", dtype="fp32")
-    with pytest.raises(UserError, match=r"first odd weight: base_model\.model\.lm_head\.weight is not in its file"):
-        load_adapter(load_base(base, CPU), tmp_path, base)
-
-
-def test_weights_in_the_format_of_before_safetensors_are_read(adapter, tiny_base):
-    ids = torch.arange(5, 25)[None]
-    now = load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))(input_ids=ids).logits
-    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
-    (adapter / "adapter_model.safetensors").unlink()
-    assert torch.equal(load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))(input_ids=ids).logits, now)
-    (adapter / "adapter_model.bin").write_bytes(b"no pickle")
-    with pytest.raises(UserError, match="not a whole adapter"):
-        load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
-    (adapter / "adapter_model.bin").unlink()
-    with pytest.raises(UserError, match=r"it holds none of adapter_model\.safetensors and adapter_model\.bin"):
-        load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
-
-
-# ---- which base it is ----------------------------------------------------------------------------------------------
-
-
-def recorded(adapter, name, identity=None):
-    """Another base's name in an adapter's settings, and another identity beside it."""
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": name}))
-    if identity:
-        (adapter / "trained_with.json").write_text(json.dumps({"identity": identity}))
-
-
-def scaled(base, folder):
-    """A base of other numbers."""
-    shutil.copytree(base, folder)
-    weights = {name: w * 1.05 for name, w in load_file(folder / "model.safetensors").items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
-def notes(capsys) -> list[str]:
-    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-
-
-def loads(adapter, folder):
-    return load_adapter(load_base(nf4(folder), CPU), adapter, nf4(folder))
-
-
-def test_the_same_base_under_another_name_is_taken_with_a_note(adapter, tiny_base, tmp_path, capsys):
-    shutil.copytree(tiny_base, tmp_path / "a-copy")
-    recorded(adapter, "me/tiny-llama", identify(nf4(tiny_base)) | {"name": "me/tiny-llama"})
-    loads(adapter, tmp_path / "a-copy")
-    assert notes(capsys) == [f"note: {tmp_path}/a-copy is the base of {adapter}, which knows it as me/tiny-llama"]
-    loads(adapter, tiny_base)  # of the same name, and surely the same
-    assert notes(capsys) == []
-
-
-def test_another_base_of_the_same_name_is_refused(adapter, tiny_base, tmp_path):
-    other = scaled(tiny_base, tmp_path / "tiny-llama")
-    recorded(adapter, "me/tiny-llama", identify(nf4(tiny_base)) | {"name": "me/tiny-llama"})
-    with pytest.raises(UserError, match=r"another base, me/tiny-llama: 6 of 6 sampled tensors have other numbers"):
-        loads(adapter, other)
-    recorded(adapter, str(tiny_base))  # whose folder is here, so it can be looked at
-    (adapter / "trained_with.json").unlink()
-    with pytest.raises(UserError, match=rf"another base, {tiny_base}: 6 of 6 sampled"):
-        loads(adapter, other)
-
-
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("me/tiny-llama", "is recorded as me/tiny-llama"),
-        ("/gone/.cache/hub/models--me--tiny-llama/snapshots/0123abcd", "is recorded as /gone/.cache"),
-        (None, "is not recorded"),
-    ],
-)
-def test_without_an_identity_shapes_and_name_decide_with_a_note(adapter, tiny_base, capsys, name, says):
-    recorded(adapter, name)
-    loads(adapter, tiny_base)
-    (note,) = notes(capsys)
-    assert note.startswith(f"note: the base of {adapter} {says}")
-
-
-OTHER_TOOLS = {  # what each writes into adapter_config.json beside PEFT's own fields
-    "Unsloth": {
-        "auto_mapping": {
-            "base_model_class": "LlamaForCausalLM",
-            "parent_library": "transformers.models.llama.modeling_llama",
-            "unsloth_fixed": True,
-        },
-        "base_model_name_or_path": "unsloth/tiny-llama-bnb-4bit",
-        "task_type": None,
-    },
-    "TRL": {"base_model_name_or_path": "me/tiny-llama", "modules_to_save": None, "task_type": "CAUSAL_LM"},
-    "LLaMA-Factory": {
-        "base_model_name_or_path": "/data/models/tiny-llama",
-        "task_type": "CAUSAL_LM",
-        "lora_dropout": 0.0,
-    },
-    "axolotl": {
-        "base_model_name_or_path": "./tiny-llama",
-        "lora_dropout": 0.05,
-        "fan_in_fan_out": None,
-        "peft_type": "LORA",
-    },
-    "an older PEFT": {"base_model_name_or_path": "tiny-llama", "a_field_that_is_gone": 3},
-}
-
-
-@pytest.mark.parametrize("tool", OTHER_TOOLS)
-def test_an_adapter_as_another_tool_writes_it_runs_in_the_fast_layers(tiny_base, tmp_path, tool):
-    config = LoraConfig(r=4, target_modules=SEVEN, task_type="CAUSAL_LM")
-    peft_model = noisy(tiny_base, config, tmp_path)
-    settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, **OTHER_TOOLS[tool]}))
-    base = Base(str(tiny_base), quant="none", dtype="fp32")
-    model = load_adapter(load_base(base, CPU), tmp_path, base)
-    assert unsupported_reason(model) is None
-    ids = torch.arange(5, 25)[None]
-    assert torch.equal(model(input_ids=ids).logits, peft_model(input_ids=ids).logits)
-
-
 # ---- files that are more, or other, than they should be ------------------------------------------------------------
 
 
@@ -756,6 +428,28 @@ def test_tensors_that_the_model_has_no_place_for_are_named(tiny_base, tmp_path, 
         load_base(Base(str(folder), quant="none"), CPU)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "shards"])
+def test_weights_of_a_base_in_8_bits_without_a_scale_are_no_numbers(tiny_base, tmp_path, dtype, kind):
+    folder, name = tmp_path / "harmed", "model.layers.1.mlp.up_proj.weight"
+    shutil.copytree(tiny_base, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[name] = weights[name].to(dtype)
+    if kind == "safetensors":
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    else:
+        (folder / "model.safetensors").unlink()
+    if kind == "bin":
+        torch.save(weights, folder / "pytorch_model.bin")
+    if kind == "shards":
+        shards = {key: f"model-{1 + (key == name)}.safetensors" for key in weights}
+        for file in set(shards.values()):
+            save_file({key: weights[key] for key in weights if shards[key] == file}, folder / file, {"format": "pt"})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(UserError, match=rf"{name} is stored as \w+, and nothing says what numbers these are$"):
+        load_base(Base(str(folder), quant="none"), CPU)
+
+
 @pytest.mark.parametrize(
     "damage", ["[]", '{"hidden_size": "64"}', '{"rms_norm_eps": null}', '{"hidden_act": "no such"}']
 )
@@ -766,43 +460,6 @@ def test_a_damaged_config_is_one_line(tiny_base, tmp_path, damage):
     (folder / "config.json").write_text(json.dumps({**settings, **found} if found else found))
     with pytest.raises(UserError, match=f"^{folder}: "):
         load_base(Base(str(folder), quant="none"), CPU)
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", "a list", "an epoch more"])
-def test_weights_that_are_no_dict_of_tensors_are_one_line(adapter, tiny_base, content):
-    weights = load_file(adapter / "adapter_model.safetensors")
-    (adapter / "adapter_model.safetensors").unlink()
-    if isinstance(content, bytes):
-        (adapter / "adapter_model.bin").write_bytes(content)
-    else:
-        torch.save([1] if content == "a list" else {**weights, "epoch": 3}, adapter / "adapter_model.bin")
-    with pytest.raises(UserError, match=r"not a whole adapter|not a dict of tensors"):
-        load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [{"target_modules": "("}, {"bias": "foo"}, {"init_lora_weights": "pissa_niter_4"}, {"alpha_pattern": [1]}],
-)
-def test_settings_of_an_adapter_that_cannot_be_are_one_line(adapter, tiny_base, setting):
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**settings, **setting}))
-    with pytest.raises(UserError, match=f"^{adapter}: "):
-        load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base))
-
-
-def test_a_setting_that_is_not_known_is_named(adapter, tiny_base, capsys):
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "lora_alhpa": 8}))
-    loads(adapter, tiny_base)
-    assert f"note: {adapter}/adapter_config.json sets what is not known here: lora_alhpa" in notes(capsys)
-
-
-@pytest.mark.parametrize("identity", ["a text", {"name": "x"}, [1]])
-def test_a_damaged_identity_is_one_line(adapter, tiny_base, identity):
-    recorded(adapter, "me/tiny-llama", identity)
-    with pytest.raises(UserError, match="what it says of its base is damaged"):
-        loads(adapter, tiny_base)
 
 
 @pytest.mark.parametrize("eos", ["</s>", ["</s>"], [[1, 2]]])

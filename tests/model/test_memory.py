@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 from common.config import Base, Eval, Lora, Train
 from common.errors import UserError
-from common.model.load import add_lora, load_base, parameter_counts
+from common.model.adapter import add_lora
+from common.model.load import load_base, parameter_counts
 from common.model.memory import (
     GIB,
     LEAST_CACHE_TOKENS,

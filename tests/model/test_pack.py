@@ -9,7 +9,8 @@ from common.data import plan, squad
 from common.data.squad import Answer, Example
 from common.data.trees import Branch, Tree, build_trees
 from common.model import tree_mask
-from common.model.load import add_lora, load_base, load_tokenizer
+from common.model.adapter import add_lora
+from common.model.load import load_base, load_tokenizer
 from common.model.pack import Layout, PadSizes, build_pack
 from common.model.tree_mask import by_tree, logits, pack_logits, visible
 from tests.conftest import ROOT, same

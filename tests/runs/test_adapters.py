@@ -275,7 +275,20 @@ def test_another_tools_adapter_brings_its_lora_section(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", [{}, {"lora": None}, {"prompt": {"order": "sideways"}}, {"window": {"context": "x"}}]
+    "damage",
+    [
+        {},
+        {"lora": None},
+        {"lora": {"rank": False}},
+        {"lora": {"rank": 8, "tragets": ["q_proj"]}},
+        {"prompt": None},
+        {"prompt": {"order": "sideways"}},
+        {"window": {"context": "x"}},
+        {"window": {"context": 416.5}},
+        {"base": {"path": 3}},
+        {"train": {"lr": float("nan")}},
+        {"early_stop": []},
+    ],
 )
 def test_settings_that_are_damaged_are_one_line(config, tmp_path, damage):
     adapter = stored(tmp_path / "a", config())

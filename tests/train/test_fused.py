@@ -7,7 +7,8 @@ from pathlib import Path
 from common.config import Base, Lora
 from common.data.trees import Tree
 from common.model import tree_mask
-from common.model.load import add_lora, load_base
+from common.model.adapter import add_lora
+from common.model.load import load_base
 from common.model.pack import IGNORED, Pack, PadSizes, build_pack
 from common.train.fused import Fused, flatten, untrainable_reason
 from tests.model.test_pack import CPU, gradient, lora_model, trees_of
