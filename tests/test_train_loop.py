@@ -18,11 +18,11 @@ import eval_loop
 import train_loop
 from common.config import load
 from common.data import plan, squad
-from common.data.trees import Branch, build_trees
+from common.data.trees import Branch, Trees, build_trees
 from common.decode import plain, predict
 from common.decode.answers import stop_tokens
 from common.errors import UserError
-from common.files import SUMS
+from common.files import SUMS, sha256
 from common.model.adapter import add_lora
 from common.model.identity import identify
 from common.model.load import load_base, load_tokenizer, tokenizer_sha256
@@ -35,7 +35,7 @@ from tests.model.test_pack import rows_loss
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 def last_json(capsys) -> dict:
@@ -653,6 +653,38 @@ def test_a_damaged_checkpoint_is_refused_and_left_as_it_is(tiny_config, tmp_path
     with pytest.raises(UserError, match=r"last: adapter_model.safetensors is damaged.*FRESH=1"):
         train_loop.main([str(tiny_config)])
     assert weights.exists()
+
+
+def test_weights_of_another_adapter_in_a_checkpoint_are_refused_by_its_name(tiny_config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at_evaluation(patch, 2)
+        train_loop.main([str(tiny_config)])
+    last = only_run(tmp_path) / "last"
+    weights = load_file(last / "adapter_model.safetensors")
+    before = sha256(last / "adapter_model.safetensors")
+    save_file({f"other.{name}": weight for name, weight in weights.items()}, last / "adapter_model.safetensors")
+    sums = (last / SUMS).read_text().replace(before, sha256(last / "adapter_model.safetensors"))
+    (last / SUMS).write_text(sums)
+    with pytest.raises(UserError, match=rf"^{last}: the adapter does not fit this base \(first odd weight: "):
+        train_loop.main([str(tiny_config)])
+
+
+def test_a_window_that_leaves_nothing_to_train_on_is_said(tiny_config, train_file, monkeypatch):
+    counts = {"questions": 32, "dropped_long": 32}
+    monkeypatch.setattr(train_loop.cache, "build_trees", lambda *args, **kw: Trees([], counts))
+    with pytest.raises(UserError) as caught:
+        train_loop.main([str(tiny_config)])
+    assert str(caught.value) == f"{train_file}: no question is left to train on ({counts})"
+
+
+def test_the_next_steps_packs_are_laid_out_before_the_optimizers_step(tiny_config, monkeypatch):
+    """On a GPU that is while it computes."""
+    done, prepare, step = [], engine.Engine.prepare, train_loop.bnb.optim.PagedAdamW8bit.step
+    monkeypatch.setattr(engine.Engine, "prepare", lambda self, n: done.append(n) or prepare(self, n))
+    optimizer = train_loop.bnb.optim.PagedAdamW8bit
+    monkeypatch.setattr(optimizer, "step", lambda self, *args: done.append("step") or step(self, *args))
+    train_loop.main([str(tiny_config), "train.max_steps=3", "train.eval_every=3"])
+    assert done == [0, 1, "step", 2, "step", "step"]
 
 
 def test_held_out_articles_are_neither_trained_on_nor_taken_from_dev(tiny_config, tmp_path, capsys):
