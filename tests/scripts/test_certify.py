@@ -85,9 +85,7 @@ def test_an_evaluation_is_certified_as_it_is_and_no_change_to_it_is(run, tmp_pat
     fresh()
     assert certified(capsys, copy, f"adapter={adapter}")[0], "a copy elsewhere is as good"
     edit(copy / "config.yaml", lambda c: c["bench"].update(queries=7))
-    assert certified(capsys, copy, f"adapter={adapter}")[0], (
-        "what no evaluation depends on may change"
-    )
+    assert certified(capsys, copy, f"adapter={adapter}")[0], "what no evaluation depends on may change"
 
     def weights_changed():
         weights = load_file(adapter / "adapter_model.safetensors")
