@@ -205,7 +205,9 @@ $(READY): $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than Python 3.11; name a newer one with PYTHON=python3.12" >&2; exit 2; }
 	@echo "setting up $(VENV) from $(LOCK) (once)"
-	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv module; on Debian: apt install python3-venv" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || { echo "error: $(PYTHON) has no venv; on Debian, Ubuntu and Colab:" \
+	  "apt install python$$($(PYTHON) -c 'import sys; print(*sys.version_info[:2], sep=".")')-venv" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "error: $(VENV) could not be made (see above)" >&2; exit 2; }
 	@test ! -e .cache/on-top || $(PYTHON) -c "$$ON_TOP" > $$($(PY) -c 'import site; print(site.getsitepackages()[0])')/on-top.pth
 	$(PY) -m pip install --disable-pip-version-check -r $(LOCK)
 	@touch $@
