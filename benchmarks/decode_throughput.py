@@ -19,7 +19,6 @@ from typing import TypedDict, final
 
 from benchmarks.child import last_line
 from benchmarks.records import DecodeJob, DecodeResult, DecodeRow, Question, markdown
-from common.arguments import Parser
 from common.config import Config, load
 from common.data import cache, squad
 from common.decode.answers import gold_ids, stop_tokens, to_text
@@ -28,6 +27,7 @@ from common.errors import UserError, one_line_errors
 from common.metrics.score import score
 from common.metrics.stats import mcnemar
 from common.model.load import load_tokenizers
+from common.parser import Parser
 from common.runs import adapters, preflight
 
 import torch

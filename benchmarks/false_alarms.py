@@ -12,10 +12,10 @@ they did on an idle H100 (docs/log.md).
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
-from common.arguments import Parser
 from common.config import Rules
 from common.errors import one_line_errors
 from common.metrics.stats import slower, wilson, worse
+from common.parser import Parser
 
 import numpy as np
 

@@ -15,11 +15,11 @@ import sys
 from collections.abc import Callable
 from unittest import mock
 
-from common.arguments import Parser
 from common.device import describe_device, pick_device
 from common.errors import UserError, one_line_errors
 from common.model.linears import MergedLinear
 from common.model.nf4 import ABSMAX_BLOCK, MATMUL_TOKENS
+from common.parser import Parser
 
 import bitsandbytes as bnb
 import torch

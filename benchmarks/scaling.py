@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from benchmarks.records import markdown
-from common.arguments import Parser
 from common.config import load
 from common.device import describe_device, pick_device
 from common.errors import UserError, one_line_errors
 from common.files import ROOT
+from common.parser import Parser
 from common.runs import preflight, record
 
 import torch

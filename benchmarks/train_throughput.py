@@ -24,12 +24,12 @@ from typing import Literal, TypedDict
 
 from benchmarks.child import last_line
 from benchmarks.records import Figures, PeerResult, TrainJob, markdown
-from common.arguments import Parser
 from common.config import Config, load
 from common.data import cache, plan, squad
 from common.errors import UserError, one_line_errors
 from common.files import ROOT
 from common.model.load import load_tokenizers
+from common.parser import Parser
 from common.runs import preflight
 
 import torch

@@ -2,12 +2,10 @@
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
 from common.config import Config, load
-from common.config_file import given_keys, known_keys
-from common.errors import UserError
-from common.words import ELSEWHERE, nearest
+from common.config_file import given_keys
+from common.parser import Parser
 
 SCRIPTS = {
     "train_loop": "Train one system's LoRA adapter on SQuAD, stop early on exact match, keep `best/` and `last/`.",
@@ -16,21 +14,6 @@ SCRIPTS = {
     "ask": "One question about one context, answered by any system.",
     "export": "Merge an adapter into its base as a folder that any tool loads, and check that it answers as well.",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, whose errors are `UserError`s, and whose flags are never abbreviated."""
-
-    def __init__(self, description: str | None = None, prog: str | None = None):
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        unknown, hint = message.removeprefix("unrecognized arguments: "), ""
-        if unknown != message:
-            word = unknown.partition("=")[0].partition(" ")[0]
-            name = word.lstrip("-").replace("-", "_")
-            hint = nearest(name if name in ELSEWHERE else word, [*self._option_string_actions, *known_keys(Config)])
-        raise UserError(f"{self.prog}: {message}{hint}")
 
 
 def parse(script: str, argv: list[str]) -> tuple[Config, argparse.Namespace]:

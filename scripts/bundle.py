@@ -21,9 +21,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from common.arguments import Parser
 from common.errors import UserError, one_line_errors
 from common.files import ROOT, atomic, sha256
+from common.parser import Parser
 
 if TYPE_CHECKING:
     from common.config import Config

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.arguments import Parser
 from common.config import Config, flat, load
 from common.config_file import of_dict
 from common.data import squad
@@ -25,6 +24,7 @@ from common.errors import UserError, one_line_errors
 from common.files import sha256
 from common.metrics import score
 from common.model.load import compute_dtype, load_system, load_tokenizers, tokenizer_sha256
+from common.parser import Parser
 from common.runs import checkpoint, preflight, record
 from common.runs.results import Record, Section
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import cast
 
-from common.arguments import Parser
 from common.config import Data
 from common.data import squad
 from common.errors import UserError, one_line_errors
@@ -26,6 +25,7 @@ from common.files import ROOT, write_text
 from common.metrics import calibration, error_analysis, plots
 from common.metrics.compare import Rows, brackets, compare
 from common.metrics.stats import Interval, clustered, t_interval, wilson
+from common.parser import Parser
 from common.runs import record
 from common.runs.results import Record, Section
 

@@ -20,9 +20,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common.arguments import Parser
 from common.errors import UserError, one_line_errors
 from common.files import lock, write_text
+from common.parser import Parser
 from common.runs import record, regression, signals, sweeps
 
 SWEEP = [sys.executable, "-m", "scripts.sweep"]

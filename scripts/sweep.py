@@ -19,9 +19,9 @@ from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from common.arguments import Parser
 from common.errors import UserError, one_line_errors
 from common.files import ROOT
+from common.parser import Parser
 from common.runs import signals, sweeps
 
 import pynvml

@@ -1,7 +1,8 @@
 """What is wrong with a command line is one line, with what was probably meant."""
 
-from common.arguments import SCRIPTS, Parser, parse, parser
+from common.arguments import SCRIPTS, parse, parser
 from common.errors import UserError
+from common.parser import Parser
 
 import pytest
 

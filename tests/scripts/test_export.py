@@ -13,7 +13,7 @@ from common.config import Base, load
 from common.data import prompt, squad
 from common.data.squad import Dataset
 from common.errors import UserError
-from common.runs import checkpoint, record
+from common.runs import adapters, checkpoint, record
 from scripts import export
 from tests.conftest import ROOT, squad_file
 from tests.model.test_pack import lora_model
@@ -197,10 +197,10 @@ def test_a_card_has_the_newest_evaluation_of_this_adapter_and_of_nothing_else(tm
     }
     assert "# smollm2-qlora: HuggingFaceTB/SmolLM2-135M-Instruct with a LoRA adapter, merged\n" in text
     assert "licence holds for them: Apache-2.0.\nThe training data's licence: not known here.\n" in text
-    with_data = {"data": {"train": "rajpurkar/squad", "train_paragraphs": None}}
-    for trained, words in ((None, ""), (60, "the first 60 paragraphs of ")):
-        with_data["data"]["train_paragraphs"] = trained
-        (adapter / "trained_with.json").write_text(json.dumps(with_data))
+    for trained, words in (("null", ""), ("60", "the first 60 paragraphs of ")):
+        training = load("smollm2-qlora", [f"data.train_paragraphs={trained}"])
+        settings = adapters.settings_of(training, "of data", None, "of a tokenizer")
+        (adapter / adapters.SETTINGS).write_text(json.dumps(settings))
         text = card()
         assert f"The adapter was trained on {words}SQuAD v1.1 (rajpurkar/squad), on" in text
         assert header(text)["datasets"] == ["rajpurkar/squad"]
