@@ -30,6 +30,7 @@ from common.metrics.score import Score, score
 from common.model.adapter import add_lora, load_weights
 from common.model.identity import identify
 from common.model.load import compute_dtype, load_base, load_tokenizers, sources, tokenizer_sha256
+from common.model.memory import GIB
 from common.runs import adapters, checkpoint, gauges, preflight, ranks, record, signals
 from common.runs.results import Section, TrainResult
 from common.train.early_stopping import EarlyStopping
@@ -90,7 +91,7 @@ def main(argv: list[str]) -> None:
 
     # ---- model -----------------------------------------------------------------------------------------------------
     model = add_lora(load_base(config.base, device), lora, config.seed)
-    engine = Engine(model, plan, train, accelerator.backward, rank, n_ranks)
+    engine = Engine(model, plan, train, accelerator.backward, rank, n_ranks, config.eval_in_training)
     optimizer = bnb.optim.PagedAdamW8bit(engine.weights, lr=train.lr, weight_decay=train.weight_decay)
     optimizer = accelerator.prepare(optimizer)
     ema = EMA(engine.weights, train.average) if train.average else None
@@ -126,7 +127,7 @@ def main(argv: list[str]) -> None:
             step = state.step
             if step > state.evaluated and (step % train.eval_every == 0 or step == total):
                 evaluation_began = gauges.now(device)
-                with ema.in_place() if ema else contextlib.nullcontext():
+                with engine.released(), ema.in_place() if ema else contextlib.nullcontext():
                     answers = predict.by_all_ranks(model, tokenizers, dev_trees, config, request.check, step)
                     state.evaluation_seconds += gauges.now(device) - evaluation_began
                     if signalled := answers is None:
@@ -195,8 +196,6 @@ def main(argv: list[str]) -> None:
             accelerator.end_training()
             print(f"stopped after step {state.step}; the same command goes on from {run}")
             sys.exit(request.code or 143)
-    idle_share = ranks.idle_share(busy, stepping)
-    accelerator.end_training()
 
     # ---- record ----------------------------------------------------------------------------------------------------
     state.seconds, state.peak = seconds_before + gauges.now(device) - began, gauges.peaks(device, state.peak)
@@ -208,11 +207,13 @@ def main(argv: list[str]) -> None:
         "window_counts": built.counts,
         "stopped_early": state.step < total,
         "processes": n_ranks,
-        "idle_share": idle_share,
+        "idle_share": ranks.idle_share(busy, stepping),
         "start_seconds": round(start_seconds, 1),
+        "gpu_bytes": gauges.process_peak(device),
         **state.result(record.questions_trained(run)),
         **engine.result(),
     }
+    accelerator.end_training()
     if first:
         record.write(run, config, "train", dev_set, describe_device(device), result, sources(model, tokenizers))
     print(f"{config.title}: {ending(state, result)}\n{json.dumps(result)}")
@@ -278,9 +279,12 @@ def evaluated(step: int, scored: Score, answers: dict[str, Prediction], split: s
 
 def ending(state: checkpoint.State, result: TrainResult) -> str:
     best = "no accuracy" if state.best_em is None else f"best EM {state.best_em:.2f} F1 {state.best_f1:.2f}"
+    planned, took = result["planned_bytes"], result["gpu_bytes"]
+    memory = f"{took / GIB:.2f} GiB of the GPU at the peak, {planned / GIB:.2f} planned; " if planned and took else ""
     return (
         f"{best} at step {state.best_step}; {result['questions_per_s']} questions/s; evaluations took "
-        f"{state.evaluation_seconds / state.seconds:.0%} of {state.seconds:.0f} s; adapter in {result['run']}/best"
+        f"{state.evaluation_seconds / state.seconds:.0%} of {state.seconds:.0f} s; {memory}adapter in "
+        f"{result['run']}/best"
     )
 
 

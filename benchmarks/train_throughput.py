@@ -1,18 +1,22 @@
 """Training throughput side by side: train_loop.py, a plain Hugging Face loop, TRL and Unsloth on the same questions.
 
-    python -m benchmarks.train_throughput [MODEL] [key=value ...] [--systems ours hf trl unsloth] [--budgets 8 24]
+    python -m benchmarks.train_throughput [MODEL] [key=value ...] [--systems ours rows hf trl unsloth]
+        [--cards 8 12 16 24 | --budgets 8 24]
 
 Every figure comes from a fresh process. `ours` is train_loop.py itself, read off its metrics.jsonl; the others are
 benchmarks/peers.py. All train on the questions of the same optimizer steps, with the same token ids, base, LoRA shape,
-compute dtype and optimizer class. On a GPU each has a memory budget (GiB allocated at the peak): ours gets it as
-train.memory_budget_gib, of a peer the fastest batch size that keeps to it is taken, found in the first round; whether
-peers recompute activations is train.gradient_checkpointing.
+compute dtype and optimizer class. On a GPU each has a memory budget in GiB: ours gets it as train.memory_budget_gib, of
+its whole process; of a peer the fastest batch size that allocates no more is taken, found in the first round; whether
+peers recompute activations is train.gradient_checkpointing. With --cards another process takes what a card of so many
+GB would not have, and each stack has what is left: ours by train.memory_budget_gib=auto. `rows` is train_loop.py with
+train.share_prefixes=false: what sharing alone is worth.
 Warm-up steps are left out, with --whole-process nothing is. Rounds are interleaved; the table has their medians, the
 last line is one JSON object. Without MODEL: qlora7b at 8 and 24 GiB on a GPU, and on a CPU SmolLM2 against the plain
 loop alone, by wall time of whole processes.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -22,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Literal, TypedDict
 
+from benchmarks.card import FREE, card
 from benchmarks.child import last_line
 from benchmarks.records import Figures, PeerResult, TrainJob, markdown
 from common.config import Config, load
@@ -44,7 +49,8 @@ TRAIN_QUESTIONS = 87_599  # of SQuAD v1.1's train set: what an epoch is
 GIB = 2**30
 NO_BUDGET = 1e6  # GiB
 SYSTEMS = {
-    "ours": "train_loop.py", "hf": "Hugging Face loop", "trl": "TRL SFTTrainer", "unsloth": "Unsloth",
+    "ours": "train_loop.py", "rows": "train_loop.py, no sharing", "hf": "Hugging Face loop", "trl": "TRL SFTTrainer",
+    "unsloth": "Unsloth",
 }  # fmt: skip
 COLUMNS = (
     "system", "budget", "batch", "questions/s", "ours is", "tokens/s", "epoch", "allocated", "reserved", "TFLOP/s",
@@ -107,11 +113,15 @@ def main(argv: list[str]) -> None:
         ceiling: PeerResult = last_line("peers", "matmul", job, work)
         if "failed" in ceiling:
             raise UserError(f"matrix products: {ceiling['failed']}")
-        job["budgets"] = (args.budgets or [config.train.memory_budget_gib or NO_BUDGET]) if gpu else [NO_BUDGET]
+        configured = config.train.memory_budget_gib
+        job["budgets"] = [configured if isinstance(configured, float) else NO_BUDGET]
+        job["budgets"] = (args.budgets or job["budgets"]) if gpu else [NO_BUDGET]
+        if args.cards:
+            job["budgets"] = [FREE[size] for size in args.cards]
         batches = args.batches or ([8, 16, 24, 32, 64, 128] if gpu else [8])
         if args.whole_process and len(batches) > 1:
             raise UserError("--whole-process: name one of --batches, for a search would count")
-        if config.base.random_weights and set(args.systems) - {"ours"}:
+        if config.base.random_weights and set(args.systems) - {"ours", "rows"}:
             written = last_line("peers", "base", {"base": config.to_dict()["base"], "model": job["model"]}, work)
             if "failed" in written:
                 raise UserError(f"{config.base.path}: {written['failed']}")
@@ -126,16 +136,20 @@ def main(argv: list[str]) -> None:
             args.out.write_text(json.dumps(asked) + "\n")
         for number in range(args.rounds):
             for system in args.systems:
-                if any(run["round"] == number and run["system"] == system for run in runs):
-                    continue
-                known = {str(r["budget"]): r["batch"] for r in runs if r["system"] == system and r["batch"]}
-                job["timed"] = known if len(batches) > 1 else {str(budget): batches[0] for budget in job["budgets"]}
-                job["search"] = [] if job["timed"] else batches
-                new: list[Run] = [{"round": number, **run} for run in one(system, job, args, work)]
-                runs += new
-                if args.out:
-                    with args.out.open("a") as file:
-                        file.writelines(json.dumps(run) + "\n" for run in new)
+                for budgets in [[FREE[size]] for size in args.cards] or [job["budgets"]]:
+                    mine = [r for r in runs if r["system"] == system and r["budget"] in (*budgets, None)]
+                    if any(r["round"] == number for r in mine):
+                        continue
+                    known = {str(r["budget"]): r["batch"] for r in mine if r["batch"]}
+                    job["timed"] = known if len(batches) > 1 else {str(budget): batches[0] for budget in budgets}
+                    job["search"] = [] if job["timed"] else batches
+                    with card(budgets[0]) if args.cards else contextlib.nullcontext():
+                        found = one(system, {**job, "budgets": budgets}, args, work)
+                    new: list[Run] = [{"round": number, **run} for run in found]
+                    runs += new
+                    if args.out:
+                        with args.out.open("a") as file:
+                            file.writelines(json.dumps(run) + "\n" for run in new)
 
     # ---- medians and table -----------------------------------------------------------------------------------------
     speed: Speed = "whole_questions_per_s" if args.whole_process else "questions_per_s"
@@ -188,6 +202,12 @@ def parse(argv: list[str], gpu: bool) -> argparse.Namespace:
     if args.model is None or "=" in args.model:
         args = parser().parse_intermixed_args([*(["qlora7b"] if gpu else ["smollm2-qlora", *CPU_DEFAULT]), *argv])
         args.budgets = args.budgets or ([8.0, 24.0] if gpu else None)
+    if args.cards and not gpu:
+        raise UserError("--cards: no CUDA device, and a card is imitated on a larger GPU")
+    for size in tuple(args.cards):
+        if FREE[size] * GIB > (free := torch.cuda.mem_get_info()[0]):
+            print(f"left out: a card of {size} GB, for this GPU has {free / GIB:.1f} GiB free", file=sys.stderr)
+            args.cards.remove(size)
     return args
 
 
@@ -196,6 +216,7 @@ def parser() -> Parser:
     p.add_argument("model", nargs="?", help="a name in configs/, or a YAML file")
     p.add_argument("overrides", nargs="*", metavar="key=value")
     p.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
+    p.add_argument("--cards", nargs="+", type=int, choices=list(FREE), default=[], help="GB of cards to imitate")
     p.add_argument("--budgets", nargs="+", type=float, help="GiB on a GPU; without: as configured")
     p.add_argument("--batches", nargs="+", type=int, help="rows a step that peers try")
     p.add_argument("--rounds", type=int, default=3)
@@ -251,8 +272,8 @@ def job_of(config: Config, args: argparse.Namespace, work: Path) -> TrainJob:
 
 def one(system: str, job: TrainJob, args: argparse.Namespace, work: Path) -> list[Run]:
     """One round of a system: a figure for each budget, or why there is none."""
-    if system == "ours":
-        return [ours(budget, args, work) for budget in job["budgets"]]
+    if system in ("ours", "rows"):
+        return [ours(system, budget, args, work) for budget in job["budgets"]]
     began = time.perf_counter()
     answer: PeerResult = last_line("peers", system, job, work)
     wall = time.perf_counter() - began
@@ -280,7 +301,7 @@ def one(system: str, job: TrainJob, args: argparse.Namespace, work: Path) -> lis
     ]
 
 
-def ours(budget: float, args: argparse.Namespace, work: Path) -> Run:
+def ours(system: str, budget: float, args: argparse.Namespace, work: Path) -> Run:
     """The figures of train_loop.py's own metrics, from a run of so many steps."""
     runs = tempfile.mkdtemp(prefix="ours-", dir=work)
     total = args.warmup + args.steps
@@ -294,14 +315,15 @@ def ours(budget: float, args: argparse.Namespace, work: Path) -> Run:
         "early_stop.questions=1",
         f"runs={runs}",
     ]
-    command += [f"train.memory_budget_gib={budget:g}"] if budget < NO_BUDGET else []
+    command += [f"train.memory_budget_gib={budget:g}"] if budget < NO_BUDGET and not args.cards else []
+    command += ["train.share_prefixes=false"] if system == "rows" else []
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     wall = time.perf_counter() - began
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
         print(f"{' '.join(command)}\n{said}", file=sys.stderr)
-        return {"system": "ours", "budget": budget, "batch": None, "failed": said}
+        return {"system": system, "budget": budget, "batch": None, "failed": said}
     result = json.loads(done.stdout.strip().splitlines()[-1])
     lines = (Path(result["run"]) / "metrics.jsonl").read_text().splitlines()
     steps = [row for row in map(json.loads, lines) if "loss" in row]
@@ -309,12 +331,12 @@ def ours(budget: float, args: argparse.Namespace, work: Path) -> Run:
     seconds = timed[-1]["seconds"] - steps[args.warmup - 1]["seconds"]
     questions = sum(row["questions"] for row in timed)
     print(
-        f"{SYSTEMS['ours']}: {questions / seconds:.1f} questions/s; first step after "
+        f"{SYSTEMS[system]}: {questions / seconds:.1f} questions/s; first step after "
         f"{result['start_seconds'] + steps[0]['seconds']:.1f} s",
         file=sys.stderr,
     )
     return {
-        "system": "ours",
+        "system": system,
         "budget": budget,
         "batch": round(questions / len(timed)),
         "seconds": seconds,

@@ -34,7 +34,7 @@ def need(holds: bool, key: str, what: str) -> None:
 def between(section: object, **bounds: tuple[float, float]) -> None:
     for key, (low, high) in bounds.items():
         value = getattr(section, key)
-        need(value is None or low <= value <= high, key, f"must be between {low:,} and {high:,}")
+        need(value in (None, "auto") or low <= value <= high, key, f"must be between {low:,} and {high:,}")
 
 
 def later(default: T) -> T:
@@ -153,7 +153,9 @@ class Train:
     epochs: float = 1.0  # passes over the train set, 0.0001 to 10,000
     questions_per_step: int = 64  # the batch size: questions of one optimizer step, 1 to a million
     pack_tokens: int | None = None  # tokens of one micro-batch, 64 to a million; null: by device, fused and budget
-    memory_budget_gib: float | None = None  # fused: peak GPU memory, 0.001 to 10,000; null: by gradient_checkpointing
+    # what the process may take of its GPU, as nvidia-smi shows it, 0.001 to 10,000; auto: what is free when it starts;
+    # null: what gradient_checkpointing takes. Layers that are not fused go by gradient_checkpointing
+    memory_budget_gib: float | Literal["auto"] | None = "auto"
     loss: Literal["token", "question"] = "token"  # mean over a step's answer tokens, or over its questions' own means
     label_smoothing: float = 0.0  # share of each target that goes to all tokens alike, [0, 1)
     share_prefixes: bool = True  # false: every question reads its paragraph anew, in the same steps; to compare with
@@ -189,7 +191,7 @@ class EarlyStop:
 @dataclass(frozen=True)
 class Eval:
     engine: Literal["auto", "plain"] = "auto"  # plain: transformers' and PEFT's modules, as for all but Llamas
-    memory_budget_gib: float = 12.0  # peak allocation, the base included, 0.001 to 10,000; less where less is free
+    memory_budget_gib: float | Literal["auto"] = 12.0  # as of train, 0.001 to 10,000; less where less is free
     pass_tokens: int | None = None  # tokens of one forward pass, 64 to a million; null: by device and memory
     parts: int | None = None  # 1 to 1,024, read each apart: N processes answer as one, to the bit; null: fastest
 
@@ -288,7 +290,7 @@ class Config:
 
     @property
     def eval_in_training(self) -> Eval:
-        """How a training decodes: in no more memory than it trains in."""
+        """How a training decodes: in the memory that it trains in."""
         budget = self.train.memory_budget_gib or self.eval.memory_budget_gib
         return dataclasses.replace(self.eval, memory_budget_gib=budget)
 
@@ -302,6 +304,8 @@ class Config:
         decides["api"] = self.api and self.api.url  # a run that met a limit goes on with a higher one
         if kind in ("train", "eval"):
             del decides["bench"]
+        if self.train.memory_budget_gib == "auto" and (kind != "train" or self.lora is None):
+            decides["train"]["memory_budget_gib"] = None  # the default of before, and nothing depends on it
         if kind == "train":
             decides["train"] = apart_from_memory(decides["train"])
             for key in ("memory_budget_gib", "pass_tokens", "parts"):

@@ -169,8 +169,11 @@ def _build(cls: Any, tree: Tree, prefix: str, source: str, known: list[str]) -> 
 
 
 def _value(value: _Leaf | Tree, hint: Any, key: str, source: str, known: list[str]) -> Any:
-    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    (hint,) = [choice for choice in choices if choice is not type(None)]
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    words = [word for choice in choices[1:] for word in typing.get_args(choice)]  # `float | Literal["auto"]`
+    (hint,) = [choice for choice in choices if choice is not type(None) and not (words and typing.get_args(choice))]
+    if words and isinstance(value, _Leaf) and value.node.value in words:
+        return value.node.value
     if isinstance(value, dict):
         if not dataclasses.is_dataclass(hint):
             raise UserError(f'{_where(value, source)}: "{key}" takes a value, not a section')
@@ -184,10 +187,10 @@ def _value(value: _Leaf | Tree, hint: Any, key: str, source: str, known: list[st
         if not isinstance(value.node, yaml.SequenceNode):
             raise UserError(f'{value.where}: "{key}" takes a list, such as [a, b]')
         return tuple(_scalar(_Leaf(item, value.where), typing.get_args(hint)[0], key) for item in value.node.value)
-    return _scalar(value, hint, key)
+    return _scalar(value, hint, key, words)
 
 
-def _scalar(leaf: _Leaf, hint: Any, key: str) -> Any:
+def _scalar(leaf: _Leaf, hint: Any, key: str, words: typing.Sequence[str] = ()) -> Any:
     if not isinstance(leaf.node, yaml.ScalarNode):
         raise UserError(f'{leaf.where}: "{key}" takes one value, not a list')
     text, tag = leaf.node.value, _tag(leaf.node)
@@ -213,7 +216,7 @@ def _scalar(leaf: _Leaf, hint: Any, key: str) -> Any:
             if math.isinf(float(text)):
                 raise UserError(f'{leaf.where}: "{key}" takes a finite number')
             return float(text)
-    want = {bool: "true or false", int: "a whole number", float: "a number"}[hint]
+    want = " or ".join(({bool: "true or false", int: "a whole number", float: "a number"}[hint], *words))
     raise UserError(f'{leaf.where}: "{key}" takes {want}, not "{shown(text)}"')
 
 

@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
         del model, plain, weights
 
         # ---- check -------------------------------------------------------------------------------------------------
-        if device.type == "cuda" and needs > memory.available_bytes(device):
+        if device.type == "cuda" and needs > memory.limit_bytes("auto", device):
             device, why = torch.device("cpu"), "the merged model does not fit this GPU, so it is checked on the CPU"
             print(f"{why}; fewer --questions take less time")
         base = replace(config.base, path=str(folder), quant="none", tokenizer=None, random_weights=False)

@@ -408,7 +408,8 @@ def kinds(key: str) -> list[object]:
     for part in key.split("."):
         section = next(h for h in (typing.get_args(hint) or (hint,)) if h is not type(None))
         hint = typing.get_type_hints(section)[part]
-    return [h for h in (typing.get_args(hint) or (hint,)) if h is not type(None)]
+    words = (type(None), typing.Literal["auto"])
+    return [h for h in (typing.get_args(hint) or (hint,)) if h not in words]
 
 
 def test_every_number_has_bounds():

@@ -6,11 +6,15 @@ import json
 import random
 import shutil
 import statistics
+import subprocess
+import sys
+import time
 from dataclasses import fields, replace
 
 import bench_latency
 import eval_loop
 import train_loop
+from benchmarks.card import FREE, card
 from common.config import Base, Eval, Lora, Train
 from common.data.trees import Branch, Tree
 from common.decode import predict, single
@@ -19,7 +23,7 @@ from common.decode.forward import Captured
 from common.decode.predict import answer_trees
 from common.decode.single import Single
 from common.errors import UserError
-from common.model import attention, linears, memory, tree_mask
+from common.model import attention, linears, tree_mask
 from common.model.adapter import add_lora
 from common.model.linears import MergedLinear
 from common.model.load import load_base, load_tokenizer, parameter_counts
@@ -56,6 +60,7 @@ def gpu():
     AcceleratorState._reset_state(True)  # one precision a process, and the tests try several
     gc.collect()  # what the test before has left
     torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +169,7 @@ def test_a_graph_computes_what_was_captured_for_any_pack_that_fits(smollm2_base)
     for batch in [*packs, packs[0]]:
         fused.flat.grad.zero_()
         padded = sizes.pad(batch)
-        assert graphed.graphs[len(padded.input_ids)][1].shape == padded.shape
+        assert graphed.inputs[len(padded.input_ids)].shape == padded.shape
         loss = graphed(padded, 0.5).item()
         replays.append(fused.flat.grad.clone())
         fused.flat.grad.zero_()
@@ -172,6 +177,12 @@ def test_a_graph_computes_what_was_captured_for_any_pack_that_fits(smollm2_base)
         assert off(replays[-1], fused.flat.grad) < 0.02  # padded products are rounded in another order
     assert off(replays[0], replays[-1]) < 0.02
     assert off(replays[0], replays[2]) > 0.1
+    before = torch.cuda.memory_reserved()
+    with graphed.released():
+        assert torch.cuda.memory_reserved() < before
+    fused.flat.grad.zero_()
+    graphed(sizes.pad(packs[0]), 0.5)
+    assert torch.equal(fused.flat.grad, replays[-1]), "captured again, to the bit"
 
 
 @pytest.mark.parametrize(("budget", "flash", "dtype"), [(8, True, "bf16"), (24, True, "bf16"), (12, False, "fp16")])
@@ -182,7 +193,7 @@ def test_a_budget_is_kept_and_its_count_is_right(monkeypatch, budget, flash, dty
     shapes = ROOT / "configs" / "shapes" / "llama-2-7b"
     model = add_lora(load_base(Base(str(shapes), random_weights=True, dtype=dtype), GPU), Lora(), seed=0)
     counts = Shapes.of(model, parameter_counts(model)[0])
-    choice = choose(Train(memory_budget_gib=budget), counts, GPU, step_tokens=4126, answer_share=0.1)
+    choice = choose(Train(), counts, GPU, step_tokens=4126, answer_share=0.1, limit=budget * GIB)
     print(choice.description)
     rng = random.Random(0)
 
@@ -235,21 +246,55 @@ def test_the_t4_profile_trains_in_its_budget(tiny_base, tmp_path, monkeypatch, c
     losses = [row["loss"] for row in metrics(next(tmp_path.iterdir())) if "loss" in row]
     assert losses[-1] < losses[0]
     assert result["peak"]["allocated_bytes"] <= 12 * GIB
-    assert 0 < result["kept_layers"] < 32
+    assert result["kept_layers"] > 0
 
 
-def test_a_card_of_8_gib_trains_and_evaluates(tiny_base, tmp_path, monkeypatch, capsys):
-    """The context of CUDA itself, about half a GiB, is left out of what the process may take."""
-    limit = int(7.2 * GIB)
-    monkeypatch.setattr(memory, "available_bytes", lambda device: int(0.9 * limit))
-    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(GPU).total_memory)
-    try:
-        train_loop.main([*random_7b("qlora7b", tiny_base, tmp_path), "train.max_steps=2", "train.eval_every=2"])
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    said = capsys.readouterr().out.splitlines()
-    assert any("no CUDA graphs" in line for line in said)
-    assert json.loads(said[-1])["peak"]["reserved_bytes"] <= limit
+AS_ON_A_T4 = """
+import sys
+from common import device
+device.has_flash_attention = device.has_nf4_kernels = lambda *_: False
+import train_loop
+with train_loop.one_line_errors():
+    train_loop.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "script", "words"),
+    [
+        (FREE[8], ["train_loop.py"], []),
+        (FREE[12], ["train_loop.py"], []),
+        (FREE[16], ["-c", AS_ON_A_T4], ["base.dtype=fp16"]),
+        (FREE[24], ["train_loop.py"], []),
+    ],
+)
+def test_a_card_trains_evaluates_and_resumes_in_what_is_free_as_planned(tiny_base, tmp_path, free_gib, script, words):
+    """Llama-2-7B's shapes, with no flag; a signal in the middle."""
+    few = ["early_stop.questions=60", "train.epochs=50", "train.max_steps=20", "train.eval_every=8"]
+    command = [sys.executable, *script, *random_7b("qlora7b", tiny_base, tmp_path / "runs"), *few, *words]
+    gc.collect()
+    torch.cuda.empty_cache()
+    with card(free_gib):
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as begun:
+            while begun.poll() is None and not [*(tmp_path / "runs").glob("*/metrics.jsonl")]:
+                time.sleep(0.2)
+            while begun.poll() is None and len(metrics(next((tmp_path / "runs").iterdir()))) < 11:
+                time.sleep(0.2)
+            begun.terminate()
+            said = begun.stdout.read()
+        assert "GPU memory as planned" in said
+        assert begun.returncode == 143, "stopped by the signal, after an evaluation"
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    result = json.loads(ended.stdout.splitlines()[-1])
+    took, planned = (result[key] / GIB for key in ("gpu_bytes", "planned_bytes"))
+    rate, kept, pack = (result[key] for key in ("questions_per_s", "kept_layers", "pack_tokens"))
+    print(
+        f"{free_gib} GiB free: {rate} questions/s, {kept} kept, packs of {pack}, {took:.2f} GiB, {planned:.2f} planned"
+    )
+    assert result["steps"] == 20
+    assert result["gpu_bytes"] <= free_gib * GIB
+    assert result["gpu_bytes"] == pytest.approx(result["planned_bytes"], rel=0.05)
 
 
 def test_training_leaves_the_nf4_bytes_as_they_were(smollm2_base):
@@ -468,7 +513,7 @@ def test_decoding_keeps_to_its_budget(tiny_base):
         print(f"decoding with {budget} GiB: {peak:.2f} allocated, {reserved:.2f} reserved")
         assert len(answers) == sum(len(tree.branches) for tree in trees)
         assert 0.8 * budget <= peak <= budget
-        assert reserved <= budget + 0.6, "what graphs keep is counted: the allocator calls it reserved"
+        assert reserved <= budget - 0.8, "beside CUDA itself; what graphs keep is counted too"
 
 
 def test_summing_gradients_does_not_wait_for_the_device():
@@ -503,6 +548,7 @@ def test_out_of_memory_names_the_setting_and_the_run_resumes_with_more_memory(ti
         "train.max_steps=1",
     ]
     torch.cuda.empty_cache()
+    arguments += ["train.memory_budget_gib=null"]
     allowed = torch.cuda.memory_reserved() + 2**30
     torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(GPU).total_memory)
     try:

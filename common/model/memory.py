@@ -3,7 +3,9 @@
 `make test-gpu` compares counts with torch's allocator; docs/results.md has both (8 GiB: 7.65 counted, 7.33 allocated).
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,8 +17,16 @@ import torch
 
 BUDGET = "eval.memory_budget_gib or, in a training, train.memory_budget_gib"  # the config keys to raise, for errors
 GIB, FP32 = 2**30, 4  # bytes
+# what a process takes beside torch's allocator: CUDA's context, and kernels that are loaded as they are met. On an H200
+# 0.60 and 0.22 GiB, whatever the model (docs/log.md)
+CONTEXT, KERNELS = int(0.60 * GIB), int(0.22 * GIB)
+# of what is free, what "auto" leaves to other processes, such as a desktop
+MARGIN = int(0.13 * GIB)
 # a margin for fragmentation: the allocator cannot use gaps between tensors
-USABLE_SHARE = 0.9
+USABLE_SHARE = 0.97
+# what a pack costs in time, in tokens that go forward once: dequantising all matrices (bytes against operations, so
+# cards differ little), and all that does not grow with its tokens. Measured on an H200, docs/log.md
+DEQUANTISED, LAUNCHED = 170, 240
 # tokens of a pack in training; multiples of PACK_STEP, two tiles of a matrix product (below)
 CPU_PACK_TOKENS, GPU_PACK_TOKENS, LEAST_PACK_TOKENS, PACK_STEP = 1024, 8192, 512, 256
 # a margin: steps hold equally many questions, but not equally many tokens
@@ -36,6 +46,10 @@ CACHE_PASSES = 10
 CPU_CACHE_TOKENS, LEAST_CACHE_TOKENS = 16384, 1536
 # of a pass's tokens, those that have logits: 10 % on SQuAD's dev set (66 of 653 thousand, docs/log.md), with a margin
 LOGITS_SHARE = 0.25
+
+
+# what is allocated between two steps, while an evaluation runs
+STAY = ("base", "held matrices", "adapter", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -114,16 +128,44 @@ class Shapes:
         return out + (matrix + work + buffers + self.cache_per_token if capture else 0)
 
 
-def available_bytes(device: torch.device) -> int:
-    """Bytes that this process can allocate: free ones and those that it has reserved, less 10 % for fragmentation."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(USABLE_SHARE * (free + torch.cuda.memory_reserved(device)))
+def shown(budget: float | str | None) -> str:
+    return f"{budget:g}" if isinstance(budget, float) else str(budget)
+
+
+def limit_bytes(budget: float | str, device: torch.device) -> int:
+    """Bytes that torch's allocator may take on a GPU: what is free, and this process's already, less a margin.
+
+    `budget`, unless "auto", limits the whole process, as nvidia-smi shows it, in GiB. A limit that is in force
+    (`keep_to`) stays: since it was set, CUDA has loaded kernels into the margin.
+    """
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    in_force = torch.cuda.get_per_process_memory_fraction(device)
+    available = int(in_force * total) if in_force < 1 else free + torch.cuda.memory_reserved(device) - KERNELS - MARGIN
+    return available if isinstance(budget, str) else min(available, int(budget * GIB) - CONTEXT - KERNELS)
+
+
+def usable_bytes(limit: int, device: torch.device) -> int:
+    """Of `limit`, what tensors can take: without the gaps that are between them by now, and those to come."""
+    gaps = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(USABLE_SHARE * limit) - gaps
+
+
+def keep_to(limit: int, device: torch.device) -> None:
+    """Let torch's allocator take no more than `limit` bytes: it gives cached ones back, or runs out of memory."""
+    _, total = torch.cuda.mem_get_info(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit) / total), device)
 
 
 class Decoding(NamedTuple):
     pass_tokens: int  # at most
     cache_tokens: int  # that the KV cache holds
     capture: bool = False  # passes are captured as CUDA graphs
+
+    def half(self) -> "Decoding":
+        """Passes and cache of half the size, launched one by one."""
+        cache = max(LEAST_CACHE_TOKENS, self.cache_tokens // 2)
+        return Decoding(max(LEAST_PASS_TOKENS, self.pass_tokens // 2), cache)
 
 
 def decoding(options: Eval, shapes: Shapes, device: torch.device, capture: bool) -> Decoding:
@@ -133,11 +175,9 @@ def decoding(options: Eval, shapes: Shapes, device: torch.device, capture: bool)
     """
     if device.type == "cpu":
         return Decoding(options.pass_tokens or CPU_PASS_TOKENS, CPU_CACHE_TOKENS)
-    torch.cuda.empty_cache()
-    # CUDA graphs keep their memory reserved, so nothing else can use it
-    available = available_bytes(device) - torch.cuda.memory_reserved(device)
-    budget = int(options.memory_budget_gib * GIB) - torch.cuda.memory_allocated(device)
-    return fit(options, shapes, min(budget, available), capture)
+    limit = limit_bytes(options.memory_budget_gib, device)
+    keep_to(limit, device)
+    return fit(options, shapes, usable_bytes(limit, device) - torch.cuda.memory_allocated(device), capture)
 
 
 def fit(options: Eval, shapes: Shapes, available: int, capture: bool = False) -> Decoding:
@@ -155,7 +195,7 @@ def fit(options: Eval, shapes: Shapes, available: int, capture: bool = False) ->
     if capture:
         return fit(options, shapes, available)
     least = shapes.decoding_bytes(options.pass_tokens or LEAST_PASS_TOKENS, LEAST_CACHE_TOKENS) / GIB
-    leave = f"{options.memory_budget_gib:g} GiB leave {max(available, 0) / GIB:.1f}"
+    leave = f"{shown(options.memory_budget_gib)} GiB leave {max(available, 0) / GIB:.1f}"
     raise UserError(f"decoding takes {least:.1f} GiB beside the base, and {leave}: raise {BUDGET}; or free the GPU")
 
 
@@ -173,49 +213,117 @@ def choose(
     device: torch.device,
     step_tokens: float,
     answer_share: float,
-    free: int | None = None,
+    limit: int | None = None,
     evaluation: int = 0,
 ) -> Choice:
-    """Pack size, and the layers that keep activations and hold matrices, within `train.memory_budget_gib`.
+    """Pack size, and the layers that keep activations and hold matrices, that take the least time within `limit` bytes.
 
-    A rank's average step has `step_tokens` tokens; `answer_share` of them have logits. The budget is at most `free`
-    bytes. An evaluation between two steps takes `evaluation` bytes, which held matrices leave free as well: CUDA graphs
-    are captured only if both fit, and save more. Raises `UserError` if not even the least sizes fit.
+    A rank's average step has `step_tokens` tokens; `answer_share` of them have logits. An evaluation between two steps
+    takes `evaluation` bytes beside what stays. `limit=None`: `train.gradient_checkpointing` decides. Raises `UserError`
+    if not even the least sizes fit.
     """
     on_cpu = device.type == "cpu"
     largest = CPU_PACK_TOKENS if on_cpu else GPU_PACK_TOKENS
-    even = STEP_MARGIN * step_tokens / math.ceil(step_tokens / largest)  # a step in one pack, or in a few equal ones
-    tokens = train.pack_tokens or min(largest, PACK_STEP * math.ceil(even / PACK_STEP))
-    hold = shapes.layers if shapes.layers * shapes.layer_matrices <= HELD_BYTES else 0
-    keep = 0 if train.gradient_checkpointing else shapes.layers
+    held = shapes.layers if shapes.layers * shapes.layer_matrices <= HELD_BYTES else 0
 
     def count(tokens: int, keep: int, hold: int) -> dict[str, int]:
         answers = math.ceil(ANSWER_MARGIN * answer_share * tokens)
         return shapes.training_bytes(tokens, answers, keep, hold, train.average > 0)
 
-    def total(tokens: int, keep: int, hold: int) -> int:
-        return sum(count(tokens, keep, hold).values())
+    def packs_of(n: int) -> int:  # tokens of a pack where a step has n equal ones
+        return PACK_STEP * math.ceil(STEP_MARGIN * step_tokens / n / PACK_STEP)
 
-    if train.memory_budget_gib is not None and not on_cpu:
-        free = free or 2**63
-        budget = min(int(train.memory_budget_gib * GIB), free)
-        given = f"train.memory_budget_gib={train.memory_budget_gib:g}, of which there are {budget / GIB:.1f}"
-        hold = hold if total(tokens, 0, hold) <= budget else 0
-        while total(tokens, 0, hold) > budget:
-            if train.pack_tokens or tokens <= LEAST_PACK_TOKENS:
-                least = f"{total(tokens, 0, 0) / GIB:.1f} GiB with everything recomputed"
-                raise UserError(f"{given}: packs of {tokens} tokens take about {least}")
-            tokens -= PACK_STEP
-        permanent = sum(count(tokens, 0, hold)[name] for name in ("base", "held matrices", "adapter", "optimizer"))
-        if (takes := permanent + evaluation) > budget:
-            raise UserError(f"{given}: an evaluation between two steps takes {takes / GIB:.1f} GiB")
-        # activations first: a GiB of them saves more time than a GiB of matrices
-        keep = max(n for n in range(shapes.layers + 1) if total(tokens, n, hold) <= budget or n == 0)
-        budget = min(budget, free - evaluation)
-        hold = max(n for n in range(hold, shapes.layers + 1) if total(tokens, keep, n) <= budget or n == hold)
+    fewest = math.ceil(step_tokens / largest)
+    if limit is None or on_cpu:
+        keep = 0 if train.gradient_checkpointing else shapes.layers
+        return _described(train.pack_tokens or min(largest, packs_of(fewest)), keep, held, count, shapes, on_cpu)
+    most = max(fewest, math.ceil(step_tokens / LEAST_PACK_TOKENS))
+    sizes = sorted({train.pack_tokens or min(largest, packs_of(n)) for n in range(fewest, most + 1)})
+    fitting = [
+        (_time(shapes, step_tokens, tokens, *layers), -tokens, layers)
+        for tokens in sizes
+        if (layers := _layers_that_fit(functools.partial(count, tokens), shapes.layers, held, limit, evaluation))
+    ]
+    given = f"train.memory_budget_gib={shown(train.memory_budget_gib)}, of which tensors can take {limit / GIB:.1f}"
+    if not fitting:
+        counted = count(sizes[0], 0, 0)
+        least = f"{sum(counted.values()) / GIB:.1f} GiB with everything recomputed"
+        between = f"an evaluation between two steps {(sum(counted[k] for k in STAY) + evaluation) / GIB:.1f}"
+        raise UserError(f"{given}: packs of {sizes[0]} tokens take about {least}, and {between}")
+    _, tokens, (keep, hold) = min(fitting)
+    return _described(-tokens, keep, hold, count, shapes, on_cpu)
+
+
+class Planned(NamedTuple):
+    """What a training takes of its GPU, in bytes by purpose."""
+
+    stays: dict[str, int]
+    step: dict[str, int]  # while a step is computed, beside what stays
+    evaluation: int  # while an evaluation interrupts, beside what stays
+    margin: int  # is left free
+
+    @property
+    def peak(self) -> int:
+        return sum(self.stays.values()) + max(sum(self.step.values()), self.evaluation)
+
+    def table(self) -> str:
+        """Five lines: a total, and its parts."""
+        stays = sum(self.stays.values())
+        rows: tuple[tuple[str, int, dict[str, int]], ...] = (
+            ("stays", stays, self.stays),
+            ("a step", stays + sum(self.step.values()), {"stays": stays, **self.step}),
+            ("an evaluation", stays + self.evaluation, {"stays": stays, "KV cache and passes": self.evaluation}),
+            ("left free", self.margin, {}),
+        )
+        lines = [
+            f"{name:>14} {total / GIB:6.2f}  {' + '.join(f'{what} {n / GIB:.2f}' for what, n in parts.items() if n)}"
+            for name, total, parts in rows
+        ]
+        return "\n".join(("GPU memory as planned, in GiB", *map(str.rstrip, lines)))
+
+
+def planned(
+    choice: Choice, options: Eval, shapes: Shapes, limit: int | None, device: torch.device, capture: bool
+) -> Planned:
+    """`choice` and an evaluation as `decoding` then sizes it; `limit`: bytes that tensors can take."""
+    stays = {name: n for name, n in choice.counted.items() if name in STAY}
+    step = {name: n for name, n in choice.counted.items() if name not in STAY}
+    sizes = Decoding(LEAST_PASS_TOKENS, LEAST_CACHE_TOKENS)
+    if limit is not None:
+        sizes = fit(options, shapes, limit - sum(stays.values()), capture)
+    gaps = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return Planned(
+        {"CUDA and its kernels": CONTEXT + KERNELS, **stays, "gaps": gaps}, step, shapes.decoding_bytes(*sizes), MARGIN
+    )
+
+
+def _layers_that_fit(
+    count: Callable[[int, int], dict[str, int]], layers: int, held: int, limit: int, evaluation: int
+) -> tuple[int, int] | None:
+    """(kept, held) layers: activations first, since a GiB of them saves more time than a GiB of matrices."""
+
+    def fits(keep: int, hold: int) -> bool:
+        counted = count(keep, hold)
+        return max(sum(counted.values()), sum(counted[name] for name in STAY) + evaluation) <= limit
+
+    least = next((n for n in (held, 0) if fits(0, n)), None)
+    if least is None:
+        return None
+    keep = max(n for n in range(layers + 1) if fits(n, least))
+    return keep, max(n for n in range(least, layers + 1) if fits(keep, n))
+
+
+def _time(shapes: Shapes, step_tokens: float, pack_tokens: int, keep: int, hold: int) -> float:
+    """Of a step, in tokens that go forward once. A backward pass takes as long: frozen weights have no gradient."""
+    again = 1 - shapes.item * shapes.hidden * shapes.intermediate / shapes.layer_matrices  # all but the last product
+    by_token = 2 + again * (1 - keep / shapes.layers)
+    by_pack = LAUNCHED + DEQUANTISED * 2 * (1 - hold / shapes.layers)
+    return step_tokens * by_token + math.ceil(STEP_MARGIN * step_tokens / pack_tokens) * by_pack
+
+
+def _described(
+    tokens: int, keep: int, hold: int, count: Callable[..., dict[str, int]], shapes: Shapes, on_cpu: bool
+) -> Choice:
     counted, held = count(tokens, keep, hold), f" and {hold} their dequantised matrices" if hold else ""
     description = f"fused layers, {keep} of {shapes.layers} keep their activations{held}, packs of {tokens} tokens"
-    if not on_cpu:
-        parts = ", ".join(f"{name} {n / GIB:.2f}" for name, n in counted.items())
-        description += f", about {sum(counted.values()) / GIB:.1f} GiB at the peak: {parts}"
     return Choice(tokens, keep, hold, counted, description)

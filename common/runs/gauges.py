@@ -13,6 +13,7 @@ from pathlib import Path
 from common.files import ROOT
 from common.runs.results import Peak
 
+import pynvml
 import torch
 
 
@@ -44,6 +45,22 @@ def peaks(device: torch.device, before: Peak = UNKNOWN) -> Peak:
         "rss_bytes": rss,
     }
     return {name: max(value, before.get(name) or 0) if value else None for name, value in found.items()}
+
+
+def process_peak(device: torch.device) -> int | None:
+    """Most bytes of the GPU that this process has had, CUDA's own included. None on a CPU, or where NVML hides it."""
+    if device.type != "cuda":
+        return None
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        mine = [p for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
+    except pynvml.NVMLError:
+        return None
+    if not mine or mine[0].usedGpuMemory is None:
+        return None
+    beside = mine[0].usedGpuMemory - torch.cuda.memory_reserved(device)  # CUDA and its kernels, which only grow
+    return torch.cuda.max_memory_reserved(device) + beside
 
 
 Mark = float | torch.cuda.Event  # seconds of the host's clock, or an event of the device

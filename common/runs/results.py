@@ -32,7 +32,8 @@ class Sizes(TypedDict, total=False):
     pack_tokens: int
     kept_layers: float  # whose activations are kept
     recomputed: float  # share of the activations, by bytes
-    counted_bytes: dict[str, int] | None  # expected peak, by what it is for
+    counted_bytes: dict[str, int] | None  # expected peak of a step, by what it is for
+    planned_bytes: int | None  # expected peak of the process, evaluations included
     trained_weights: int
     frozen_weights: int
 
@@ -50,6 +51,7 @@ class TrainResult(Progress, Sizes, Common, total=False):
     processes: int
     idle_share: float | None
     start_seconds: float
+    gpu_bytes: int | None  # most that the process had of its GPU, by NVML, since it began or went on
 
 
 class Accuracy(TypedDict, total=False):

@@ -1,11 +1,12 @@
 """One CUDA graph per padded size: the forward and backward pass of a pack as one launch, so that a GPU never waits.
 
 A graph replays the same kernels on the same addresses. So packs are padded to a few sizes (`pack.PadSizes`) and copied
-into the tensors that the graph of their size was captured with. A pack of another shape is computed without a graph,
-and takes memory beside the graphs'. https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+into the tensors that the graph of their size was captured with. Graphs keep the memory that they compute in, so they
+are released for an evaluation, and for a pack of another shape, and captured again. https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from common.model.pack import Pack, PadSizes
 
@@ -27,34 +28,49 @@ class CapturedPacks:
         self.gradients = [torch.zeros_like(w) for w in weights]
         for parameter, gradient in zip(weights, self.gradients, strict=True):
             parameter.grad = gradient
-        # by tokens: the graph, the pack and weight that it reads, the loss that it writes
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Pack, Tensor, Tensor]] = {}
         fitting = [n for n in reversed(sizes.tokens) if n >= len(example.input_ids)]
-        packs = {size: pack.to(self.device) for size in fitting if (pack := sizes.pad(example, size))}
-        zero, pool = torch.zeros((), device=self.device), None
-        for pack in packs.values():
-            work(pack, zero)
-        for size, pack in packs.items():
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # a graph cannot use memory that the allocator caches for other work
-            graph, weight = torch.cuda.CUDAGraph(), zero.clone()
-            with torch.cuda.graph(graph, pool=pool):
-                loss = work(pack, weight)
-            pool = graph.pool()
-            self.graphs[size] = graph, pack, weight, loss
+        # by tokens, the largest first: what a graph reads
+        self.inputs = {size: pack.to(self.device) for size in fitting if (pack := sizes.pad(example, size))}
+        self.weight = torch.zeros((), device=self.device)
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by tokens, with the loss that it writes
+        for pack in self.inputs.values():
+            work(pack, self.weight)
         for gradient in self.gradients:
             gradient.zero_()
+        self.capture()
+
+    def capture(self) -> None:
+        """Capture all graphs, which computes nothing."""
+        pool = None
+        for size, pack in self.inputs.items():
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # a graph cannot use memory that the allocator caches for other work
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                loss = self.work(pack, self.weight)
+            pool = graph.pool()
+            self.graphs[size] = graph, loss
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Without graphs while the body runs, so that it has their memory; then they are captured again."""
+        torch.cuda.synchronize()
+        self.graphs.clear()
+        torch.cuda.empty_cache()
+        yield
+        self.capture()
 
     def __call__(self, pack: Pack, weight: float) -> Tensor:
         """The loss [], on the device, of a pack on the host, times `weight`."""
         for parameter, gradient in zip(self.weights, self.gradients, strict=True):
             assert parameter.grad is gradient, "graphs add to the gradients that they were captured with"
-        captured = self.graphs.get(len(pack.input_ids))
-        if captured is None or captured[1].shape != pack.shape:
-            return self.work(pack.to(self.device), torch.full((), weight, device=self.device))
-        graph, inputs, captured_weight, loss = captured
+        inputs = self.inputs.get(len(pack.input_ids))
+        if inputs is None or inputs.shape != pack.shape:
+            with self.released():
+                return self.work(pack.to(self.device), torch.full((), weight, device=self.device))
         for target, source in zip(inputs.tensors(), pack.tensors(), strict=True):
             target.copy_(source)
-        captured_weight.fill_(weight)
+        self.weight.fill_(weight)
+        graph, loss = self.graphs[len(pack.input_ids)]
         graph.replay()
         return loss.clone()

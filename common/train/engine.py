@@ -1,14 +1,16 @@
 """Forward and backward of packs: by fused layers within a memory budget, or by transformers' and PEFT's modules."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from common.config import Train
+from common.config import Eval, Train
 from common.data.plan import Plan
 from common.data.trees import Tree
 from common.device import has_flash_attention, out_of_memory
 from common.errors import UserError
-from common.model import load, memory, tree_mask
-from common.model.llama import Model, adapter_size
+from common.model import llama, load, memory, tree_mask
+from common.model.llama import Model
 from common.model.pack import IGNORED, Pack, PadSizes, build_pack
 from common.runs.results import Sizes
 from common.train.cuda_graphs import CapturedPacks
@@ -29,12 +31,20 @@ class Engine:
     """
 
     def __init__(
-        self, model: Model, plan: Plan, train: Train, backward: Callable[[Tensor], None], rank: int, ranks: int
+        self,
+        model: Model,
+        plan: Plan,
+        train: Train,
+        backward: Callable[[Tensor], None],
+        rank: int,
+        ranks: int,
+        evaluation: Eval = Eval(),
     ):
         self.train, self.backward, self.device = train, backward, next(model.parameters()).device
         self.plan, self.rank, self.ranks, self.dtype = plan, rank, ranks, model.dtype
         self.pads: PadSizes | None = None  # packs are padded where CUDA graphs replay
-        self.counted_bytes: dict[str, int] | None = None  # at the peak, by what they are for; GPUs alone
+        self.evaluation = evaluation  # how an evaluation decodes, which interrupts training
+        self.planned: memory.Planned | None = None  # on a GPU, by the fused layers
         self._captured: CapturedPacks | None = None
         self.trained_weights, self.frozen_weights = load.parameter_counts(model)
         if reason := "train.fused=false" if not train.fused else untrainable_reason(model):
@@ -58,7 +68,8 @@ class Engine:
             "pack_tokens": self.pack_tokens,
             "kept_layers": self.keep_layers,
             "recomputed": self.recomputed,
-            "counted_bytes": self.counted_bytes,
+            "counted_bytes": {**self.planned.stays, **self.planned.step} if self.planned else None,
+            "planned_bytes": self.planned.peak if self.planned else None,
             "trained_weights": self.trained_weights,
             "frozen_weights": self.frozen_weights,
         }
@@ -69,7 +80,7 @@ class Engine:
 
     def _use_modules(self, model: Model, reason: str) -> None:
         train = self.train
-        if train.memory_budget_gib:
+        if isinstance(train.memory_budget_gib, float):
             by_hand = "set train.memory_budget_gib=null, and train.pack_tokens and train.gradient_checkpointing by hand"
             raise UserError(f"train.memory_budget_gib needs the fused layers; not with {reason}: {by_hand}")
         self.keep_layers, self.recomputed = model.config.num_hidden_layers, 0.0
@@ -88,22 +99,32 @@ class Engine:
         n_tokens = sum(map(len, plan.rows(plan.trees)))
         answer_share = sum(len(b.answer_ids) for tree in plan.trees for b in tree.branches) / n_tokens
         step_tokens = n_tokens / plan.steps_per_epoch / self.ranks
-        free, shapes = _free_bytes(device), memory.Shapes.of(model, adapter_size(model))
-        # an evaluation runs between two steps, and the graphs' memory is not free for it
+        for layer in llama.layers_of(model):
+            llama.Layer(layer, model.dtype)  # merges its matrices, which leaves gaps: before memory is counted
+        shapes, limit = memory.Shapes.of(model, llama.adapter_size(model)), _limit(train, device)
+        # an evaluation runs between two steps, with the memory of their graphs
         evaluation = shapes.decoding_bytes(memory.LEAST_PASS_TOKENS, memory.LEAST_CACHE_TOKENS)
-        choice = memory.choose(train, shapes, device, step_tokens, answer_share, free, evaluation)
+        choice = memory.choose(train, shapes, device, step_tokens, answer_share, limit, evaluation)
         self.pack_tokens, self.keep_layers = choice.pack_tokens, choice.keep_layers
-        self.description, self.counted_bytes = choice.description, None if free is None else choice.counted
-        how = "lower" if train.memory_budget_gib else "set"
+        self.description = choice.description
+        graphs = has_flash_attention(device, model.dtype)
+        if device.type == "cuda":
+            self.planned = memory.planned(choice, self.evaluation, shapes, limit, device, graphs)
+        how = "lower" if isinstance(train.memory_budget_gib, float) else "set"
         self.memory_advice = f"lower train.pack_tokens (now {self.pack_tokens}), or {how} train.memory_budget_gib"
         layers = Fused(model, choice.keep_layers, choice.hold_layers)
         self.weights, self._logits, self.recomputed = [layers.flat], layers.logits, layers.recomputed
-        if free is not None and has_flash_attention(device, model.dtype):
-            if sum(choice.counted.values()) + evaluation <= free:
-                self.description += ", CUDA graphs"
-                self._capture()
-            else:
-                self.description += ", no CUDA graphs (an evaluation would not fit beside them)"
+        if graphs:
+            self.description += ", CUDA graphs"
+            self._capture()
+        if self.planned:
+            self.description += f"\n{self.planned.table()}"
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Without the memory of CUDA graphs while the body runs: an evaluation takes it."""
+        with self._captured.released() if self._captured else contextlib.nullcontext():
+            yield
 
     def _capture(self) -> None:
         """Captures one graph per padded size, from the packs of the first steps."""
@@ -125,6 +146,10 @@ class Engine:
         return loss.detach()
 
 
-def _free_bytes(device: torch.device) -> int | None:
-    """Bytes that training may take; None on a CPU, where nothing is counted."""
-    return memory.available_bytes(device) if device.type == "cuda" else None
+def _limit(train: Train, device: torch.device) -> int | None:
+    """Bytes that tensors can take; torch's allocator is kept to them. None on a CPU, or without a budget."""
+    if device.type != "cuda" or train.memory_budget_gib is None:
+        return None
+    limit = memory.limit_bytes(train.memory_budget_gib, device)
+    memory.keep_to(limit, device)
+    return memory.usable_bytes(limit, device)

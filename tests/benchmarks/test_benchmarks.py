@@ -68,6 +68,28 @@ def test_a_peer_that_is_not_there_says_so(job, tmp_path, capsys, monkeypatch):
     assert "unsloth" in json.loads(capsys.readouterr().out)["failed"]
 
 
+def test_cards_are_of_a_gpu_and_those_that_are_larger_than_it_are_left_out(monkeypatch, capsys):
+    with pytest.raises(UserError, match="--cards: no CUDA device"):
+        train_throughput.parse(["tiny.yaml", "--cards", "8"], gpu=False)
+    monkeypatch.setattr(train_throughput.torch.cuda, "mem_get_info", lambda: (12 * 2**30, 0))
+    assert train_throughput.parse(["tiny.yaml", "--cards", "8", "24", "12"], gpu=True).cards == [8, 12]
+    assert capsys.readouterr().err == "left out: a card of 24 GB, for this GPU has 12.0 GiB free\n"
+
+
+def test_on_a_card_ours_takes_what_is_free_and_rows_share_nothing(tmp_path, monkeypatch):
+    commands: list[list[str]] = []
+    failed = subprocess.CompletedProcess([], 2, stdout="", stderr="enough\n")
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command) or failed)
+    monkeypatch.setattr(train_throughput.torch.cuda, "mem_get_info", lambda: (12 * 2**30, 0))
+    for words in (["--cards", "8"], []):
+        args = train_throughput.parse(["tiny.yaml", *words], gpu=True)
+        for system in ("ours", "rows"):
+            (row,) = train_throughput.one(system, {"budgets": [7.6]}, args, tmp_path)
+            assert (row["system"], row["budget"]) == (system, 7.6)
+    budget, rows = "train.memory_budget_gib=7.6", "train.share_prefixes=false"
+    assert [(budget in c, rows in c) for c in commands] == [(False, False), (False, True), (True, False), (True, True)]
+
+
 def test_a_budget_at_which_ours_fails_is_a_row_and_not_the_end(tmp_path, monkeypatch):
     args = train_throughput.parse(["tiny.yaml"], gpu=True)
     failed = subprocess.CompletedProcess([], 2, stdout="", stderr="one line\ntoo little memory\n")

@@ -439,6 +439,40 @@ def test_batched_decoding_has_its_sizes(tiny_base, monkeypatch, capture, capture
     assert asked == [(3000, capture_tokens), 77]
 
 
+@pytest.mark.parametrize("fails", [{0}, {3}, {9}, {2, 5, 11}])
+def test_where_memory_runs_out_answering_goes_on_in_smaller_passes(tiny_base, monkeypatch, capsys, fails):
+    model, tokenizer = system(tiny_base)
+    trees, passes, compute = demo_trees(tokenizer, 12), [], forward.Decoder.forward
+    monkeypatch.setattr(predict, "sizes_of", lambda model, options: memory.Decoding(4096, 2000))
+    truth = answer_trees(model, tokenizer, trees, [], 4, progress=None)
+
+    def scarce(self, new, previous=None):
+        passes.append(len(new.ids))
+        if len(passes) - 1 in fails:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(self, new, previous)
+
+    monkeypatch.setattr(forward.Decoder, "forward", scarce)
+    task = predict.Task(tokenizer, [], 4, Eval(), lambda: None, {}, "a round")
+    found = list(predict._answer_stream(model, iter(trees), task, memory.Decoding(4096, 2000, True)))
+    assert sorted(a.branch.id for a in found) == sorted(truth), "each once"
+    assert all(a.token_ids == truth[a.branch.id].token_ids for a in found)
+    noted = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: out of GPU memory")]
+    sizes = [2048, 1024, 512][: len(fails)]
+    assert noted == [f"note: out of GPU memory; answering goes on in passes of {n} tokens" for n in sizes]
+    assert max(passes[max(fails) + 1 :]) <= sizes[-1]
+
+
+def test_where_not_even_the_smallest_passes_fit_it_is_an_error(tiny_base, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model, tokenizer = system(tiny_base)
+    monkeypatch.setattr(forward.Decoder, "forward", full)
+    with pytest.raises(UserError, match=r"^out of GPU memory; lower eval\.memory_budget_gib or, .* \(now 12\)"):
+        answer_trees(model, tokenizer, demo_trees(tokenizer, 1), [], 4, progress=None)
+
+
 def test_progress_is_of_questions_and_of_as_many_as_there_are(tiny_base, capsys):
     model, tokenizer = system(tiny_base)
     answer_trees(model, tokenizer, demo_trees(tokenizer, 2), [], 1, progress="some work")

@@ -108,6 +108,29 @@ def test_a_gpus_peaks_are_of_torchs_allocator_and_of_the_process(cuda):
     assert gauges.peaks(CPU, before) == {"allocated_bytes": None, "reserved_bytes": None, "rss_bytes": 90 * 1024}
 
 
+@pytest.mark.parametrize(
+    ("says", "peak"),
+    [
+        ([(1, 9000), (os.getpid(), 1000)], 700 + 1000 - 400),  # the allocator's most, and what is beside it now
+        ([(1, 9000)], None),  # in a container, where processes have other numbers
+        ([(os.getpid(), None)], None),
+        (None, None),  # no NVML
+    ],
+)
+def test_what_a_process_has_had_of_its_gpu_is_said_by_nvml(cuda, monkeypatch, says, peak):
+    def running(handle):
+        if says is None:
+            raise gauges.pynvml.NVMLError(1)
+        return [SimpleNamespace(pid=pid, usedGpuMemory=n) for pid, n in says if handle == "handle"]
+
+    monkeypatch.setattr(torch.cuda, "memory_reserved", {GPU: 400}.get)
+    monkeypatch.setattr(gauges.pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(gauges.pynvml, "nvmlDeviceGetHandleByUUID", {"GPU-11-22": "handle"}.get)
+    monkeypatch.setattr(gauges.pynvml, "nvmlDeviceGetComputeRunningProcesses", running)
+    assert gauges.process_peak(GPU) == peak
+    assert gauges.process_peak(CPU) is None
+
+
 def test_another_system_counts_resident_memory_in_bytes(cuda, monkeypatch):
     monkeypatch.setattr(gauges.sys, "platform", "darwin")
     assert gauges.peaks(CPU)["rss_bytes"] == 90

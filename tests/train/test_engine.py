@@ -1,5 +1,6 @@
 """The engine chooses layers, packs and graphs once, and each pack's gradient is the loss's. GPUs are made up."""
 
+import contextlib
 import functools
 from types import SimpleNamespace
 
@@ -27,6 +28,12 @@ class Captured:
     def __init__(self, work, weights, pads, example):
         self.work, self.weights, self.pads, self.example, self.seen = work, weights, pads, example, []
 
+    @contextlib.contextmanager
+    def released(self):
+        self.seen.append("released")
+        yield
+        self.seen.append("captured")
+
     def __call__(self, pack, weight):
         self.seen.append(pack)
         return self.work(pack, torch.full((), weight))
@@ -38,8 +45,9 @@ def make(tiny_base, monkeypatch):
     trees, _ = trees_of(tiny_base, 8)
 
     def make(free: int | None = None, flash: bool = True, rank: int = 0, ranks: int = 1, **train) -> Engine:
-        monkeypatch.setattr(module, "_free_bytes", lambda device: free if device == CPU else pytest.fail("which?"))
-        monkeypatch.setattr(module, "has_flash_attention", lambda device, dtype: flash and dtype == torch.float32)
+        monkeypatch.setattr(module, "_limit", lambda train, device: free if device == CPU else pytest.fail("which?"))
+        gpu = free is not None and flash
+        monkeypatch.setattr(module, "has_flash_attention", lambda device, dtype: gpu and dtype == torch.float32)
         monkeypatch.setattr(module, "CapturedPacks", Captured)
         options = Train(**{"questions_per_step": 8, **train})
         plan = Plan(trees, options, 0)
@@ -48,27 +56,22 @@ def make(tiny_base, monkeypatch):
     return make
 
 
-def test_graphs_are_captured_where_an_evaluation_fits_beside_them(make):
+def test_graphs_are_captured_where_there_is_flash_attention_and_released_for_an_evaluation(make):
     plain = make()
-    assert (plain.pads, plain.counted_bytes, plain._captured) == (None, None, None)
+    assert (plain.pads, plain.planned, plain._captured) == (None, None, None)
     assert "CUDA graphs" not in plain.description
-    roomy = make(free=8 * GIB)
-    evaluation = memory.Shapes.of(lora_model_of(roomy), roomy.trained_weights).decoding_bytes(512, 1536)
-    needs = sum(roomy.counted_bytes.values()) + evaluation
-    assert roomy.description.endswith(" GiB, CUDA graphs") or roomy.description.endswith(", CUDA graphs")
-    assert roomy.description.startswith("fused layers, ")
-    assert isinstance(make(free=needs)._captured, Captured)
-    tight = make(free=needs - 1)
-    assert tight._captured is None
-    assert tight.pads is None
-    assert tight.description.endswith(", no CUDA graphs (an evaluation would not fit beside them)")
+    with plain.released():
+        pass
+    graphs = make(free=8 * GIB)
+    assert isinstance(graphs._captured, Captured)
+    assert graphs.description.startswith("fused layers, ")
+    assert graphs.description.endswith(", CUDA graphs")
+    with graphs.released():
+        assert graphs._captured.seen == ["released"]
+    assert graphs._captured.seen == ["released", "captured"]
     without = make(free=8 * GIB, flash=False)
     assert without._captured is None
     assert "CUDA graphs" not in without.description
-
-
-def lora_model_of(engine: Engine):
-    return engine._logits.__self__.base
 
 
 def test_sizes_are_of_the_packs_of_32_steps():
@@ -134,6 +137,7 @@ def test_layers_that_are_not_fused_have_packs_by_device_or_as_asked(make):
     assert checked.memory_advice == "lower train.pack_tokens (now 1024)"
     assert kept.memory_advice == "lower train.pack_tokens (now 1024), or set train.gradient_checkpointing=true"
     assert checked.description == "layers by transformers and PEFT (train.fused=false), packs of 1024 tokens"
+    assert make(fused=False, memory_budget_gib="auto").keep_layers == 0, "what is free is no budget of theirs"
     by_hand = "set train.memory_budget_gib=null, and train.pack_tokens and train.gradient_checkpointing by hand"
     says = rf"needs the fused layers; not with train\.fused=false: {by_hand}$"
     with pytest.raises(UserError, match=says):
@@ -155,10 +159,14 @@ def test_the_record_gets_what_was_chosen(make):
         "kept_layers",
         "recomputed",
         "counted_bytes",
+        "planned_bytes",
         "trained_weights",
         "frozen_weights",
     }
-    assert result["counted_bytes"] == made.counted_bytes
+    assert (result["counted_bytes"], result["planned_bytes"]) == (None, None)
+    made.planned = memory.Planned({"base": 3}, {"layer inputs": 4}, 5, 6)
+    result = made.result()
+    assert (result["counted_bytes"], result["planned_bytes"]) == ({"base": 3, "layer inputs": 4}, 8)
     assert result["trained_weights"] == sum(map(torch.numel, made.weights))
 
 
@@ -199,12 +207,20 @@ def test_memory_is_counted_for_this_plan_this_device_and_an_evaluation(make, mon
     assert evaluation == shapes.decoding_bytes(512, 1536)
 
 
-def test_a_gpu_has_its_free_bytes_and_larger_packs_for_layers_that_are_not_fused(monkeypatch):
-    gpu = SimpleNamespace(type="cuda")
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 7 if device is gpu else None)
-    assert (module._free_bytes(gpu), module._free_bytes(CPU)) == (7, None)
+@pytest.mark.parametrize(("budget", "limit"), [("auto", 70), (8.0, 70), (None, None)])
+def test_a_gpus_allocator_is_kept_to_the_budget(monkeypatch, budget, limit):
+    gpu, done = SimpleNamespace(type="cuda"), []
+    monkeypatch.setattr(memory, "keep_to", lambda n, device: done.append(n) if device is gpu else None)
+    monkeypatch.setattr(memory, "limit_bytes", lambda given, device: 77 if (given, device) == (budget, gpu) else None)
+    monkeypatch.setattr(memory, "usable_bytes", lambda n, device: n - 7 if device is gpu else None)
+    assert module._limit(Train(memory_budget_gib=budget), gpu) == limit
+    assert done == ([77] if budget else [])
+    assert module._limit(Train(memory_budget_gib=budget), CPU) is None
+
+
+def test_a_gpu_has_larger_packs_for_layers_that_are_not_fused():
     made = Engine.__new__(Engine)
-    made.train, made.device = Train(gradient_checkpointing=False), gpu
+    made.train, made.device = Train(gradient_checkpointing=False), SimpleNamespace(type="cuda")
     made._use_modules(SimpleNamespace(config=SimpleNamespace(num_hidden_layers=3), parameters=lambda: []), "a reason")
     assert (made.pack_tokens, made.keep_layers) == (4096, 3)
 
