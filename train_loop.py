@@ -32,6 +32,7 @@ from common.model.identity import identify
 from common.model.load import compute_dtype, load_base, load_tokenizers, sources, tokenizer_sha256
 from common.model.memory import GIB
 from common.runs import adapters, checkpoint, gauges, preflight, ranks, record, signals
+from common.runs.progress import Bar
 from common.runs.results import Section, TrainResult
 from common.train.early_stopping import EarlyStopping
 from common.train.ema import EMA
@@ -118,10 +119,9 @@ def main(argv: list[str]) -> None:
     ranks.sum_gradients(engine.weights, 0.0).tolist()
     model.train()
     stopping = EarlyStopping(config.early_stop, state.best_em, state.waited)
-    bar = tqdm(total=total, initial=state.step, desc="train", unit="step", disable=not first)
+    bar = Bar(state, plan, dev_trees, disable=not first)
     began, seconds_before, signalled, upcoming = gauges.now(device), state.seconds, False, None
-    stepping = busy = 0.0  # seconds of steps, without evaluating and saving; of these, with this GPU at work
-    start_seconds, saved = began - started, time.monotonic()
+    stepping, busy, saved = 0.0, 0.0, time.monotonic()  # seconds of steps alone; of these, with this GPU at work
     with bar, signals.listen() as request, record.Metrics(run, first, accelerator.log) as metrics:
         while not signalled:
             step = state.step
@@ -208,7 +208,7 @@ def main(argv: list[str]) -> None:
         "stopped_early": state.step < total,
         "processes": n_ranks,
         "idle_share": ranks.idle_share(busy, stepping),
-        "start_seconds": round(start_seconds, 1),
+        "start_seconds": round(began - started, 1),
         "gpu_bytes": gauges.process_peak(device),
         **state.result(record.questions_trained(run)),
         **engine.result(),

@@ -1,0 +1,74 @@
+"""The bar of a training's steps, which also says how long all of it will take. Imports no torch."""
+
+import sys
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import Protocol
+
+from common.data.plan import Plan
+from common.data.trees import Tree
+
+from tqdm import tqdm
+
+PROBE = 10  # steps that are timed before the first forecast
+# seconds of an evaluation's token in those of a step's, before one was timed: 0.036 and 0.060 ms for Llama-2-7B on an
+# H200 (docs/log.md)
+EVALUATION = 0.6
+
+
+class Clock(Protocol):
+    """The parts of a training's state that a forecast reads."""
+
+    step: int
+    evaluated: int  # step of the last evaluation
+    evaluation_seconds: float  # of all evaluations
+
+
+class Bar(tqdm):
+    """tqdm over steps. After `PROBE` of them, and after each evaluation, a line says what is left and when it ends."""
+
+    def __init__(self, state: Clock, plan: Plan, dev: Sequence[Tree], disable: bool = False):
+        super().__init__(total=plan.total_steps, initial=state.step, desc="train", unit="step", disable=disable)
+        self.state, self.every = state, plan.train.eval_every
+        step_tokens = sum(map(len, plan.rows(plan.trees))) / plan.steps_per_epoch
+        self.evaluation_steps = EVALUATION * sum(map(len, dev)) / step_tokens  # an evaluation takes as long as so many
+        self.evaluation_s: float | None = None  # None: none was timed yet
+        self.seconds: list[float] = []  # of each step
+        self.before = time.perf_counter(), state.evaluation_seconds
+
+    def update(self, n: float | None = 1) -> bool | None:
+        now, evaluating = time.perf_counter(), self.state.evaluation_seconds
+        evaluated = evaluating - self.before[1]
+        if evaluated:
+            self.evaluation_s = evaluated
+        else:
+            self.seconds.append(now - self.before[0])
+        self.before = now, evaluating
+        if not self.disable and (evaluated or len(self.seconds) == PROBE):
+            self.write(self.forecast(), file=sys.stderr)
+        return super().update(n)
+
+    def forecast(self) -> str:
+        """What is left after the state's step, and when it ends."""
+        step, total = self.state.step, self.total or 0
+        step_s = median(self.seconds) if self.seconds else 0.0
+        guess = self.evaluation_s is None
+        evaluation_s = step_s * self.evaluation_steps if self.evaluation_s is None else self.evaluation_s
+        # at multiples of `every`, the one at this step included, and at the end
+        evaluations = -(-total // self.every) - (step - 1) // self.every
+        stepping, evaluating = (total - step) * step_s, evaluations * evaluation_s
+        end = time.strftime("%H:%M", time.localtime(time.time() + stepping + evaluating))
+        return (
+            f"{duration(stepping + evaluating)} to go, until {end} or an early stop: {total - step:,} steps "
+            f"{duration(stepping)}, {evaluations} evaluation{'s' * (evaluations != 1)} of {'about ' * guess}"
+            f"{duration(evaluation_s)}"
+        )
+
+
+def duration(seconds: float) -> str:
+    """As people say it: 40 s, 12 min, 3 h 05 min."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
