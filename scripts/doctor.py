@@ -160,11 +160,14 @@ def systems() -> Iterator[Finding]:
         yield Finding("weights", state, f"{base.path}: {text}" if state == "ok" else text)
     for name, config in here.items():
         state, text = _tried(preflight.gpu, config.base, config.system)
+        fix = ""
         if state == "ok" and weights[config.base.path][0] == "no":
             state, text = "no", f"needs the weights of {config.base.path}"
+            gated = "is gated" in weights[config.base.path][1]  # all that is missing is an account that has the licence
+            fix = "export HF_TOKEN=…" if gated and config.base.min_gpu_gib else ""
         elif state == "ok":
             state, text = _tried(preflight.check, config)
-        yield Finding(name, state, "can run" if state == "ok" else text)
+        yield Finding(name, state, "can run" if state == "ok" else text, fix)
     for name, api in ((name, config.api) for name, config in configs.items() if config.api):
         key = f"the key in {api.key} is {'set' if os.environ.get(api.key) else 'not set'}"
         try:

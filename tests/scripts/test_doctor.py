@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 
+from common.errors import UserError
+from common.runs import preflight
 from scripts import doctor
 from tests.conftest import ROOT
 
@@ -106,6 +108,21 @@ def test_weights_and_gpu_are_reported_apart(monkeypatch):
     assert found["qlora7b"] == ("no", "No CUDA device. qlora7b needs one with ≥ 7.5 GiB.")
     assert found["tinyllama1b"][1].startswith("needs the weights of TinyLlama")
     assert found["smollm2-qlora"] == ("ok", "can run")
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_where_only_a_licence_is_missing_the_next_command_sets_the_token(monkeypatch, has_gpu):
+    def gated(base):
+        raise UserError(f"base.path={base.path} is gated: accept its licence at …")
+
+    def gpu(base, system):
+        if base.min_gpu_gib and not has_gpu:
+            raise UserError("No CUDA device.")
+
+    monkeypatch.setattr(preflight, "weights", gated)
+    monkeypatch.setattr(preflight, "gpu", gpu)
+    findings = list(doctor.systems())
+    assert doctor.next_command(findings) == ("export HF_TOKEN=…" if has_gpu else "make demo")
 
 
 def test_squad_is_looked_for_where_the_scripts_look(monkeypatch, tmp_path):
