@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
 
     # ---- model -----------------------------------------------------------------------------------------------------
     model = add_lora(load_base(config.base, device), lora, config.seed)
-    engine = Engine(model, plan, train, accelerator.backward, rank, n_ranks, config.eval_in_training)
+    engine = Engine(model, plan, config, dev_trees, accelerator.backward, rank, n_ranks)
     optimizer = bnb.optim.PagedAdamW8bit(engine.weights, lr=train.lr, weight_decay=train.weight_decay)
     optimizer = accelerator.prepare(optimizer)
     ema = EMA(engine.weights, train.average) if train.average else None
@@ -117,7 +117,6 @@ def main(argv: list[str]) -> None:
 
     # Connects the ranks: who is ready first waits here, not in a step.
     ranks.sum_gradients(engine.weights, 0.0).tolist()
-    model.train()
     stopping = EarlyStopping(config.early_stop, state.best_em, state.waited)
     bar = Bar(state, plan, dev_trees, disable=not first)
     began, seconds_before, signalled, upcoming = gauges.now(device), state.seconds, False, None
@@ -127,25 +126,26 @@ def main(argv: list[str]) -> None:
             step = state.step
             if step > state.evaluated and (step % train.eval_every == 0 or step == total):
                 evaluation_began = gauges.now(device)
-                with engine.released(), ema.in_place() if ema else contextlib.nullcontext():
-                    answers = predict.by_all_ranks(model, tokenizers, dev_trees, config, request.check, step)
-                    state.evaluation_seconds += gauges.now(device) - evaluation_began
-                    if signalled := answers is None:
-                        continue
-                    texts = {id_: answer.text for id_, answer in answers.items()}
-                    scored = score(dev_examples, texts)
-                    em, f1 = (None, None) if config.base.random_weights else (scored.em, scored.f1)
-                    better = stopping.update(em, replace=step == lost_best)
-                    state.evaluated, state.waited = step, stopping.waited
-                    if better:
-                        state.best_em, state.best_f1, state.best_step = em, f1, step
-                    if better and first:
-                        checkpoint.save(run / "best", model, state, settings)
-                        write_text(run / "predictions.json", json.dumps(texts, ensure_ascii=False, indent=0) + "\n")
-                if first and em is not None:
-                    tqdm.write(evaluated(step, scored, answers, config.early_stop.split, better), file=sys.stderr)
-                metrics.log({"step": step, "em": em, "f1": f1, "n": len(texts)})
-                saved = save_last()
+                with engine.released():  # until what was found is saved
+                    with ema.in_place() if ema else contextlib.nullcontext():
+                        answers = predict.by_all_ranks(model, tokenizers, dev_trees, config, request.check, step)
+                        state.evaluation_seconds += gauges.now(device) - evaluation_began
+                        if signalled := answers is None:
+                            continue
+                        texts = {id_: answer.text for id_, answer in answers.items()}
+                        scored = score(dev_examples, texts)
+                        em, f1 = (None, None) if config.base.random_weights else (scored.em, scored.f1)
+                        better = stopping.update(em, replace=step == lost_best)
+                        state.evaluated, state.waited = step, stopping.waited
+                        if better:
+                            state.best_em, state.best_f1, state.best_step = em, f1, step
+                        if better and first:
+                            checkpoint.save(run / "best", model, state, settings)
+                            write_text(run / "predictions.json", json.dumps(texts, ensure_ascii=False, indent=0) + "\n")
+                    if first and em is not None:
+                        tqdm.write(evaluated(step, scored, answers, config.early_stop.split, better), file=sys.stderr)
+                    metrics.log({"step": step, "em": em, "f1": f1, "n": len(texts)})
+                    saved = save_last()
             elif first and time.monotonic() - saved > SAVE_SECONDS:
                 saved = save_last()
             if step == total or stopping.over:

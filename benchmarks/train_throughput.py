@@ -126,6 +126,7 @@ def main(argv: list[str]) -> None:
             if "failed" in written:
                 raise UserError(f"{config.base.path}: {written['failed']}")
         asked = {"config": config.hash(), "budgets": job["budgets"], "batches": batches, "steps": args.steps}
+        asked |= {"cards": args.cards} if args.cards else {}
         runs: list[Run] = []
         if args.out and args.out.exists():
             header, *lines = args.out.read_text().splitlines()
@@ -146,6 +147,8 @@ def main(argv: list[str]) -> None:
                     with card(budgets[0]) if args.cards else contextlib.nullcontext():
                         found = one(system, {**job, "budgets": budgets}, args, work)
                     new: list[Run] = [{"round": number, **run} for run in found]
+                    for run in new if args.cards else ():
+                        run["budget"] = budgets[0]  # of a failure too
                     runs += new
                     if args.out:
                         with args.out.open("a") as file:
@@ -204,10 +207,14 @@ def parse(argv: list[str], gpu: bool) -> argparse.Namespace:
         args.budgets = args.budgets or ([8.0, 24.0] if gpu else None)
     if args.cards and not gpu:
         raise UserError("--cards: no CUDA device, and a card is imitated on a larger GPU")
-    for size in tuple(args.cards):
+    if args.cards and "--budgets" in argv:
+        raise UserError("--cards: a card's memory is the budget; leave --budgets out")
+    for size in (asked := tuple(args.cards)):
         if FREE[size] * GIB > (free := torch.cuda.mem_get_info()[0]):
             print(f"left out: a card of {size} GB, for this GPU has {free / GIB:.1f} GiB free", file=sys.stderr)
             args.cards.remove(size)
+    if asked and not args.cards:
+        raise UserError("--cards: none of them is smaller than this GPU")
     return args
 
 

@@ -344,7 +344,7 @@ def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
 
 def apart_from_memory(train: dict[str, Any]) -> dict[str, Any]:
     """The keys of `train` that decide a result: a training goes on with more or less memory, and other packs."""
-    budget = train["memory_budget_gib"] is not None  # null: other layers
+    budget = train["memory_budget_gib"] is not None  # null: sizes by another rule, so rounding differs
     return {key: value for key, value in train.items() if key != "pack_tokens"} | {"memory_budget_gib": budget}
 
 

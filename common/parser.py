@@ -1,7 +1,7 @@
 """argparse as every script uses it. Imports the standard library alone."""
 
 import argparse
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from common.errors import UserError
 from common.words import ELSEWHERE, nearest
@@ -10,8 +10,8 @@ from common.words import ELSEWHERE, nearest
 class Parser(argparse.ArgumentParser):
     """argparse, whose errors are `UserError`s, and whose flags are never abbreviated."""
 
-    def __init__(self, description: str | None = None, prog: str | None = None):
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
+    def __init__(self, description: str | None = None, prog: str | None = None, **options: Any):
+        super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         unknown, hint = message.removeprefix("unrecognized arguments: "), ""

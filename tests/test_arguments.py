@@ -45,7 +45,7 @@ def test_settings_may_stand_before_and_after_flags_and_are_known_as_typed():
 
 
 def test_of_a_parser_with_commands_the_inner_ones_speak_alike():
-    commands = Parser("Packs.", "bundle").add_subparsers(dest="command")
+    commands = Parser("Packs.", "bundle", add_help=False).add_subparsers(dest="command")  # newer Pythons pass options
     commands.add_parser("pack").add_argument("--have")
     with pytest.raises(UserError, match="unrecognized arguments: --hav"):
         commands.choices["pack"].parse_args(["--hav", "x"])

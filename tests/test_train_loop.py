@@ -215,8 +215,10 @@ def test_running_out_of_memory_names_the_knob_to_turn(tiny_config, monkeypatch, 
         with pytest.raises(UserError, match=rf"lower train\.pack_tokens \(now 256\), or set train\.{knob}"):
             train_loop.main([str(tiny_config), f"train.fused={fused}"])
     monkeypatch.setattr(predict.Decoder, "forward", full)
-    with pytest.raises(UserError, match=r"lower eval\.memory_budget_gib or, in a training, .* \(now auto\)"):
+    with pytest.raises(UserError, match=r"^out of GPU memory; free the GPU$"):
         train_loop.main([str(tiny_config)])
+    with pytest.raises(UserError, match=r"lower eval\.memory_budget_gib or, in a training, .* \(now 12\)"):
+        train_loop.main([str(tiny_config), "train.memory_budget_gib=null"])
     monkeypatch.setattr(plain, "greedy", full)
     with pytest.raises(UserError, match=r"lower eval\.pass_tokens \(now 8192\)"):
         train_loop.main([str(tiny_config), "eval.engine=plain"])
@@ -667,6 +669,16 @@ def test_weights_of_another_adapter_in_a_checkpoint_are_refused_by_its_name(tiny
     (last / SUMS).write_text(sums)
     with pytest.raises(UserError, match=rf"^{last}: the adapter does not fit this base \(first odd weight: "):
         train_loop.main([str(tiny_config)])
+
+
+def test_what_stands_in_the_way_is_said_before_anything_is_made(tiny_config, tmp_path, monkeypatch):
+    def refuse(config):
+        raise UserError(f"no GPU for {config.system}")
+
+    monkeypatch.setattr(train_loop.preflight, "check", refuse)
+    with pytest.raises(UserError, match=r"^no GPU for "):
+        train_loop.main([str(tiny_config)])
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_window_that_leaves_nothing_to_train_on_is_said(tiny_config, train_file, monkeypatch):

@@ -36,6 +36,11 @@ class Tree:
     def __len__(self) -> int:
         return len(self.prefix_ids) + sum(map(len, self.branches))
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest question, its prefix included."""
+        return len(self.prefix_ids) + max(map(len, self.branches))
+
     def split(self, max_tokens: float = math.inf, max_questions: float = math.inf) -> Iterator["Tree"]:
         """Trees of at most that many tokens and branches (one branch at least), the prefix repeated in each."""
         group: list[Branch] = []

@@ -7,7 +7,7 @@ In fp32 an answer has the token ids that `model.generate` returns for the questi
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from common.config import Config, Eval
@@ -65,7 +65,7 @@ def answer_trees(
     (`overflow: chunk`) the most probable answer is kept. `check`, `forced` and `round_`: as in `Task`. Raises
     `UserError` where the prompts do not fit the model's positions, memory is too little, or logits are not finite.
     """
-    longest = max((len(tree.prefix_ids) + max(map(len, tree.branches)) for tree in trees), default=0)
+    longest = max((tree.longest for tree in trees), default=0)
     check_positions(model, longest, max_new_tokens)
     task = Task(tokenizer, stops, max_new_tokens, options, check, forced or {}, round_)
     engine = plain.answer_packs if engine_of(model, options) == "plain" else _answer_batched
@@ -127,18 +127,20 @@ def sizes_of(model: Model, options: Eval) -> memory.Decoding:
 
 
 def _answer_batched(model: Model, trees: Sequence[Tree], task: Task) -> Iterator[Prediction]:
-    sizes = sizes_of(model, task.options)
-    with out_of_memory(f"lower {memory.BUDGET} (now {memory.shown(task.options.memory_budget_gib)})"):
+    sizes, budget = sizes_of(model, task.options), task.options.memory_budget_gib
+    lower = "free the GPU" if budget == "auto" else f"lower {memory.BUDGET} (now {budget:g})"
+    with out_of_memory(lower):
         for mine in _streams(trees, task.options.parts, task.round):
-            for a in _answer_stream(model, mine, task, sizes):
-                text, hit_limit = to_text(task.tokenizer, a.token_ids), a.token_ids[-1] not in task.stop_tokens
-                yield Prediction(a.branch.id, text, a.token_ids, a.logprob, hit_limit, a.ties)
+            sizes = yield from _answer_stream(model, mine, task, sizes)
 
 
 def _answer_stream(
     model: Model, trees: Iterable[Tree], task: Task, sizes: memory.Decoding
-) -> Iterator[batched.ActiveAnswer]:
-    """All answers of `trees`. Where memory runs out, the missing ones are asked again, in passes half as large."""
+) -> Generator[Prediction, None, memory.Decoding]:
+    """All answers of `trees`; returns the sizes that they were read in.
+
+    Where memory runs out, the missing ones are asked again, in passes half as large.
+    """
     source = iter(trees)
     missing: list[Tree] = []  # of a try that ran out of memory
     while True:
@@ -147,24 +149,21 @@ def _answer_stream(
         decoder = None
         try:
             decoder = Decoder(model, sizes.cache_tokens, sizes.pass_tokens if sizes.capture else 0)
-            for answer in batched.answers(
-                decoder, _noted(itertools.chain(missing, source), taken), task, sizes.pass_tokens
-            ):
-                answered.add(id(answer.branch))
-                yield answer
-            return
+            todo = _noted(itertools.chain(missing, source), taken)
+            for a in batched.answers(decoder, todo, task, sizes.pass_tokens):
+                answered.add(id(a.branch))
+                text, hit_limit = to_text(task.tokenizer, a.token_ids), a.token_ids[-1] not in task.stop_tokens
+                yield Prediction(a.branch.id, text, a.token_ids, a.logprob, hit_limit, a.ties)
+            return sizes
         except torch.OutOfMemoryError:
-            if sizes.pass_tokens < 2 * memory.LEAST_PASS_TOKENS:
+            if sizes == sizes.half():
                 raise
         del decoder
         torch.cuda.empty_cache()
         sizes = sizes.half()
         print(f"note: out of GPU memory; answering goes on in passes of {sizes.pass_tokens} tokens", file=sys.stderr)
-        left = (
-            Tree(t.prefix_ids, tuple(b for b in t.branches if id(b) not in answered))
-            for t in (*taken, *missing[len(taken) :])
-        )
-        missing = [tree for tree in left if tree.branches]
+        left = ((t, tuple(b for b in t.branches if id(b) not in answered)) for t in (*taken, *missing[len(taken) :]))
+        missing = [Tree(t.prefix_ids, branches) for t, branches in left if branches]
 
 
 def _noted(trees: Iterable[Tree], taken: list[Tree]) -> Iterator[Tree]:

@@ -6,6 +6,7 @@ what PEFT knows is refused.
 
 import contextlib
 import dataclasses
+import difflib
 import importlib.metadata
 import json
 import sys
@@ -21,7 +22,6 @@ from common.model.identity import differs, identify, model_name
 from common.model.stored import need_finite, need_floats
 from common.runs import adapters
 from common.runs.results import Section
-from common.words import nearest
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -79,18 +79,16 @@ def load_adapter(model: PreTrainedModel, folder: Path, base: Base, force: bool =
 def _need_known(file: Path, config: PeftConfig, force: bool) -> None:
     """Raises `UserError` for a setting that PEFT would ignore, or a switch or number that it would take for another.
 
-    `force` leaves out what is not known, unless it is a slip of a known name.
+    `force` leaves out what is not known, unless it is a slip of the pen.
     """
     known, version = vars(config), importlib.metadata.version("peft")
     kinds = {f.name: str(getattr(f.type, "__name__", f.type)) for f in dataclasses.fields(config)}
     for key, value in cast(Section, read_json(file)).items():
         if key not in known and value:  # newer versions write their own keys; empty ones change nothing
-            hint = nearest(key, known)
-            if not force or hint:
-                raise UserError(
-                    f"{file}: {shown(key)} is nothing that PEFT {version} knows"
-                    + (hint or "; FORCE=1 leaves it out, if it changes no answer")
-                )
+            slip = difflib.get_close_matches(key, known, 1, cutoff=0.85)
+            if not force or slip:
+                hint = f' — did you mean "{slip[0]}"?' if slip else "; FORCE=1 leaves it out, if it changes no answer"
+                raise UserError(f"{file}: {shown(key)} is nothing that PEFT {version} knows{hint}")
             print(f"note: {file}: {shown(key)} is left out", file=sys.stderr)
         switch, number = isinstance(value, bool), isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not {"bool": switch, "int": number, "float": number}.get(kinds.get(key, ""), True):

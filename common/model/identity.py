@@ -40,7 +40,8 @@ def identify(base: Base) -> Identity:
 
 def differs(trained: Identity, here: Identity) -> str | None:
     """How two bases differ; None if they are the same as far as both say. Tensors that one lacks are not compared."""
-    if not (isinstance(trained, dict) and {"name", "shapes", "samples"} <= trained.keys()):
+    kinds = {"name": str, "shapes": dict, "samples": dict}
+    if not (isinstance(trained, dict) and all(isinstance(trained.get(key), kind) for key, kind in kinds.items())):
         return "what it says of its base is damaged"
     for key, value in trained["shapes"].items():
         if here["shapes"].get(key) != value:

@@ -91,9 +91,9 @@ def load_base(base: Base, device: torch.device) -> PreTrainedModel:
             else:
                 if is_quantized(base):
                     del options["quantization_config"]  # it is read from there
-                else:
-                    need_float_weights(base)
                 model, found = AutoModelForCausalLM.from_pretrained(base.path, revision=base.revision, **options)
+                if "quantization_config" in options:  # from here: the files hold numbers, and are on this disk by now
+                    need_float_weights(base)
         except (torch.OutOfMemoryError, UserError):
             raise
         except Exception as error:  # each kind of damage to its files has an exception of its own

@@ -1,6 +1,6 @@
 """GPU memory of training and decoding, counted in bytes before they start, and the sizes that a budget allows.
 
-`make test-gpu` compares counts with torch's allocator; docs/results.md has both (8 GiB: 7.65 counted, 7.33 allocated).
+`make test-gpu` compares counts with torch's allocator and with NVML; docs/results.md has both.
 """
 
 import functools
@@ -163,9 +163,9 @@ class Decoding(NamedTuple):
     capture: bool = False  # passes are captured as CUDA graphs
 
     def half(self) -> "Decoding":
-        """Passes and cache of half the size, launched one by one."""
-        cache = max(LEAST_CACHE_TOKENS, self.cache_tokens // 2)
-        return Decoding(max(LEAST_PASS_TOKENS, self.pass_tokens // 2), cache)
+        """Half the tokens of a pass, launched kernel by kernel, over a cache of half the size, but the least."""
+        cache = min(self.cache_tokens, max(LEAST_CACHE_TOKENS, self.cache_tokens // 2))
+        return Decoding(max(PASS_STEP, self.pass_tokens // 2), cache)
 
 
 def decoding(options: Eval, shapes: Shapes, device: torch.device, capture: bool) -> Decoding:
@@ -176,7 +176,6 @@ def decoding(options: Eval, shapes: Shapes, device: torch.device, capture: bool)
     if device.type == "cpu":
         return Decoding(options.pass_tokens or CPU_PASS_TOKENS, CPU_CACHE_TOKENS)
     limit = limit_bytes(options.memory_budget_gib, device)
-    keep_to(limit, device)
     return fit(options, shapes, usable_bytes(limit, device) - torch.cuda.memory_allocated(device), capture)
 
 
@@ -195,8 +194,10 @@ def fit(options: Eval, shapes: Shapes, available: int, capture: bool = False) ->
     if capture:
         return fit(options, shapes, available)
     least = shapes.decoding_bytes(options.pass_tokens or LEAST_PASS_TOKENS, LEAST_CACHE_TOKENS) / GIB
-    leave = f"{shown(options.memory_budget_gib)} GiB leave {max(available, 0) / GIB:.1f}"
-    raise UserError(f"decoding takes {least:.1f} GiB beside the base, and {leave}: raise {BUDGET}; or free the GPU")
+    takes, left = f"decoding takes {least:.1f} GiB beside the base", f"{max(available, 0) / GIB:.1f}"
+    if options.memory_budget_gib == "auto":
+        raise UserError(f"{takes}, and the GPU has {left}: free it")
+    raise UserError(f"{takes}, and {options.memory_budget_gib:g} GiB leave {left}: raise {BUDGET}; or free the GPU")
 
 
 class Choice(NamedTuple):
@@ -244,7 +245,9 @@ def choose(
         for tokens in sizes
         if (layers := _layers_that_fit(functools.partial(count, tokens), shapes.layers, held, limit, evaluation))
     ]
-    given = f"train.memory_budget_gib={shown(train.memory_budget_gib)}, of which tensors can take {limit / GIB:.1f}"
+    given = (
+        f"train.memory_budget_gib={shown(train.memory_budget_gib)}, of which tensors can take {max(0, limit) / GIB:.1f}"
+    )
     if not fitting:
         counted = count(sizes[0], 0, 0)
         least = f"{sum(counted.values()) / GIB:.1f} GiB with everything recomputed"
@@ -267,7 +270,7 @@ class Planned(NamedTuple):
         return sum(self.stays.values()) + max(sum(self.step.values()), self.evaluation)
 
     def table(self) -> str:
-        """Five lines: a total, and its parts."""
+        """A line for each total and its parts."""
         stays = sum(self.stays.values())
         rows: tuple[tuple[str, int, dict[str, int]], ...] = (
             ("stays", stays, self.stays),
@@ -278,6 +281,7 @@ class Planned(NamedTuple):
         lines = [
             f"{name:>14} {total / GIB:6.2f}  {' + '.join(f'{what} {n / GIB:.2f}' for what, n in parts.items() if n)}"
             for name, total, parts in rows
+            if total
         ]
         return "\n".join(("GPU memory as planned, in GiB", *map(str.rstrip, lines)))
 
@@ -288,13 +292,13 @@ def planned(
     """`choice` and an evaluation as `decoding` then sizes it; `limit`: bytes that tensors can take."""
     stays = {name: n for name, n in choice.counted.items() if name in STAY}
     step = {name: n for name, n in choice.counted.items() if name not in STAY}
-    sizes = Decoding(LEAST_PASS_TOKENS, LEAST_CACHE_TOKENS)
-    if limit is not None:
-        sizes = fit(options, shapes, limit - sum(stays.values()), capture)
+    budget = options.memory_budget_gib
+    if limit is None:
+        limit = usable_bytes(limit_bytes(budget, device), device)
+    sizes = fit(options, shapes, limit - sum(stays.values()), capture)
     gaps = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return Planned(
-        {"CUDA and its kernels": CONTEXT + KERNELS, **stays, "gaps": gaps}, step, shapes.decoding_bytes(*sizes), MARGIN
-    )
+    around = {"CUDA and its kernels": CONTEXT + KERNELS, **stays, "gaps": gaps}
+    return Planned(around, step, shapes.decoding_bytes(*sizes), MARGIN if budget == "auto" else 0)
 
 
 def _layers_that_fit(

@@ -42,8 +42,7 @@ class Bar(tqdm):
         evaluated = evaluating - self.before[1]
         if evaluated:
             self.evaluation_s = evaluated
-        else:
-            self.seconds.append(now - self.before[0])
+        self.seconds.append(now - self.before[0] - evaluated)
         self.before = now, evaluating
         if not self.disable and (evaluated or len(self.seconds) == PROBE):
             self.write(self.forecast(), file=sys.stderr)
@@ -52,13 +51,14 @@ class Bar(tqdm):
     def forecast(self) -> str:
         """What is left after the state's step, and when it ends."""
         step, total = self.state.step, self.total or 0
-        step_s = median(self.seconds) if self.seconds else 0.0
+        step_s = median(self.seconds)
         guess = self.evaluation_s is None
         evaluation_s = step_s * self.evaluation_steps if self.evaluation_s is None else self.evaluation_s
         # at multiples of `every`, the one at this step included, and at the end
         evaluations = -(-total // self.every) - (step - 1) // self.every
         stepping, evaluating = (total - step) * step_s, evaluations * evaluation_s
-        end = time.strftime("%H:%M", time.localtime(time.time() + stepping + evaluating))
+        far = stepping + evaluating > 20 * 3600  # another day, or nearly
+        end = time.strftime("%a %H:%M" if far else "%H:%M", time.localtime(time.time() + stepping + evaluating))
         return (
             f"{duration(stepping + evaluating)} to go, until {end} or an early stop: {total - step:,} steps "
             f"{duration(stepping)}, {evaluations} evaluation{'s' * (evaluations != 1)} of {'about ' * guess}"

@@ -5,8 +5,7 @@ into the tensors that the graph of their size was captured with. Graphs keep the
 are released for an evaluation, and for a pack of another shape, and captured again. https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from common.model.pack import Pack, PadSizes
 
@@ -51,14 +50,11 @@ class CapturedPacks:
             pool = graph.pool()
             self.graphs[size] = graph, loss
 
-    @contextmanager
-    def released(self) -> Iterator[None]:
-        """Without graphs while the body runs, so that it has their memory; then they are captured again."""
+    def release(self) -> None:
+        """Give the graphs' memory back, until `capture`."""
         torch.cuda.synchronize()
         self.graphs.clear()
         torch.cuda.empty_cache()
-        yield
-        self.capture()
 
     def __call__(self, pack: Pack, weight: float) -> Tensor:
         """The loss [], on the device, of a pack on the host, times `weight`."""
@@ -66,8 +62,10 @@ class CapturedPacks:
             assert parameter.grad is gradient, "graphs add to the gradients that they were captured with"
         inputs = self.inputs.get(len(pack.input_ids))
         if inputs is None or inputs.shape != pack.shape:
-            with self.released():
-                return self.work(pack.to(self.device), torch.full((), weight, device=self.device))
+            self.release()
+            loss = self.work(pack.to(self.device), torch.full((), weight, device=self.device))
+            self.capture()
+            return loss
         for target, source in zip(inputs.tensors(), pack.tensors(), strict=True):
             target.copy_(source)
         self.weight.fill_(weight)

@@ -1,10 +1,9 @@
 """Forward and backward of packs: by fused layers within a memory budget, or by transformers' and PEFT's modules."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from common.config import Eval, Train
+from common.config import Config, Train
 from common.data.plan import Plan
 from common.data.trees import Tree
 from common.device import has_flash_attention, out_of_memory
@@ -34,20 +33,22 @@ class Engine:
         self,
         model: Model,
         plan: Plan,
-        train: Train,
+        config: Config,
+        dev: Sequence[Tree],
         backward: Callable[[Tensor], None],
-        rank: int,
-        ranks: int,
-        evaluation: Eval = Eval(),
+        rank: int = 0,
+        ranks: int = 1,
     ):
-        self.train, self.backward, self.device = train, backward, next(model.parameters()).device
-        self.plan, self.rank, self.ranks, self.dtype = plan, rank, ranks, model.dtype
+        """`dev`: the questions of the evaluations that interrupt training."""
+        model.train()
+        self.config, self.train, self.dev, self.backward = config, config.train, dev, backward
+        self.plan, self.rank, self.ranks = plan, rank, ranks
+        self.device, self.dtype = next(model.parameters()).device, model.dtype
         self.pads: PadSizes | None = None  # packs are padded where CUDA graphs replay
-        self.evaluation = evaluation  # how an evaluation decodes, which interrupts training
         self.planned: memory.Planned | None = None  # on a GPU, by the fused layers
         self._captured: CapturedPacks | None = None
         self.trained_weights, self.frozen_weights = load.parameter_counts(model)
-        if reason := "train.fused=false" if not train.fused else untrainable_reason(model):
+        if reason := "train.fused=false" if not self.train.fused else untrainable_reason(model):
             self._use_modules(model, reason)
         else:
             self._use_fused_layers(model)
@@ -103,13 +104,15 @@ class Engine:
             llama.Layer(layer, model.dtype)  # merges its matrices, which leaves gaps: before memory is counted
         shapes, limit = memory.Shapes.of(model, llama.adapter_size(model)), _limit(train, device)
         # an evaluation runs between two steps, with the memory of their graphs
-        evaluation = shapes.decoding_bytes(memory.LEAST_PASS_TOKENS, memory.LEAST_CACHE_TOKENS)
-        choice = memory.choose(train, shapes, device, step_tokens, answer_share, limit, evaluation)
+        evaluation, longest = self.config.eval_in_training, max((tree.longest for tree in self.dev), default=0)
+        cache = max(memory.LEAST_CACHE_TOKENS, longest + self.config.window.answer)
+        least = shapes.decoding_bytes(evaluation.pass_tokens or memory.LEAST_PASS_TOKENS, cache)
+        choice = memory.choose(train, shapes, device, step_tokens, answer_share, limit, least)
         self.pack_tokens, self.keep_layers = choice.pack_tokens, choice.keep_layers
         self.description = choice.description
         graphs = has_flash_attention(device, model.dtype)
         if device.type == "cuda":
-            self.planned = memory.planned(choice, self.evaluation, shapes, limit, device, graphs)
+            self.planned = memory.planned(choice, evaluation, shapes, limit, device, graphs)
         how = "lower" if isinstance(train.memory_budget_gib, float) else "set"
         self.memory_advice = f"lower train.pack_tokens (now {self.pack_tokens}), or {how} train.memory_budget_gib"
         layers = Fused(model, choice.keep_layers, choice.hold_layers)
@@ -122,9 +125,17 @@ class Engine:
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Without the memory of CUDA graphs while the body runs: an evaluation takes it."""
-        with self._captured.released() if self._captured else contextlib.nullcontext():
+        """Without the memory of CUDA graphs while the body runs: an evaluation takes it.
+
+        Raises `UserError` where another process has taken it meanwhile.
+        """
+        if not self._captured:
             yield
+            return
+        self._captured.release()
+        yield
+        with out_of_memory(self.memory_advice):
+            self._captured.capture()
 
     def _capture(self) -> None:
         """Captures one graph per padded size, from the packs of the first steps."""
@@ -150,6 +161,8 @@ def _limit(train: Train, device: torch.device) -> int | None:
     """Bytes that tensors can take; torch's allocator is kept to them. None on a CPU, or without a budget."""
     if device.type != "cuda" or train.memory_budget_gib is None:
         return None
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(torch.zeros(1, device=device))  # NCCL takes its memory when it is first used
     limit = memory.limit_bytes(train.memory_budget_gib, device)
     memory.keep_to(limit, device)
     return memory.usable_bytes(limit, device)

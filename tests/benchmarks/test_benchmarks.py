@@ -74,6 +74,10 @@ def test_cards_are_of_a_gpu_and_those_that_are_larger_than_it_are_left_out(monke
     monkeypatch.setattr(train_throughput.torch.cuda, "mem_get_info", lambda: (12 * 2**30, 0))
     assert train_throughput.parse(["tiny.yaml", "--cards", "8", "24", "12"], gpu=True).cards == [8, 12]
     assert capsys.readouterr().err == "left out: a card of 24 GB, for this GPU has 12.0 GiB free\n"
+    with pytest.raises(UserError, match="--cards: none of them is smaller"):
+        train_throughput.parse(["tiny.yaml", "--cards", "24"], gpu=True)
+    with pytest.raises(UserError, match="leave --budgets out"):
+        train_throughput.parse(["tiny.yaml", "--cards", "8", "--budgets", "8"], gpu=True)
 
 
 def test_on_a_card_ours_takes_what_is_free_and_rows_share_nothing(tmp_path, monkeypatch):

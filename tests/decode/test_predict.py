@@ -439,11 +439,11 @@ def test_batched_decoding_has_its_sizes(tiny_base, monkeypatch, capture, capture
     assert asked == [(3000, capture_tokens), 77]
 
 
-@pytest.mark.parametrize("fails", [{0}, {3}, {9}, {2, 5, 11}])
+@pytest.mark.parametrize("fails", [{0}, {3}, {9}, {2, 5, 11}, {0, 1, 2, 3}])
 def test_where_memory_runs_out_answering_goes_on_in_smaller_passes(tiny_base, monkeypatch, capsys, fails):
     model, tokenizer = system(tiny_base)
     trees, passes, compute = demo_trees(tokenizer, 12), [], forward.Decoder.forward
-    monkeypatch.setattr(predict, "sizes_of", lambda model, options: memory.Decoding(4096, 2000))
+    monkeypatch.setattr(predict, "sizes_of", lambda model, options: memory.Decoding(2048, 2000))
     truth = answer_trees(model, tokenizer, trees, [], 4, progress=None)
 
     def scarce(self, new, previous=None):
@@ -454,13 +454,34 @@ def test_where_memory_runs_out_answering_goes_on_in_smaller_passes(tiny_base, mo
 
     monkeypatch.setattr(forward.Decoder, "forward", scarce)
     task = predict.Task(tokenizer, [], 4, Eval(), lambda: None, {}, "a round")
-    found = list(predict._answer_stream(model, iter(trees), task, memory.Decoding(4096, 2000, True)))
-    assert sorted(a.branch.id for a in found) == sorted(truth), "each once"
-    assert all(a.token_ids == truth[a.branch.id].token_ids for a in found)
+    found = []
+
+    def stream():
+        found.append((yield from predict._answer_stream(model, iter(trees), task, memory.Decoding(2048, 2000, True))))
+
+    answers = list(stream())
+    assert sorted(a.id for a in answers) == sorted(truth), "each once"
+    assert all(a.token_ids == truth[a.id].token_ids for a in answers)
     noted = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: out of GPU memory")]
-    sizes = [2048, 1024, 512][: len(fails)]
+    sizes = [1024, 512, 256, 128][: len(fails)]
     assert noted == [f"note: out of GPU memory; answering goes on in passes of {n} tokens" for n in sizes]
-    assert max(passes[max(fails) + 1 :]) <= sizes[-1]
+    assert found == [memory.Decoding(sizes[-1], 1536)]
+
+
+def test_what_ran_out_of_memory_once_keeps_its_smaller_passes(tiny_base, monkeypatch, capsys):
+    model, tokenizer = system(tiny_base)
+    sizes, compute = [], predict.batched.answers
+    monkeypatch.setattr(predict, "sizes_of", lambda model, options: memory.Decoding(1024, 2000))
+
+    def answers(decoder, trees, task, pass_tokens):
+        sizes.append(pass_tokens)
+        if len(sizes) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(decoder, trees, task, pass_tokens)
+
+    monkeypatch.setattr(predict.batched, "answers", answers)
+    answer_trees(model, tokenizer, demo_trees(tokenizer, 4), [], 2, Eval(parts=3), progress=None)
+    assert sizes == [1024, 512, 512, 512]
 
 
 def test_where_not_even_the_smallest_passes_fit_it_is_an_error(tiny_base, monkeypatch):

@@ -185,9 +185,12 @@ def test_a_setting_that_peft_would_ignore_or_misread_is_refused(adapter, tiny_ba
 
 def test_by_force_what_is_not_known_is_left_out_but_no_slip_of_the_pen(adapter, tiny_base, capsys):
     settings = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "zzz_of_tomorrow": 3}))
-    load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base), force=True)
-    assert f"note: {adapter}/adapter_config.json: zzz_of_tomorrow is left out" in notes(capsys)
+    for key in ("zzz_of_tomorrow", "use_foo", "new_setting", "load_in_8bit"):
+        (adapter / "adapter_config.json").write_text(json.dumps({**settings, key: 3}))
+        with pytest.raises(UserError, match=f"{key} is nothing that PEFT .*; FORCE=1 leaves it out"):
+            loads(adapter, tiny_base)
+        load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base), force=True)
+        assert f"note: {adapter}/adapter_config.json: {key} is left out" in notes(capsys)
     (adapter / "adapter_config.json").write_text(json.dumps({**settings, "lora_alhpa": 3}))
     with pytest.raises(UserError, match="did you mean"):
         load_adapter(load_base(nf4(tiny_base), CPU), adapter, nf4(tiny_base), force=True)
@@ -221,7 +224,16 @@ def test_a_name_of_two_lines_is_told_in_one(adapter, tiny_base):
     assert "it was trained on me/other\\nnote: all is well, not on" in str(caught.value)
 
 
-@pytest.mark.parametrize("identity", ["a text", {"name": "x"}, [1]])
+@pytest.mark.parametrize(
+    "identity",
+    [
+        "a text",
+        {"name": "x"},
+        [1],
+        {"name": "x", "shapes": [], "samples": {}},
+        {"name": 5, "shapes": {}, "samples": {}},
+    ],
+)
 def test_a_damaged_identity_is_one_line(adapter, tiny_base, identity):
     recorded(adapter, "me/tiny-llama", identity)
     with pytest.raises(UserError, match="what it says of its base is damaged"):

@@ -445,7 +445,7 @@ def test_weights_of_a_base_in_8_bits_without_a_scale_are_no_numbers(tiny_base, t
         shards = {key: f"model-{1 + (key == name)}.safetensors" for key in weights}
         for file in set(shards.values()):
             save_file({key: weights[key] for key in weights if shards[key] == file}, folder / file, {"format": "pt"})
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
     with pytest.raises(UserError, match=rf"{name} is stored as \w+, and nothing says what numbers these are$"):
         load_base(Base(str(folder), quant="none"), CPU)
 

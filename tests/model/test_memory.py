@@ -313,9 +313,12 @@ def test_decoding_has_the_limit_less_what_is_reserved(gpu, budget, free, reserve
     assert decoding(Eval(pass_tokens=77), LLAMA, CPU, capture=True) == Decoding(77, 16384, False)
 
 
-def test_half_the_size_is_not_captured_and_not_below_the_least():
+def test_half_the_size_is_not_captured_and_ends_at_the_least():
     assert Decoding(2048, 9000, True).half() == Decoding(1024, 4500, False)
-    assert Decoding(600, 1600, True).half() == Decoding(512, 1536, False)
+    assert Decoding(512, 1600, True).half() == Decoding(256, 1536, False)
+    assert Decoding(128, 1536, True).half() == Decoding(128, 1536, False)
+    assert Decoding(128, 1536).half() == Decoding(128, 1536)
+    assert Decoding(128, 700).half() == Decoding(128, 700)
 
 
 @pytest.mark.parametrize("capture", [False, True])
@@ -363,6 +366,8 @@ def test_passes_are_not_captured_where_that_leaves_no_cache():
 def test_too_little_for_decoding_is_an_error():
     with pytest.raises(UserError, match=r"decoding takes 1\.\d GiB beside the base, and 12 GiB leave 0\.9: raise eval"):
         fit(Eval(), LLAMA, int(0.9 * GIB))
+    with pytest.raises(UserError, match=r"decoding takes 1\.\d GiB beside the base, and the GPU has 0\.9: free it$"):
+        fit(Eval(memory_budget_gib="auto"), LLAMA, int(0.9 * GIB))
     assert fit(Eval(), LLAMA, 2 * GIB).cache_tokens >= LEAST_CACHE_TOKENS
     assert decoding(Eval(memory_budget_gib=0.1), LLAMA, CPU, capture=False).cache_tokens > 0, "a CPU has no such budget"
 
@@ -382,8 +387,12 @@ def test_what_is_planned_is_what_stays_and_a_step_or_an_evaluation(gpu):
     assert found.evaluation == LLAMA.decoding_bytes(*sizes) > EVALUATION
     stays = sum(found.stays.values())
     assert found.peak == max(stays + sum(found.step.values()), stays + found.evaluation)
+    assert found.margin == int(0.13 * GIB)
+    limit = int(0.97 * min(9 + 5 - 0.35, 12 - 0.82) * GIB) - GIB // 4
     without = planned(chosen(None), Eval(), LLAMA, None, GPU, capture=False)
-    assert without.evaluation == EVALUATION
+    stays = sum(chosen(None).counted[name] for name in stay)
+    assert without.evaluation == pytest.approx(LLAMA.decoding_bytes(*fit(Eval(), LLAMA, limit - stays)), rel=1e-3)
+    assert without.margin == 0
 
 
 def test_the_plan_is_a_table_of_totals_and_their_parts():
@@ -395,6 +404,7 @@ def test_the_plan_is_a_table_of_totals_and_their_parts():
         " an evaluation   3.75  stays 3.50 + KV cache and passes 0.25\n"
         "     left free   0.12"
     )
+    assert "left free" not in found._replace(margin=0).table()
 
 
 def test_the_choice_is_described_in_one_sentence():

@@ -66,6 +66,23 @@ def test_the_step_in_the_middle_counts_and_not_the_first_which_compiles(clock, c
     bar.close()
 
 
+def test_a_step_behind_an_evaluation_is_timed_without_it(clock, capsys):
+    plan = Plan(TREES, Train(questions_per_step=2, eval_every=1), seed=0)
+    bar = Bar(state(30), plan, [])
+    steps(bar, clock, 1, 2, evaluating=7)
+    told = "88 s to go, until 00:01 or an early stop: 9 steps 18 s, 10 evaluations of 7 s"
+    assert said(capsys) == [told]
+    bar.close()
+
+
+def test_another_day_is_named(clock, capsys):
+    plan = Plan(TREES, Train(questions_per_step=2, eval_every=100), seed=0)
+    bar = Bar(state(), plan, [])
+    steps(bar, clock, 10, 3600)
+    assert "30 h 00 min to go, until Fri 16:00 or" in said(capsys)[0]
+    bar.close()
+
+
 def test_an_evaluation_that_is_due_at_once_is_still_to_come(clock, capsys):
     plan = Plan(TREES, Train(questions_per_step=2, eval_every=10), seed=0)
     bar = Bar(state(), plan, [])

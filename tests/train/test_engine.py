@@ -1,11 +1,11 @@
 """The engine chooses layers, packs and graphs once, and each pack's gradient is the loss's. GPUs are made up."""
 
-import contextlib
 import functools
 from types import SimpleNamespace
 
-from common.config import Train
+from common.config import Base, Config, Eval, Train
 from common.data.plan import Plan
+from common.data.trees import Branch, Tree
 from common.errors import UserError
 from common.model import memory
 from common.model.pack import IGNORED
@@ -28,10 +28,10 @@ class Captured:
     def __init__(self, work, weights, pads, example):
         self.work, self.weights, self.pads, self.example, self.seen = work, weights, pads, example, []
 
-    @contextlib.contextmanager
-    def released(self):
+    def release(self):
         self.seen.append("released")
-        yield
+
+    def capture(self):
         self.seen.append("captured")
 
     def __call__(self, pack, weight):
@@ -44,19 +44,22 @@ def make(tiny_base, monkeypatch):
     """Engines of the tiny model; `free`: bytes on a GPU that is made up; None: a CPU."""
     trees, _ = trees_of(tiny_base, 8)
 
-    def make(free: int | None = None, flash: bool = True, rank: int = 0, ranks: int = 1, **train) -> Engine:
+    def make(
+        free: int | None = None, flash: bool = True, rank: int = 0, ranks: int = 1, dev=(), pass_tokens=None, **train
+    ) -> Engine:
         monkeypatch.setattr(module, "_limit", lambda train, device: free if device == CPU else pytest.fail("which?"))
         gpu = free is not None and flash
         monkeypatch.setattr(module, "has_flash_attention", lambda device, dtype: gpu and dtype == torch.float32)
         monkeypatch.setattr(module, "CapturedPacks", Captured)
         options = Train(**{"questions_per_step": 8, **train})
+        config = Config("some", Base("tiny"), train=options, eval=Eval(pass_tokens=pass_tokens))
         plan = Plan(trees, options, 0)
-        return Engine(lora_model(tiny_base), plan, options, torch.Tensor.backward, rank, ranks)
+        return Engine(lora_model(tiny_base), plan, config, dev, torch.Tensor.backward, rank, ranks)
 
     return make
 
 
-def test_graphs_are_captured_where_there_is_flash_attention_and_released_for_an_evaluation(make):
+def test_graphs_are_captured_where_there_is_flash_attention_and_released_for_an_evaluation(make, monkeypatch):
     plain = make()
     assert (plain.pads, plain.planned, plain._captured) == (None, None, None)
     assert "CUDA graphs" not in plain.description
@@ -69,6 +72,13 @@ def test_graphs_are_captured_where_there_is_flash_attention_and_released_for_an_
     with graphs.released():
         assert graphs._captured.seen == ["released"]
     assert graphs._captured.seen == ["released", "captured"]
+
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(graphs._captured, "capture", full)
+    with pytest.raises(UserError, match=r"^out of GPU memory; lower train\.pack_tokens"), graphs.released():
+        pass
     without = make(free=8 * GIB, flash=False)
     assert without._captured is None
     assert "CUDA graphs" not in without.description
@@ -205,6 +215,17 @@ def test_memory_is_counted_for_this_plan_this_device_and_an_evaluation(make, mon
     assert step_tokens == pytest.approx(tokens / made.plan.steps_per_epoch / 2)
     assert answer_share == pytest.approx(answers / tokens)
     assert evaluation == shapes.decoding_bytes(512, 1536)
+
+
+@pytest.mark.parametrize(("pass_tokens", "longest", "tokens"), [(None, 1000, 1536), (700, 1600, 1632)])
+def test_an_evaluation_needs_the_cache_of_its_longest_question(make, monkeypatch, pass_tokens, longest, tokens):
+    """A question of 1,600 tokens, and 32 of its answer, in passes of as many as are asked for."""
+    choose, asked = memory.choose, []
+    monkeypatch.setattr(memory, "choose", lambda *args: asked.append(args) or choose(*args))
+    dev = [Tree([1] * (longest - 7), (Branch("a", [2] * 3, []), Branch("b", [2] * 7, [])))]
+    make(free=8 * GIB, dev=dev, pass_tokens=pass_tokens)
+    ((_, shapes, *_, evaluation),) = asked
+    assert evaluation == shapes.decoding_bytes(pass_tokens or 512, tokens)
 
 
 @pytest.mark.parametrize(("budget", "limit"), [("auto", 70), (8.0, 70), (None, None)])
