@@ -231,13 +231,18 @@ def choose(
         answers = math.ceil(ANSWER_MARGIN * answer_share * tokens)
         return shapes.training_bytes(tokens, answers, keep, hold, train.average > 0)
 
+    def chosen(tokens: int, keep: int, hold: int) -> Choice:
+        matrices = f" and {hold} their dequantised matrices" if hold else ""
+        kept = f"fused layers, {keep} of {shapes.layers} keep their activations{matrices}"
+        return Choice(tokens, keep, hold, count(tokens, keep, hold), f"{kept}, packs of {tokens} tokens")
+
     def packs_of(n: int) -> int:  # tokens of a pack where a step has n equal ones
         return PACK_STEP * math.ceil(STEP_MARGIN * step_tokens / n / PACK_STEP)
 
     fewest = math.ceil(step_tokens / largest)
     if limit is None or on_cpu:
         keep = 0 if train.gradient_checkpointing else shapes.layers
-        return _described(train.pack_tokens or min(largest, packs_of(fewest)), keep, held, count, shapes, on_cpu)
+        return chosen(train.pack_tokens or min(largest, packs_of(fewest)), keep, held)
     most = max(fewest, math.ceil(step_tokens / LEAST_PACK_TOKENS))
     sizes = sorted({train.pack_tokens or min(largest, packs_of(n)) for n in range(fewest, most + 1)})
     fitting = [
@@ -254,7 +259,7 @@ def choose(
         between = f"an evaluation between two steps {(sum(counted[k] for k in STAY) + evaluation) / GIB:.1f}"
         raise UserError(f"{given}: packs of {sizes[0]} tokens take about {least}, and {between}")
     _, tokens, (keep, hold) = min(fitting)
-    return _described(-tokens, keep, hold, count, shapes, on_cpu)
+    return chosen(-tokens, keep, hold)
 
 
 class Planned(NamedTuple):
@@ -323,11 +328,3 @@ def _time(shapes: Shapes, step_tokens: float, pack_tokens: int, keep: int, hold:
     by_token = 2 + again * (1 - keep / shapes.layers)
     by_pack = LAUNCHED + DEQUANTISED * 2 * (1 - hold / shapes.layers)
     return step_tokens * by_token + math.ceil(STEP_MARGIN * step_tokens / pack_tokens) * by_pack
-
-
-def _described(
-    tokens: int, keep: int, hold: int, count: Callable[..., dict[str, int]], shapes: Shapes, on_cpu: bool
-) -> Choice:
-    counted, held = count(tokens, keep, hold), f" and {hold} their dequantised matrices" if hold else ""
-    description = f"fused layers, {keep} of {shapes.layers} keep their activations{held}, packs of {tokens} tokens"
-    return Choice(tokens, keep, hold, counted, description)

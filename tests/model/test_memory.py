@@ -229,7 +229,9 @@ def test_every_term_of_training_is_as_counted_by_hand(answers, keep, hold, avera
         "small tensors": (5600 + 13_000) // 50,
         "logits or one layer's work": 100 * 2 * (4 * 11 + 4 * 7) + 966 + 100 * 130,
     }
-    assert SMALL.training_bytes(100, answers, keep, hold, average) == plain | changed
+    found = SMALL.training_bytes(100, answers, keep, hold, average)
+    assert found == plain | changed
+    assert all(type(n) is int for n in found.values())
 
 
 @pytest.mark.parametrize(
@@ -388,6 +390,10 @@ def test_what_is_planned_is_what_stays_and_a_step_or_an_evaluation(gpu):
     stays = sum(found.stays.values())
     assert found.peak == max(stays + sum(found.step.values()), stays + found.evaluation)
     assert found.margin == int(0.13 * GIB)
+    captured = planned(choice, Eval(memory_budget_gib="auto"), LLAMA, 9 * GIB, GPU, capture=True)
+    sizes = fit(Eval(), LLAMA, 9 * GIB - sum(choice.counted[name] for name in stay), capture=True)
+    assert captured.evaluation == LLAMA.decoding_bytes(*sizes)
+    assert sizes.capture
     limit = int(0.97 * min(9 + 5 - 0.35, 12 - 0.82) * GIB) - GIB // 4
     without = planned(chosen(None), Eval(), LLAMA, None, GPU, capture=False)
     stays = sum(chosen(None).counted[name] for name in stay)
