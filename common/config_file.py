@@ -212,7 +212,7 @@ def _scalar(leaf: _Leaf, hint: Any, key: str, words: typing.Sequence[str] = ()) 
             if len(text.lstrip("+-")) > DIGITS:
                 raise UserError(f'{leaf.where}: "{key}" takes a number of at most {DIGITS} digits')
             return int(text)
-        if hint is float and re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):
+        if hint is float and re.fullmatch(r"[+-]?((0|[1-9][0-9]*)\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):
             if math.isinf(float(text)):
                 raise UserError(f'{leaf.where}: "{key}" takes a finite number')
             return float(text)

@@ -72,8 +72,11 @@ def main(argv: list[str]) -> None:
     texts = score.read_predictions(args.run / "predictions.json")
     scored = score.score(dev.examples, texts)
     again = {"em": scored.em, "f1": scored.f1, "n": scored.n}
-    wrong = [f"{key} {value}, was {result[key]}" for key, value in again.items() if abs(value - result[key]) > 1e-9]
+    wrong = [
+        f"{key} {value}, was {result[key]}" for key, value in again.items() if not abs(value - result[key]) <= 1e-9
+    ]
     found["score of the predictions"] = "; ".join(wrong) or None
+    found["questions.jsonl"] = by_question(args.run / "questions.jsonl", scored)
 
     # ---- what answers ----------------------------------------------------------------------------------------------
     device, some, exact = pick_device(), dev.examples, True
@@ -83,9 +86,8 @@ def main(argv: list[str]) -> None:
         some = random.SystemRandom().sample(some, min(args.questions, len(some)))
         adapter = Path(config.adapter or result["adapter"]) if result["adapter"] else None
         found["adapter"] = changed(adapter, result["adapter_sha256"]) if adapter else None
-        model = load_system(config, adapter, device, bool(result.get("forced")))
-        found_again = predict.answers(model, tokenizers, dev.examples, config, only=[e.id for e in some])
-        answers = {id_: answer.text for id_, answer in found_again.items()}
+        some = [] if found.get("adapter") else some  # what another adapter answers says nothing
+        answers = answered(config, tokenizers, adapter, dev.examples, some, bool(result.get("forced")))
         exact = compute_dtype(config.base, device) == torch.float32 and in_fp32(was)
     ids_by = tokenizer_sha256(tokenizers.own)
     if was["may_differ"].get("tokenizer", ids_by) != ids_by:  # older records do not say it
@@ -94,7 +96,7 @@ def main(argv: list[str]) -> None:
     may = 0 if exact else min(int(stats.binom.ppf(CONFIDENCE, len(some), CHANGED_BY_ROUNDING)), len(some) - 1)
     shown = ", ".join(f"{id_}: {answers[id_]!r}, was {texts.get(id_)!r}" for id_ in different[:3])
     told = f"{len(different)} of {len(some)} differ"
-    found["answers"] = f"{told}, at most {may} may: {shown}" if len(different) > may else None
+    found["answers"] = f"{told}, at most {may} may: {shown}" if some and len(different) > may else None
 
     # ---- verdict ---------------------------------------------------------------------------------------------------
     then = {**was["may_differ"], "device": was["may_differ"]["device"]["name"]}
@@ -108,6 +110,34 @@ def main(argv: list[str]) -> None:
     print(f"CERTIFIED: EM {scored.em:.2f} F1 {scored.f1:.2f}, {args.run}" if not misfits else "NOT CERTIFIED")
     print(json.dumps({"run": str(args.run), "certified": not misfits, "misfits": misfits, "different": different}))
     sys.exit(bool(misfits))
+
+
+def answered(
+    config: Config,
+    tokenizers: Tokenizers,
+    adapter: Path | None,
+    examples: Sequence[squad.Example],
+    some: Sequence[squad.Example],
+    force: bool,
+) -> dict[str, str]:
+    """Answers to `some` of the examples by id, of a model that runs here."""
+    if not some:
+        return {}
+    model = load_system(config, adapter, pick_device(), force)
+    found = predict.answers(model, tokenizers, examples, config, only=[e.id for e in some])
+    return {id_: answer.text for id_, answer in found.items()}
+
+
+def by_question(file: Path, scored: score.Score) -> str | None:
+    """How the lines of questions differ from the score; None if they do not."""
+    if not file.is_file():
+        return "it is gone"
+    try:
+        rows = {row["id"]: row["em"] for row in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
+    except (ValueError, KeyError, TypeError) as error:
+        return f"it cannot be read ({error!r})"
+    odd = [id_ for id_ in scored.correct.keys() | rows.keys() if rows.get(id_) != scored.correct.get(id_)]
+    return f"{len(odd)} of {scored.n} questions are scored otherwise, such as {min(odd)}" if odd else None
 
 
 def replayed(

@@ -319,6 +319,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--usd-per-hour", type=float, help="price of the device: adds what 1,000 single queries cost")
     parser.add_argument("--systems", nargs="+", default=[], help="these alone; of one that was not run, the reason")
     args = parser.parse_args(argv)
+    if args.usd_per_hour is not None and not 0 <= args.usd_per_hour < 1e6:
+        raise UserError(f"--usd-per-hour {args.usd_per_hour}: a price is between 0 and a million")
     root, before = Path(args.runs), snapshot()
     records = [r for r in record.read_all(root) if not args.systems or r["system"] in args.systems]
     found = [r for r in records if r["kind"] in ("eval", "bench")]

@@ -239,7 +239,8 @@ class Client:
                         return _refusal(error_message(said), seen, start, waited)
                     raise self._failure_inside(reported, said)
                 try:
-                    choice = (event.get("choices") or [{}])[0]
+                    # of several choices the first, which is the only one that was asked for
+                    choice: Json = next((c for c in event.get("choices") or [] if not c.get("index")), {})
                     piece, fields = text_of(choice)
                     reason = choice.get("finish_reason") or reason
                     counts = found if isinstance(found := event.get("usage"), dict) else {}

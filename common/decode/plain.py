@@ -25,7 +25,8 @@ def greedy(model: Model, pack: Pack, stops: Tensor, max_new_tokens: int) -> Iter
 
     New keys and values are appended to the pack's own under the same tree mask, so nothing is copied per question.
     """
-    cache, layout = DynamicCache(config=model.config), pack.layout
+    # without the model's configuration, by which a layer with a sliding window would keep but the pack's last tokens
+    cache, layout = DynamicCache(), pack.layout
     live, at = torch.arange(len(pack.ids), device=pack.input_ids.device), layout[pack.prompt_ends]
     out = pack_logits(model, pack, pack.prompt_ends, cache)  # [B, V]
     for step in range(max_new_tokens):

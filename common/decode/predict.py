@@ -22,6 +22,7 @@ from common.device import has_flash_attention, out_of_memory
 from common.errors import UserError
 from common.model import memory
 from common.model.llama import Model, adapter_size, unsupported_reason
+from common.model.tree_mask import need_embedded, need_plain_span
 from common.runs import ranks, signals
 
 import torch
@@ -67,6 +68,7 @@ def answer_trees(
     """
     longest = max((tree.longest for tree in trees), default=0)
     check_positions(model, longest, max_new_tokens)
+    need_embedded(model.config, trees)
     task = Task(tokenizer, stops, max_new_tokens, options, check, forced or {}, round_)
     engine = plain.answer_packs if engine_of(model, options) == "plain" else _answer_batched
     total = sum(len(tree.branches) for tree in trees) if ranks.count() == 1 else None  # a rank's share is not known
@@ -107,7 +109,11 @@ def by_all_ranks(
 
 
 def check_positions(model: Model, prompt_tokens: int, answer_tokens: int) -> None:
-    """Raises `UserError` where a prompt and its longest answer take more tokens than the model has positions."""
+    """Raises `UserError` where a prompt and its longest answer take more tokens than the model has positions.
+
+    A sliding window, and positions that longer texts stretch, are limits too: packs and trees know neither.
+    """
+    need_plain_span(model.config, prompt_tokens + answer_tokens)
     most = getattr(model.config, "max_position_embeddings", None)
     if most and prompt_tokens + answer_tokens > most:
         lower = "window.answer" if answer_tokens > prompt_tokens else "window.context, or ask for fewer prompt.shots"

@@ -48,9 +48,12 @@ class _Kept:
     def __init__(self, response: httpx2.Response):
         self.headers = {"content-type": "text/event-stream"}
         self.response, self.request, self.text, self.keep = response, response.request, "", True
+        self.began = False
 
     def iter_text(self) -> Iterator[str]:
         for text in self.response.iter_text():
+            text = text.removeprefix("\ufeff") if not self.began else text  # as the standard has it
+            self.began = True
             self.text += text if self.keep else ""
             yield text
 

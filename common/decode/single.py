@@ -20,6 +20,7 @@ from common.device import has_flash_attention
 from common.errors import UserError
 from common.model.llama import Model
 from common.model.nf4 import MATMUL_TOKENS
+from common.model.tree_mask import need_embedded
 
 import torch
 
@@ -110,6 +111,7 @@ def ask(
     """End to end: the answer, one generation per window (the most probable first), and whether the window cuts."""
     built = build_trees([example], tokenizers, config.window, train=False, options=config.prompt)
     predict.check_positions(engine.model, max(map(len, built.trees)), config.window.answer)
+    need_embedded(engine.model.config, built.trees)
     found = [engine.answer(t.prefix_ids + t.branches[0].prompt_ids, forced, to_the_limit, tick) for t in built.trees]
     for answer in found:
         need_finite(f"question {example.id}", answer.logprob, engine.model.dtype)

@@ -85,7 +85,7 @@ def of_file(path: str, data: str, examples: Iterable[squad.Example]) -> Score:
 
 
 def main() -> None:
-    if len(sys.argv) != 3:
+    if len(sys.argv) != 3 or not all(sys.argv):
         raise UserError("usage: make verify-scorer PRED=predictions.json DATA=dev.json (each plain or .gz)")
     _, path, data = sys.argv
     result = of_file(path, data, squad.golds(data))

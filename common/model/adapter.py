@@ -57,6 +57,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, base: Base, force: bool =
     except Exception as error:  # each kind of damage to its files has an exception of its own
         raise UserError(f"{folder}: not a whole adapter ({first_line(error)})") from error
     _need_known(folder / "adapter_config.json", config, force)
+    _need_agreement(folder, config)
     if config.peft_type is None:
         raise UserError(f"{folder}: not a whole adapter (its configuration names no peft_type)")
     if config.peft_type not in TOKENWISE or getattr(config, "alora_invocation_tokens", None):
@@ -93,6 +94,20 @@ def _need_known(file: Path, config: PeftConfig, force: bool) -> None:
         switch, number = isinstance(value, bool), isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not {"bool": switch, "int": number, "float": number}.get(kinds.get(key, ""), True):
             raise UserError(f"{file}: {key} is {json.dumps(value)[:40]}, and takes {WANTED[kinds[key]]}")
+
+
+def _need_agreement(folder: Path, config: PeftConfig) -> None:
+    """Raises `UserError` where an adapter of ours has other LoRA settings than it was trained with."""
+    trained = adapters.trained_with(folder)
+    if trained is None:
+        return
+    lora = trained["lora"]
+    plain = LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["targets"])
+    keys = ("peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+    for key in keys:
+        if getattr(config, key, None) != getattr(plain, key):
+            found = f"{key} is {getattr(config, key, None)}, and {adapters.SETTINGS} says {getattr(plain, key)}"
+            raise UserError(f"{folder}/adapter_config.json: {found}; one of them was changed after the training")
 
 
 def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -34,6 +34,7 @@ class Identity(TypedDict):
 def identify(base: Base) -> Identity:
     """The identity of a base that is on this disk."""
     config = AutoConfig.from_pretrained(base.path, revision=base.revision)
+    config = config.get_text_config()  # of a model that reads pictures too
     shapes = {key: getattr(config, key, None) for key in SHAPES}
     return {"name": base.path, "shapes": shapes, "samples": {} if base.random_weights else _samples(base, config)}
 
@@ -82,19 +83,19 @@ def _samples(base: Base, config: PreTrainedConfig) -> dict[str, str]:
 
 def _files(base: Base, names: list[str]) -> dict[str, Path]:
     """The safetensors files on this disk, by tensor; of what is not there, none."""
-    single, index = (_file(base, f"model.safetensors{end}") for end in ("", ".index.json"))
+    single, index = (stored_file(base, f"model.safetensors{end}") for end in ("", ".index.json"))
     if single:
         with safe_open(single, framework="pt") as tensors:
             return {name: single for name in names if name in set(tensors.keys())}
-    files = {name: _file(base, shard) for name, shard in _shards(index).items() if name in names}
+    files = {name: stored_file(base, shard) for name, shard in _shards(index).items() if name in names}
     return {name: file for name, file in files.items() if file}
 
 
 def stored_files(base: Base) -> list[Path]:
     """The files on this disk that hold a base's weights; transformers reads the first of both kinds that is there."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        single, index = _file(base, name), _file(base, f"{name}.index.json")
-        found = [single] if single else [_file(base, shard) for shard in sorted(set(_shards(index).values()))]
+        single, index = stored_file(base, name), stored_file(base, f"{name}.index.json")
+        found = [single] if single else [stored_file(base, shard) for shard in sorted(set(_shards(index).values()))]
         if files := [file for file in found if file]:
             return files
     return []
@@ -104,7 +105,8 @@ def _shards(index: Path | None) -> dict[str, str]:
     return json.loads(index.read_text())["weight_map"] if index else {}
 
 
-def _file(base: Base, name: str) -> Path | None:
+def stored_file(base: Base, name: str) -> Path | None:
+    """A base's file on this disk, in its folder or the hub's cache; None if it is not there."""
     if (Path(base.path) / name).is_file():
         return Path(base.path) / name
     if Path(base.path).is_dir():

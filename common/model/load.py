@@ -9,10 +9,13 @@ from common.config import Base, Config
 from common.data.tokens import Tokenizer, Tokenizers
 from common.device import out_of_memory
 from common.errors import UserError, first_line
+from common.files import read_json
 from common.model.adapter import add_lora, load_adapter
+from common.model.identity import stored_file
 from common.model.llama import Model, causal_of
 from common.model.stored import is_quantized, need_finite, need_float_weights
 from common.model.tree_mask import registered
+from common.runs import adapters
 from common.runs.results import Section
 
 import bitsandbytes as bnb
@@ -113,6 +116,8 @@ def load_base(base: Base, device: torch.device) -> PreTrainedModel:
         raise UserError(f"{base.path}: {name} does not support attention over trees: it caps its scores")
     if base.tokenizer and len(load_tokenizer(base.tokenizer)) > model.config.vocab_size:
         raise UserError(f"base.tokenizer={base.tokenizer}: it has more tokens than {base.path} embeds")
+    if file := stored_file(base, "generation_config.json"):
+        read_json(file)  # of one that is damaged transformers takes nothing, without a word: no stop tokens
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             if module.weight.quant_state.shape != (module.out_features, module.in_features):
@@ -150,6 +155,10 @@ def load_system(config: Config, adapter: Path | None, device: torch.device, forc
         return model
     if adapter is None:
         return add_lora(model, config.lora, config.seed).eval()
+    was = (adapters.trained_with(adapter) or {}).get("tokenizer_sha256")
+    if was and was != tokenizer_sha256(load_tokenizers(config).own) and not force:
+        here = config.base.tokenizer or config.base.path
+        raise UserError(f"{adapter} was trained with another tokenizer than that of {here}; FORCE=1 takes it")
     return load_adapter(model, adapter, config.base, force)
 
 

@@ -1,18 +1,41 @@
 """A pack's attention mask, for models that run by transformers' and PEFT's own modules, and attention under it."""
 
+from collections.abc import Iterable
 from typing import Any
 
+from common.data.trees import Tree
+from common.errors import UserError
 from common.model.llama import Model
 from common.model.pack import Layout, Pack
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "tree_sdpa"  # our name in transformers' tables
 Trees = list[tuple[Tensor, Tensor]]  # per tree the indices of its queries and of its keys, int64
+
+
+def need_plain_span(config: PreTrainedConfig, tokens: int) -> None:
+    """Raises `UserError` where a text of so many tokens would be attended to otherwise than by all that is before."""
+    own = config.get_text_config()
+    window = getattr(own, "sliding_window", None) if getattr(own, "use_sliding_window", True) else None
+    rope = getattr(own, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(own, "original_max_position_embeddings", None)
+    stretched = original if rope.get("rope_type") == "longrope" else None
+    for what, most in (("a sliding window", window), ("positions that longer texts stretch", stretched)):
+        if most and tokens > most:
+            raise UserError(f"{tokens} tokens of a prompt and its answer, and this model has {what} from {most} on")
+
+
+def need_embedded(config: PreTrainedConfig, trees: Iterable[Tree]) -> None:
+    """Raises `UserError` where the tokenizer made ids that the model has no embedding of."""
+    rows = config.get_text_config().vocab_size
+    for tree in trees:
+        if (most := max(*tree.prefix_ids, *(i for b in tree.branches for i in b.prompt_ids))) >= rows:
+            raise UserError(f"the tokenizer has a token {most}, and the model embeds {rows}: they are not of one kind")
 
 
 def registered() -> str:

@@ -57,7 +57,7 @@ def choose(config: Config, given: Collection[str] = (), force: bool = False) -> 
         return Chosen(config, None)
     trained = trained_with(adapter)
     if trained is None:
-        complete = config if config.lora else replace(config, lora=_lora_of(adapter))
+        complete = replace(config, lora=_lora_of(adapter) or config.lora or Lora())
         return Chosen(complete, adapter, forced="FORCE=1" * force)
     mine = config.to_dict()
     taken: list[tuple[str, str, object]] = []
@@ -173,16 +173,18 @@ def _newest(config: Config, given: Collection[str] | None) -> Path | None:
     return Path(max(alike or runs, key=lambda r: r["created"])["folder"]) / "best"
 
 
-def _lora_of(adapter: Path) -> Lora:
-    """The LoRA settings of another tool's adapter, for records; what is no LoRA has the default ones."""
+def _lora_of(adapter: Path) -> Lora | None:
+    """The LoRA settings of another tool's adapter, for records; None of what is no LoRA."""
     found = read_json(adapter / "adapter_config.json")
     settings = found if isinstance(found, dict) else {}
+    if settings.get("peft_type", "LORA") != "LORA":
+        return None
     targets = settings.get("target_modules")
     try:
         return Lora(
             rank=settings.get("r", Lora.rank),
             alpha=settings.get("lora_alpha", Lora.alpha),
-            targets=tuple(sorted(targets)) if isinstance(targets, list) and targets else Lora.targets,
+            targets=tuple(sorted(set(targets))) if isinstance(targets, list) and targets else Lora.targets,
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"{adapter}/adapter_config.json: {error}") from error

@@ -48,6 +48,7 @@ class Engine:
         self.planned: memory.Planned | None = None  # on a GPU, by the fused layers
         self._captured: CapturedPacks | None = None
         self.trained_weights, self.frozen_weights = load.parameter_counts(model)
+        tree_mask.need_embedded(model.config, plan.trees)
         if reason := "train.fused=false" if not self.train.fused else untrainable_reason(model):
             self._use_modules(model, reason)
         else:
@@ -84,7 +85,8 @@ class Engine:
         if isinstance(train.memory_budget_gib, float):
             by_hand = "set train.memory_budget_gib=null, and train.pack_tokens and train.gradient_checkpointing by hand"
             raise UserError(f"train.memory_budget_gib needs the fused layers; not with {reason}: {by_hand}")
-        self.keep_layers, self.recomputed = model.config.num_hidden_layers, 0.0
+        tree_mask.need_plain_span(model.config, max(tree.longest for tree in self.plan.trees))
+        self.keep_layers, self.recomputed = model.config.get_text_config().num_hidden_layers, 0.0
         if train.gradient_checkpointing:
             self.keep_layers, self.recomputed = 0, 1.0
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

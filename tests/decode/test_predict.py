@@ -24,6 +24,7 @@ from tests.train.test_fused import adapter_weights, first_layers
 
 import pytest
 import torch
+from transformers import LlamaConfig, PreTrainedConfig
 
 CPU = torch.device("cpu")
 LIMIT = 8
@@ -348,11 +349,10 @@ def test_the_window_that_holds_the_answer_answers(answering_base, engine):
 
 
 def test_a_prompt_and_its_answer_may_take_all_positions_and_no_more():
-    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=100))
+    model = SimpleNamespace(config=LlamaConfig(max_position_embeddings=100))
     check_positions(model, 90, 10)
     check_positions(model, 10, 90)
-    check_positions(SimpleNamespace(config=SimpleNamespace()), 10**6, 10**6)
-    check_positions(SimpleNamespace(config=SimpleNamespace(max_position_embeddings=None)), 10**6, 10**6)
+    check_positions(SimpleNamespace(config=PreTrainedConfig()), 10**6, 10**6)
     words = (
         "91 tokens of a prompt and up to 10 of its answer, and this model has 100 positions: lower window.context, or"
     )
@@ -466,6 +466,36 @@ def test_where_memory_runs_out_answering_goes_on_in_smaller_passes(tiny_base, mo
     sizes = [1024, 512, 256, 128][: len(fails)]
     assert noted == [f"note: out of GPU memory; answering goes on in passes of {n} tokens" for n in sizes]
     assert found == [memory.Decoding(sizes[-1], 1536)]
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"sliding_window": 30}, "a sliding window from 30 on"),
+        ({"sliding_window": 30, "use_sliding_window": False}, None),
+        ({"sliding_window": 44}, None),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 30}},
+            "positions that longer",
+        ),
+        ({"rope_parameters": {"rope_type": "default", "original_max_position_embeddings": 30}}, None),
+    ],
+)
+def test_a_text_beyond_a_sliding_window_or_stretched_positions_is_refused(config, says):
+    settings = SimpleNamespace(max_position_embeddings=None, **config)
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=None, get_text_config=lambda: settings))
+    if says is None:
+        return check_positions(model, 40, 4)
+    with pytest.raises(UserError, match=rf"^44 tokens of a prompt and its answer, and this model has {says}"):
+        check_positions(model, 40, 4)
+
+
+def test_ids_that_the_model_has_no_embedding_of_are_refused(tiny_base):
+    model, tokenizer = system(tiny_base)
+    (tree,) = demo_trees(tokenizer, 1)
+    beyond = Tree(tree.prefix_ids, (Branch("q", [model.config.vocab_size], []),))
+    with pytest.raises(UserError, match=r"^the tokenizer has a token 500, and the model embeds 500: "):
+        answer_trees(model, tokenizer, [tree, beyond], [], 4, progress=None)
 
 
 def test_what_ran_out_of_memory_once_keeps_its_smaller_passes(tiny_base, monkeypatch, capsys):

@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 
 def questions(tokenizer, paragraphs: int):
@@ -238,7 +239,8 @@ class Answers:
 
     def __init__(self, *answers: tuple[float, list[int]], positions: int = 1000):
         self.answers = [Generation(ids, logprob) for logprob, ids in answers]
-        self.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions), dtype=torch.float32)
+        config = LlamaConfig(max_position_embeddings=positions, vocab_size=10**6)
+        self.model = SimpleNamespace(config=config, dtype=torch.float32)
         self.asked: list[tuple] = []
 
     def answer(self, *asked) -> Generation:

@@ -183,6 +183,18 @@ def test_a_setting_that_peft_would_ignore_or_misread_is_refused(adapter, tiny_ba
         loads(adapter, tiny_base)
 
 
+@pytest.mark.parametrize("change", [{"lora_alpha": 99}, {"r": 2}, {"use_rslora": True}, {"target_modules": ["q_proj"]}])
+def test_an_adapter_of_ours_has_the_settings_that_it_was_trained_with(adapter, tiny_base, change):
+    recorded(adapter, "me/tiny-llama", identify(nf4(tiny_base)))
+    loads(adapter, tiny_base)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, **change}))
+    with pytest.raises(
+        UserError, match=rf"{next(iter(change))} is .*, and trained_with\.json says .*was changed after"
+    ):
+        loads(adapter, tiny_base)
+
+
 def test_by_force_what_is_not_known_is_left_out_but_no_slip_of_the_pen(adapter, tiny_base, capsys):
     settings = json.loads((adapter / "adapter_config.json").read_text())
     for key in ("zzz_of_tomorrow", "use_foo", "new_setting", "load_in_8bit"):
@@ -351,7 +363,9 @@ def recorded(adapter, name, identity=None):
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": name}))
     if identity:
-        settings = adapters.settings_of(load("smollm2-qlora"), "of data", identity, "of a tokenizer")
+        lora = [f"lora.rank={settings['r']}", f"lora.alpha={settings['lora_alpha']}"]
+        lora += [f"lora.targets={json.dumps(settings['target_modules'])}"]
+        settings = adapters.settings_of(load("smollm2-qlora", lora), "of data", identity, "of a tokenizer")
         (adapter / adapters.SETTINGS).write_text(json.dumps(settings))
 
 

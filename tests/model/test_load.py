@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 from common.config import Api, Base, Config, Lora, Window, load
@@ -128,11 +129,12 @@ def test_a_system_is_its_base_its_adapter_or_a_new_one_of_its_seed(tiny_base, mo
     monkeypatch.setattr(module, "add_lora", lambda *args: done.append(args) or SimpleNamespace(eval=lambda: "new"))
     base, lora = Base("base"), Lora(rank=2)
     assert load_system(Config("x", base), "adapter", CPU) == "base on cpu"
-    assert load_system(Config("x", base, lora=lora, seed=7), "adapter", CPU) == "trained"
+    adapter = Path("adapter")
+    assert load_system(Config("x", base, lora=lora, seed=7), adapter, CPU) == "trained"
     assert load_system(Config("x", base, lora=lora, seed=7), None, CPU) == "new"
-    assert done == [("base on cpu", "adapter", base, False), ("base on cpu", lora, 7)]
-    load_system(Config("x", base, lora=lora), "adapter", CPU, force=True)
-    assert done[-1] == ("base on cpu", "adapter", base, True)
+    assert done == [("base on cpu", adapter, base, False), ("base on cpu", lora, 7)]
+    load_system(Config("x", base, lora=lora), adapter, CPU, force=True)
+    assert done[-1] == ("base on cpu", adapter, base, True)
 
 
 def test_qlora7b_trains_the_share_of_llama_2_that_its_rank_and_targets_say():
@@ -426,6 +428,29 @@ def test_tensors_that_the_model_has_no_place_for_are_named(tiny_base, tmp_path, 
         return
     with pytest.raises(UserError, match=rf"^{folder}: model\.layers\..* stands? in its files and not in the model"):
         load_base(Base(str(folder), quant="none"), CPU)
+
+
+def test_a_damaged_generation_config_is_one_line_for_it_holds_stop_tokens(tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "harmed")
+    file = tmp_path / "harmed" / "generation_config.json"
+    file.write_text('{"eos_token_id": [1, 2')
+    with pytest.raises(UserError, match=rf"^{file}:1: not valid JSON"):
+        load_base(Base(str(tmp_path / "harmed"), quant="none"), CPU)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_adapter_is_asked_with_the_tokenizer_that_it_was_trained_with(tiny_base, tmp_path, monkeypatch, force):
+    base = Base(str(tiny_base), quant="none", dtype="fp32")
+    config = Config("x", base, lora=Lora())
+    own = tokenizer_sha256(load_tokenizer(str(tiny_base)))
+    monkeypatch.setattr(module, "load_adapter", lambda *_: "loaded")
+    for was, fits in ((own, True), ("another", force), (None, True)):
+        monkeypatch.setattr(module.adapters, "trained_with", lambda folder, was=was: {"tokenizer_sha256": was})
+        if fits:
+            assert load_system(config, tmp_path, CPU, force) == "loaded"
+        else:
+            with pytest.raises(UserError, match=rf"^{tmp_path} was trained with another tokenizer than that of "):
+                load_system(config, tmp_path, CPU, force)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])

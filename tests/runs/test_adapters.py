@@ -269,6 +269,8 @@ def test_another_tools_adapter_brings_its_lora_section(tmp_path):
     assert (found.config.lora.rank, found.config.lora.alpha, found.config.lora.targets) == (8, 32, ("q_proj", "v_proj"))
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     assert choose(load("some/model", [f"adapter={tmp_path}"])).config.lora is not None
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "OFT", "r": 0}')
+    assert choose(load("some/model", [f"adapter={tmp_path}", "lora.rank=4"])).config.lora.rank == 4
     (tmp_path / "adapter_config.json").write_text('{"r": 0}')
     with pytest.raises(UserError, match=r"adapter_config\.json: rank: must be between"):
         choose(load("some/model", [f"adapter={tmp_path}"]))

@@ -67,6 +67,12 @@ def edit(file, change) -> None:
     file.write_text(yaml.safe_dump(content) if kind is yaml else json.dumps(content))
 
 
+def rows_with(run, id_: str, **changes) -> str:
+    """questions.jsonl, one of its rows changed."""
+    rows = map(json.loads, (run / "questions.jsonl").read_text().splitlines())
+    return "".join(json.dumps(row | changes if row["id"] == id_ else row) + "\n" for row in rows)
+
+
 def test_an_evaluation_is_certified_as_it_is_and_no_change_to_it_is(run, tmp_path, capsys, monkeypatch):
     sure, _, out = certified(capsys, run)
     assert sure
@@ -100,6 +106,10 @@ def test_an_evaluation_is_certified_as_it_is_and_no_change_to_it_is(run, tmp_pat
         (lambda: edit(copy / "record.json", lambda r: r["must_match"]["window"].update(answer=31)), "window"),
         (lambda: edit(copy / "record.json", lambda r: r["must_match"].update(scorer="another")), "scorer"),
         (lambda: edit(copy / "record.json", lambda r: r["may_differ"].update(tokenizer="another")), "tokenizer"),
+        (lambda: edit(copy / "record.json", lambda r: r["result"].update(em=float("nan"))), "score of the predictions"),
+        (lambda: (copy / "questions.jsonl").unlink(), "questions.jsonl"),
+        (lambda: (copy / "questions.jsonl").write_text("{}\n"), "questions.jsonl"),
+        (lambda: (copy / "questions.jsonl").write_text(rows_with(copy, "p0q0", em="else")), "questions.jsonl"),
         (lambda: edit(copy / "config.yaml", lambda c: c["window"].update(context=300)), "configuration"),
         (weights_changed, "adapter"),
         (lambda: edit(adapter / "adapter_config.json", lambda c: c.update(lora_alpha=64)), "adapter"),

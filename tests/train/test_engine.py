@@ -17,7 +17,7 @@ from tests.model.test_pack import CPU, lora_model, trees_of
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 GIB = 2**30
 
@@ -242,7 +242,9 @@ def test_a_gpus_allocator_is_kept_to_the_budget(monkeypatch, budget, limit):
 def test_a_gpu_has_larger_packs_for_layers_that_are_not_fused():
     made = Engine.__new__(Engine)
     made.train, made.device = Train(gradient_checkpointing=False), SimpleNamespace(type="cuda")
-    made._use_modules(SimpleNamespace(config=SimpleNamespace(num_hidden_layers=3), parameters=lambda: []), "a reason")
+    made.plan = SimpleNamespace(trees=[Tree([1] * 9, (Branch("a", [2], [3]),))])
+    config = LlamaConfig(num_hidden_layers=3, sliding_window=None)
+    made._use_modules(SimpleNamespace(config=config, parameters=lambda: []), "a reason")
     assert (made.pack_tokens, made.keep_layers) == (4096, 3)
 
 
