@@ -114,10 +114,8 @@ def main(argv: list[str]) -> None:
         if "failed" in ceiling:
             raise UserError(f"matrix products: {ceiling['failed']}")
         configured = config.train.memory_budget_gib
-        job["budgets"] = [configured if isinstance(configured, float) else NO_BUDGET]
-        job["budgets"] = (args.budgets or job["budgets"]) if gpu else [NO_BUDGET]
-        if args.cards:
-            job["budgets"] = [FREE[size] for size in args.cards]
+        asked_for = args.budgets or [configured if isinstance(configured, float) else NO_BUDGET]
+        job["budgets"] = [FREE[size] for size in args.cards] or (asked_for if gpu else [NO_BUDGET])
         batches = args.batches or ([8, 16, 24, 32, 64, 128] if gpu else [8])
         if args.whole_process and len(batches) > 1:
             raise UserError("--whole-process: name one of --batches, for a search would count")

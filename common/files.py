@@ -181,7 +181,7 @@ def _no_constant(name: str) -> object:
 
 
 def _line_of_number(text: str) -> str:
-    """Of the first number that Python's reader takes or refuses and JSON has not, ":line"; empty if there is none."""
+    """ ":line" of the first number that is none of JSON's, whether Python's reader takes it or not; "" without one."""
     for found in re.finditer(r'"(?:[^"\\]|\\.)*"|(NaN|-?Infinity|\d{4301,})', text):
         if found[1]:
             return f":{text.count(chr(10), 0, found.start()) + 1}"

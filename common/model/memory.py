@@ -17,8 +17,8 @@ import torch
 
 BUDGET = "eval.memory_budget_gib or, in a training, train.memory_budget_gib"  # the config keys to raise, for errors
 GIB, FP32 = 2**30, 4  # bytes
-# what a process takes beside torch's allocator: CUDA's context, and kernels that are loaded as they are met. On an H200
-# 0.60 and 0.22 GiB, whatever the model (docs/log.md)
+# what a process takes beside torch's allocator: CUDA's context, and kernels that are loaded as they are met. For
+# Llama-2-7B's shapes on an H200 (docs/log.md)
 CONTEXT, KERNELS = int(0.60 * GIB), int(0.22 * GIB)
 # of what is free, what "auto" leaves to other processes, such as a desktop
 MARGIN = int(0.13 * GIB)
@@ -128,10 +128,6 @@ class Shapes:
         return out + (matrix + work + buffers + self.cache_per_token if capture else 0)
 
 
-def shown(budget: float | str | None) -> str:
-    return f"{budget:g}" if isinstance(budget, float) else str(budget)
-
-
 def limit_bytes(budget: float | str, device: torch.device) -> int:
     """Bytes that torch's allocator may take on a GPU: what is free, and this process's already, less a margin.
 
@@ -146,7 +142,7 @@ def limit_bytes(budget: float | str, device: torch.device) -> int:
 
 
 def usable_bytes(limit: int, device: torch.device) -> int:
-    """Of `limit`, what tensors can take: without the gaps that are between them by now, and those to come."""
+    """The bytes of `limit` that tensors can take: without the gaps that are between them by now, and those to come."""
     gaps = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(USABLE_SHARE * limit) - gaps
 
@@ -250,9 +246,7 @@ def choose(
         for tokens in sizes
         if (layers := _layers_that_fit(functools.partial(count, tokens), shapes.layers, held, limit, evaluation))
     ]
-    given = (
-        f"train.memory_budget_gib={shown(train.memory_budget_gib)}, of which tensors can take {max(0, limit) / GIB:.1f}"
-    )
+    given = f"train.memory_budget_gib={train.memory_budget_gib}, of which tensors can take {max(0, limit) / GIB:.1f}"
     if not fitting:
         counted = count(sizes[0], 0, 0)
         least = f"{sum(counted.values()) / GIB:.1f} GiB with everything recomputed"
@@ -323,7 +317,10 @@ def _layers_that_fit(
 
 
 def _time(shapes: Shapes, step_tokens: float, pack_tokens: int, keep: int, hold: int) -> float:
-    """Of a step, in tokens that go forward once. A backward pass takes as long: frozen weights have no gradient."""
+    """The time of a step, in tokens that go forward once.
+
+    A backward pass takes as long as a forward pass: frozen weights have no gradient.
+    """
     again = 1 - shapes.item * shapes.hidden * shapes.intermediate / shapes.layer_matrices  # all but the last product
     by_token = 2 + again * (1 - keep / shapes.layers)
     by_pack = LAUNCHED + DEQUANTISED * 2 * (1 - hold / shapes.layers)
