@@ -30,6 +30,11 @@ def has_flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2 and _is_ampere(device)
 
 
+def has_efficient_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """True if torch's memory-efficient attention stands in for flash attention: fp16 on any GPU."""
+    return device.type == "cuda" and dtype == torch.float16
+
+
 def has_nf4_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """True if `common.model.nf4_kernels` runs: 16-bit numbers on a GPU of compute capability 8.0 or more."""
     return dtype.itemsize == 2 and _is_ampere(device)

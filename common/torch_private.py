@@ -16,6 +16,15 @@ from torch import Tensor
 
 FORWARD = "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask"
 BACKWARD = "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p is_causal rng_state unused"
+EFFICIENT = (
+    "query key value bias cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k dropout_p custom_mask_type "
+    "compute_log_sumexp"
+)
+EFFICIENT_BACKWARD = (
+    "grad_out_ query key value bias out cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k logsumexp dropout_p "
+    "philox_seed philox_offset custom_mask_type bias_requires_grad"
+)
+NO_MASK, CAUSAL_FROM_LAST = 0, 2  # `custom_mask_type`
 
 
 class Sequences(NamedTuple):
@@ -46,6 +55,38 @@ def flash_attention_backward(
     call, (*lengths, causal, _) = _checked("ops.aten._flash_attention_backward", BACKWARD), sequences
     state = torch.empty(2, dtype=torch.uint64, device=q.device)  # of the random numbers of dropout, whose rate is 0
     return call(d_out, q, k, v, out, lse, *lengths, 0.0, causal, state, state)
+
+
+def efficient_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """Output [T, H, D], and the log-sum-exp [n, H, L] fp32 of each sequence; L is the longest, rounded up to 32.
+
+    Queries [T, H, D], keys and values [S, H, D]. Runs from compute capability 5.0 on, in bf16 from 8.0 on.
+    https://arxiv.org/abs/2112.05682
+    """
+    call = _checked("ops.aten._efficient_attention_forward", EFFICIENT, "seqlen_k")
+    lengths, mask = _bounds(q, k, sequences), CAUSAL_FROM_LAST if sequences.causal else NO_MASK
+    q, k, v = (x[None] for x in (q, k, v))
+    out, lse = call(q, k, v, None, *lengths, 0.0, mask, True, seqlen_k=sequences.k_used)[:2]
+    return out[0], lse
+
+
+def efficient_attention_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sequences: Sequences
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, given that of the output and what `efficient_attention` returned; `lse` all finite."""
+    call = _checked("ops.aten._efficient_attention_backward", EFFICIENT_BACKWARD, "num_splits_key")
+    lengths, mask = _bounds(q, k, sequences), CAUSAL_FROM_LAST if sequences.causal else NO_MASK
+    state = torch.empty(0, dtype=torch.int64)  # of the random numbers of dropout, whose rate is 0
+    d_out, q, k, v, out = (x.contiguous()[None] for x in (d_out, q, k, v, out))
+    options = lse, 0.0, state, state, mask, False
+    # one split of the keys, because several would add to the gradient of q in any order
+    return tuple(x[0] for x in call(d_out, q, k, v, None, out, *lengths, *options, num_splits_key=1)[:3])
+
+
+def _bounds(q: Tensor, k: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor, int, int]:
+    """Starts of queries and keys; upper bounds of their lengths that no tensor is shorter than."""
+    q_starts, k_starts, longest_q, longest_k, *_ = sequences
+    return q_starts, k_starts, min(longest_q, len(q)), min(longest_k, len(k))
 
 
 def mark_dynamic(x: Tensor) -> None:

@@ -17,13 +17,12 @@ import train_loop
 from benchmarks.card import FREE, card
 from common.config import Base, Eval, Lora, Train
 from common.data.trees import Branch, Tree
-from common.decode import predict, single
 from common.decode.answers import stop_tokens
 from common.decode.forward import Captured
 from common.decode.predict import answer_trees
 from common.decode.single import Single
 from common.errors import UserError
-from common.model import attention, linears, tree_mask
+from common.model import attention, linears, tree_mask, varlen
 from common.model.adapter import add_lora
 from common.model.linears import MergedLinear
 from common.model.load import load_base, load_tokenizer, parameter_counts
@@ -31,7 +30,6 @@ from common.model.memory import GIB, Shapes, choose
 from common.model.nf4 import MATMUL_TOKENS
 from common.model.pack import IGNORED, PadSizes, build_pack
 from common.runs import gauges, ranks
-from common.train import engine
 from common.train.cuda_graphs import CapturedPacks
 from common.train.fused import Fused
 from tests.conftest import ROOT
@@ -85,11 +83,21 @@ def worker(fused: Fused):
     return work
 
 
-def without_flash(monkeypatch):
-    """As on a T4: no flash attention, no CUDA graphs, no kernels of ours."""
-    for module in (attention, predict, single, engine):
-        monkeypatch.setattr(module, "has_flash_attention", lambda device, dtype: False)
+def as_on_a_t4(monkeypatch):
+    """No flash attention, so in fp16 memory-efficient attention; no kernels of ours."""
+    monkeypatch.setattr(varlen, "has_flash_attention", lambda device, dtype: False)
     monkeypatch.setattr(linears, "has_nf4_kernels", lambda device, dtype: False)
+
+
+def by_products(monkeypatch):
+    """Attention without fused kernels, in any precision."""
+    monkeypatch.setattr(varlen, "kernels", lambda device, dtype: None)
+
+
+# of attention: by which kernels, in which precision
+KERNELS = pytest.mark.parametrize(
+    ("way", "dtype"), [("flash", torch.bfloat16), ("flash", torch.float16), ("efficient", torch.float16)]
+)
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -115,9 +123,8 @@ def test_packed_gradients_in_bf16_are_those_of_rows(base16):
 
 @pytest.mark.parametrize(("dtype", "flash"), [("bf16", True), ("fp16", True), ("fp16", False)])
 def test_fused_gradients_in_16_bits_are_as_good_as_those_of_the_modules(base16, monkeypatch, dtype, flash):
-    """In fp16 without flash attention: as on a T4."""
     if not flash:
-        without_flash(monkeypatch)
+        as_on_a_t4(monkeypatch)
     trees, _ = trees_of(base16, 40)
     packs = [build_pack(trees[i : i + 8]).to(GPU) for i in range(0, 40, 8)]
 
@@ -190,7 +197,7 @@ def test_a_graph_computes_what_was_captured_for_any_pack_that_fits(smollm2_base)
 def test_a_budget_is_kept_and_its_count_is_right(monkeypatch, budget, flash, dtype):
     """Llama-2-7B's shapes, and packs of invented ids that fill them."""
     if not flash:
-        without_flash(monkeypatch)
+        as_on_a_t4(monkeypatch)
     shapes = ROOT / "configs" / "shapes" / "llama-2-7b"
     model = add_lora(load_base(Base(str(shapes), random_weights=True, dtype=dtype), GPU), Lora(), seed=0)
     counts = Shapes.of(model, parameter_counts(model)[0])
@@ -212,11 +219,10 @@ def test_a_budget_is_kept_and_its_count_is_right(monkeypatch, budget, flash, dty
     work = worker(fused)
     packs = [build_pack(some(n)) for n in (full, full // 2)]
     sizes = PadSizes.of(packs, choice.pack_tokens)
-    compute = CapturedPacks(work, [fused.flat], sizes, packs[1]) if flash else None
+    compute = CapturedPacks(work, [fused.flat], sizes, packs[1])
     for batch in packs:
         share = 1 / len(batch.target_ids)
-        loss = compute(sizes.pad(batch), share) if compute else work(batch.to(GPU), torch.tensor(share, device=GPU))
-        assert torch.isfinite(loss)
+        assert torch.isfinite(compute(sizes.pad(batch), share))
     assert torch.isfinite(fused.flat.grad).all()
     optimizer.step()
     peak = gauges.peaks(GPU)["allocated_bytes"] / GIB
@@ -239,8 +245,8 @@ def random_7b(system: str, tokenizer, runs) -> list[str]:
 
 
 def test_the_t4_profile_trains_in_its_budget(tiny_base, tmp_path, monkeypatch, capsys):
-    """On the GPU at hand, as on a T4: fp16 with loss scaling, no flash attention, so no graphs."""
-    without_flash(monkeypatch)
+    """On the GPU at hand, as on a T4: fp16 with loss scaling, memory-efficient attention, graphs."""
+    as_on_a_t4(monkeypatch)
     few = ["early_stop.questions=4", "train.max_steps=6", "train.eval_every=6"]
     train_loop.main([*random_7b("qlora7b-t4", tiny_base, tmp_path), *few])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -250,10 +256,37 @@ def test_the_t4_profile_trains_in_its_budget(tiny_base, tmp_path, monkeypatch, c
     assert result["kept_layers"] > 0
 
 
+def test_training_as_on_a_t4_follows_that_in_bf16(smollm2_base, tmp_path, monkeypatch):
+    """SmolLM2, step by step: what overflows fp16 is scaled down and skipped, not trained on."""
+    losses = []
+    for way, dtype in (("flash", "bf16"), ("t4", "fp16")):
+        if way == "t4":
+            as_on_a_t4(monkeypatch)
+        AcceleratorState._reset_state(True)
+        words = [
+            "smollm2-qlora",
+            f"base.path={smollm2_base}",
+            f"base.dtype={dtype}",
+            f"data.train={ROOT / 'demo' / 'train.json'}",
+            f"data.dev={ROOT / 'demo' / 'dev.json'}",
+            f"runs={tmp_path / way}",
+            "train.questions_per_step=16",
+            "train.max_steps=24",
+            "train.eval_every=24",
+            "early_stop.questions=20",
+        ]
+        train_loop.main(words)
+        losses.append([row["loss"] for row in metrics(next((tmp_path / way).iterdir())) if "loss" in row])
+    ours, theirs = (torch.tensor(x) for x in losses)
+    print(f"losses in bf16 {losses[0][::6]}, as on a T4 {losses[1][::6]}")
+    assert (ours - theirs).abs().max() <= 0.05 * theirs.max()
+    assert theirs[-4:].mean() < 0.8 * theirs[:4].mean()
+
+
 AS_ON_A_T4 = """
 import sys
 from common import device
-device.has_flash_attention = device.has_nf4_kernels = lambda *_: False
+device.has_flash_attention = device.has_nf4_kernels = lambda *_: False  # before anything imports them
 import train_loop
 with train_loop.one_line_errors():
     train_loop.main(sys.argv[1:])
@@ -384,23 +417,26 @@ def test_kernels_of_4_bits_compute_what_bitsandbytes_does(dtype, double, rows, c
                 assert off(matrix.matmul(x, a, b, add), expected) < 0.01
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_flash_attention_over_trees_is_that_of_products(monkeypatch, dtype):
+@KERNELS
+@pytest.mark.parametrize("key_heads", [8, 4])
+def test_fused_attention_over_trees_is_that_of_products(monkeypatch, way, dtype, key_heads):
     """Forward and backward, of a padded pack: no token of the padding gets in, whatever memory held."""
+    if way == "efficient":
+        as_on_a_t4(monkeypatch)
     rng = random.Random(0)
     shapes = [(rng.randrange(1, 300), [rng.randrange(1, 60) for _ in range(rng.randrange(1, 8))]) for _ in range(12)]
     batch = build_pack(attention_trees(shapes))
     padded = PadSizes.of([batch], most_tokens=4096).pad(batch).to(GPU)
     n, total = padded.n_tokens, len(padded.input_ids)
     torch.manual_seed(0)
-    q, k, v, d_out = (torch.randn(total, heads, 128, dtype=dtype, device=GPU) for heads in (8, 4, 4, 8))
+    q, k, v, d_out = (torch.randn(total, heads, 128, dtype=dtype, device=GPU) for heads in (8, key_heads, key_heads, 8))
     for x in (q, k, v):
         x[n:] = torch.nan
     d_out[n:] = 0
     out, lse = attention.forward(q, k, v, padded.spans)
     gradients = attention.backward(d_out, q, k, v, out, lse, padded.spans)
     with monkeypatch.context() as patch:
-        without_flash(patch)
+        by_products(patch)
         wide = [x[:n].float() for x in (q, k, v)]
         expected, _ = attention.forward(*wide, batch.to(GPU).spans)
         truth = attention.backward(d_out[:n].float(), *wide, expected, None, batch.to(GPU).spans)
@@ -410,12 +446,14 @@ def test_flash_attention_over_trees_is_that_of_products(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize("growing", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_flash_attention_over_a_cache_is_that_of_products(monkeypatch, dtype, growing):
+@KERNELS
+def test_fused_attention_over_a_cache_is_that_of_products(monkeypatch, way, dtype, growing):
     """Blocks of all sizes, with garbage in the gaps; queries are the last of their block, one or many.
 
     `growing`: one query alone of each tree, as in the last passes, for which the kernels have a layout of their own.
     """
+    if way == "efficient":
+        as_on_a_t4(monkeypatch)
     rng = random.Random(0)
     trees = []
     for i in range(40):
@@ -436,14 +474,16 @@ def test_flash_attention_over_a_cache_is_that_of_products(monkeypatch, dtype, gr
     q = torch.randn(len(slots), 8, 128, dtype=dtype, device=GPU)
     found = attention.over_cache(q, keys, values, reach)
     with monkeypatch.context() as patch:
-        without_flash(patch)
+        by_products(patch)
         expected = attention.over_cache(q.float(), keys.float(), values.float(), reach)
     torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_both_engines_err_in_16_bits_as_the_modules_do(base16, dtype):
+@pytest.mark.parametrize(("dtype", "t4"), [("bf16", False), ("fp16", False), ("fp16", True)])
+def test_both_engines_err_in_16_bits_as_the_modules_do(base16, monkeypatch, dtype, t4):
     """Every engine follows the modules' answers; how far log-probabilities are from those of fp32 is compared."""
+    if t4:
+        as_on_a_t4(monkeypatch)
     tokenizer = load_tokenizer(str(base16))
     trees, stops = demo_trees(tokenizer, 24), stop_tokens(tokenizer)
     model = lora_model(base16, "nf4", dtype, GPU).eval()

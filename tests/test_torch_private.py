@@ -13,6 +13,8 @@ ONE = torch_private.Sequences(TWO, TWO, 2, 2, True)
 CALLS = {
     "ops.aten._flash_attention_forward": lambda: torch_private.flash_attention(TWO, TWO, TWO, ONE),
     "ops.aten._flash_attention_backward": lambda: torch_private.flash_attention_backward(*[TWO] * 6, ONE),
+    "ops.aten._efficient_attention_forward": lambda: torch_private.efficient_attention(TWO, TWO, TWO, ONE),
+    "ops.aten._efficient_attention_backward": lambda: torch_private.efficient_attention_backward(*[TWO] * 6, ONE),
     "_dynamo.maybe_mark_dynamic": lambda: torch_private.mark_dynamic(TWO),
     "distributed.distributed_c10d._get_default_store": torch_private.default_store,
 }

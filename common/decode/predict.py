@@ -18,9 +18,9 @@ from common.data.trees import Tree, build_trees
 from common.decode import batched, chunks, plain
 from common.decode.answers import Prediction, Task, need_finite, stop_tokens, to_text
 from common.decode.forward import Decoder
-from common.device import has_flash_attention, out_of_memory
+from common.device import out_of_memory
 from common.errors import UserError
-from common.model import memory
+from common.model import memory, varlen
 from common.model.llama import Model, adapter_size, unsupported_reason
 from common.model.tree_mask import need_embedded, need_plain_span
 from common.runs import ranks, signals
@@ -129,7 +129,7 @@ def engine_of(model: Model, options: Eval) -> Literal["plain", "stream"]:
 def sizes_of(model: Model, options: Eval) -> memory.Decoding:
     """Tokens of a pass and of the KV cache. Raises `UserError` where memory is too little."""
     device, shapes = next(model.parameters()).device, memory.Shapes.of(model, adapter_size(model))
-    return memory.decoding(options, shapes, device, capture=has_flash_attention(device, model.dtype))
+    return memory.decoding(options, shapes, device, capture=varlen.kernels(device, model.dtype) is not None)
 
 
 def _answer_batched(model: Model, trees: Sequence[Tree], task: Task) -> Iterator[Prediction]:

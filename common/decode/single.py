@@ -16,8 +16,8 @@ from common.decode import chunks, plain, predict
 from common.decode.answers import Generation, Tick, need_finite, to_text
 from common.decode.drafts import draft_from
 from common.decode.forward import Batch, Decoder, NextTokens
-from common.device import has_flash_attention
 from common.errors import UserError
+from common.model import varlen
 from common.model.llama import Model
 from common.model.nf4 import MATMUL_TOKENS
 from common.model.tree_mask import need_embedded
@@ -39,9 +39,9 @@ class Single:
         # a draft may reach beyond the last token, and padding needs a slot of its own
         self.model, self.decoder = model, Decoder(model, most_tokens + DRAFT_TOKENS + 1)
         self.stop_tokens, self.limit, self.most_prompt = set(stop_tokens), limit, most_tokens - limit
-        # shortest first; both are empty without flash attention
+        # shortest first; both are empty without fused attention
         self.prompt_graphs, self.draft_graphs = list[_Captured](), list[_Captured]()
-        if has_flash_attention(self.decoder.device, self.decoder.base.dtype):
+        if varlen.kernels(self.decoder.device, self.decoder.base.dtype):
             capture = functools.partial(torch.cuda.graph, pool=torch.cuda.graph_pool_handle())
             lengths = [*(n for n in PROMPT_SIZES if n < self.most_prompt), self.most_prompt]
             # the longest first, because the others then reuse its memory

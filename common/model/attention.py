@@ -5,7 +5,7 @@ its prefix. Outputs o [T, H, D] and log-sum-exps l [T, H] of two disjoint sets o
     l = log(exp(l1) + exp(l2)),    o = exp(l1 - l) * o1 + exp(l2 - l) * o2
 as in Hydragen (https://arxiv.org/abs/2402.05099) for decoding and ring attention (https://arxiv.org/abs/2310.01889) for
 training. The backward pass of a part needs o and l of the union alone (https://arxiv.org/abs/2307.08691, algorithm 2).
-On a GPU with flash attention both parts are PyTorch's varlen kernels; elsewhere SDPA computes the same tree by tree.
+On a GPU both parts are fused kernels (`common.model.varlen`); elsewhere SDPA computes the same tree by tree.
 
 T tokens; H query heads; G key heads, a divisor of H; heads of width D.
 """
@@ -16,9 +16,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from common.device import has_flash_attention
+from common.model import varlen
 from common.model.compiled import compiled
-from common.torch_private import Sequences, flash_attention, flash_attention_backward
+from common.torch_private import Sequences
 
 import torch
 import torch.nn.functional as F
@@ -123,9 +123,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tens
 
     Queries [T, H, D], keys and values [T, G, D].
     """
-    if not has_flash_attention(q.device, q.dtype):
+    if not (kernels := varlen.kernels(q.device, q.dtype)):
         return _by_parts(q, k, v, spans.parts), None
-    (out, lse), (out_prefix, lse_prefix) = (flash_attention(q, k, v, s) for s in spans.sequences)
+    (out, lse), (out_prefix, lse_prefix) = (kernels.forward(q, k, v, s) for s in spans.sequences)
     places = spans.in_branch[:, None], spans.in_prefix[:, None]
     out, joined = _join_branches(out, out_prefix, lse.T, lse_prefix.T, *places)
     return out, joined.T.contiguous()
@@ -135,24 +135,25 @@ def backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, spans: Spans
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, 0 in padding, given that of the output, and what `forward` returned."""
-    if lse is None:
+    kernels = varlen.kernels(q.device, q.dtype)
+    if not kernels or lse is None:
         with torch.enable_grad():
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
             d_q, d_k, d_v = torch.autograd.grad(_by_parts(q, k, v, spans.parts), (q, k, v), d_out)
         return d_q, d_k, d_v
-    own, over_prefix = (flash_attention_backward(d_out, q, k, v, out, lse, s) for s in spans.sequences)
+    own, over_prefix = (kernels.backward(d_out, q, k, v, out, lse, s) for s in spans.sequences)
     return _add_gradients(*own, *over_prefix, spans.in_branch[:, None, None], spans.in_prefix[:, None, None])
 
 
 def over_cache(q: Tensor, keys: Tensor, values: Tensor, reach: Reach) -> Tensor:
     """Output [T, H, D] of new tokens' queries [T, H, D] over a cache's keys and values [S, G, D]. Has no backward."""
-    if not has_flash_attention(q.device, q.dtype):
+    if not (kernels := varlen.kernels(q.device, q.dtype)):
         return _by_parts(q, keys, values, reach.parts)
     own, over_prefix = reach.sequences
-    out, lse = flash_attention(q, keys, values, own)
+    out, lse = kernels.forward(q, keys, values, own)
     if over_prefix.longest_q:
         branches = slice(reach.first, None)
-        out_prefix, lse_prefix = flash_attention(q[branches], keys, values, over_prefix)
+        out_prefix, lse_prefix = kernels.forward(q[branches], keys, values, over_prefix)
         out[branches] = _join(out[branches], out_prefix, lse.T[branches], lse_prefix.T)
     return out
 

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from common.config import Config, Train
 from common.data.plan import Plan
 from common.data.trees import Tree
-from common.device import has_flash_attention, out_of_memory
+from common.device import out_of_memory
 from common.errors import UserError
-from common.model import llama, load, memory, tree_mask
+from common.model import llama, load, memory, tree_mask, varlen
 from common.model.llama import Model
 from common.model.pack import IGNORED, Pack, PadSizes, build_pack
 from common.runs.results import Sizes
@@ -112,7 +112,7 @@ class Engine:
         choice = memory.choose(train, shapes, device, step_tokens, answer_share, limit, least)
         self.pack_tokens, self.keep_layers = choice.pack_tokens, choice.keep_layers
         self.description = choice.description
-        graphs = has_flash_attention(device, model.dtype)
+        graphs = varlen.kernels(device, model.dtype) is not None
         if device.type == "cuda":
             self.planned = memory.planned(choice, evaluation, shapes, limit, device, graphs)
         how = "lower" if isinstance(train.memory_budget_gib, float) else "set"

@@ -417,14 +417,15 @@ def test_the_plain_engines_packs_have_as_many_tokens_as_asked_for(tiny_base, mon
     assert asked == [used]
 
 
-@pytest.mark.parametrize("flash", [True, False])
-def test_sizes_are_of_this_model_and_passes_are_captured_with_flash_attention(tiny_base, monkeypatch, flash):
+@pytest.mark.parametrize("kernels", [True, False])
+def test_sizes_are_of_this_model_and_passes_are_captured_with_fused_attention(tiny_base, monkeypatch, kernels):
     model, _ = system(tiny_base)
     options, asked = Eval(memory_budget_gib=3), []
-    monkeypatch.setattr(predict, "has_flash_attention", lambda device, dtype: flash and dtype == torch.float32)
+    found = SimpleNamespace(kernels=lambda device, dtype: "some" if kernels and dtype == torch.float32 else None)
+    monkeypatch.setattr(predict, "varlen", found)
     monkeypatch.setattr(predict.memory, "decoding", lambda *args, **capture: asked.append((args, capture)) or "sizes")
     assert predict.sizes_of(model, options) == "sizes"
-    assert asked == [((options, memory.Shapes.of(model), CPU), {"capture": flash})]
+    assert asked == [((options, memory.Shapes.of(model), CPU), {"capture": kernels})]
 
 
 @pytest.mark.parametrize(("capture", "capture_tokens"), [(True, 77), (False, 0)])

@@ -337,7 +337,7 @@ def test_passes_are_captured_for_a_few_lengths_the_longest_first_and_the_shortes
 
     captured: list[tuple] = []
     monkeypatch.setattr(single, "_Captured", Captured)
-    monkeypatch.setattr(single, "has_flash_attention", lambda device, dtype: True)
+    monkeypatch.setattr(single, "varlen", SimpleNamespace(kernels=lambda device, dtype: "some"))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", iter(["one pool"]).__next__)
     engine = Single(model, stops, 9, 209)
     lengths = [(200, 1), (192, 1), (128, 1), (64, 1), (1, 1), (16, 16)]
@@ -352,7 +352,7 @@ def test_passes_are_captured_for_a_few_lengths_the_longest_first_and_the_shortes
     engine.answer([5] * 64)
     engine.answer([5] * 65)
     assert [n for n in used if not n[2]] == [(64, 64, False), (128, 65, False)]
-    monkeypatch.setattr(single, "has_flash_attention", lambda device, dtype: False)
+    monkeypatch.setattr(single, "varlen", SimpleNamespace(kernels=lambda device, dtype: None))
     assert Single(model, stops, 9, 209).prompt_graphs == []
 
 

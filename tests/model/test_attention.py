@@ -4,8 +4,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 
 from common.data.trees import Branch, Tree
-from common.device import has_flash_attention, has_nf4_kernels
-from common.model import attention
+from common.model import attention, varlen
 from common.model.pack import PadSizes, build_pack
 from common.model.tree_mask import visible
 
@@ -127,7 +126,7 @@ def test_new_tokens_attend_to_their_own_block_and_their_prefix(trees):
 # ---- the varlen calls of a GPU, in place of which a CPU computes what they are documented to -----------------------
 
 
-def varlen(q, k, v, sequences, d_out=None, out=None, lse=None):
+def by_sequence(q, k, v, sequences, d_out=None, out=None, lse=None):
     """`torch_private.flash_attention`, and with `d_out` its backward; rows of no sequence are NaN."""
     group, nan = q.shape[1] // k.shape[1], float("nan")
     if d_out is None:
@@ -160,21 +159,48 @@ def varlen(q, k, v, sequences, d_out=None, out=None, lse=None):
     return tuple(found)
 
 
+def efficient(q, k, v, sequences):
+    """`torch_private.efficient_attention`: rows of the log-sum-exp beyond a sequence are NaN."""
+    assert q.shape[1] == k.shape[1]
+    out, lse = by_sequence(q, k, v, sequences)
+    longest = -(-min(sequences.longest_q, len(q)) // 32) * 32
+    rows = lse.new_full((len(sequences.q_starts) - 1, q.shape[1], longest), float("nan"))
+    for i, (a, b) in enumerate(pairwise(sequences.q_starts.tolist())):
+        rows[i, :, : b - a] = lse[:, a:b]
+    return out, rows
+
+
+def efficient_backward(d_out, q, k, v, out, lse, sequences):
+    assert q.shape[1] == k.shape[1]
+    assert lse.isfinite().all()
+    assert lse.shape[2] % 32 == 0
+    joined = lse.new_full((q.shape[1], len(q)), float("nan"))
+    for i, (a, b) in enumerate(pairwise(sequences.q_starts.tolist())):
+        joined[:, a:b] = lse[i, :, : b - a]
+    return by_sequence(q, k, v, sequences, d_out, out, joined)
+
+
 @contextmanager
-def flash():
+def kernels(way: str):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "has_flash_attention", lambda device, dtype: True)
-        patch.setattr(attention, "flash_attention", varlen)
+        patch.setattr(varlen, f"has_{way}_attention", lambda device, dtype: True)
+        patch.setattr(varlen, "flash_attention", by_sequence)
         patch.setattr(
-            attention,
+            varlen,
             "flash_attention_backward",
-            lambda d_out, q, k, v, out, lse, sequences: varlen(q, k, v, sequences, d_out, out, lse),
+            lambda d_out, q, k, v, out, lse, sequences: by_sequence(q, k, v, sequences, d_out, out, lse),
         )
+        patch.setattr(varlen, "efficient_attention", efficient)
+        patch.setattr(varlen, "efficient_attention_backward", efficient_backward)
         yield
 
 
-@given(sizes)
-def test_varlen_calls_and_their_join_are_attention_under_the_mask(shapes):
+WAYS = pytest.mark.parametrize("way", ["flash", "efficient"])
+
+
+@WAYS
+@given(shapes=sizes)
+def test_varlen_calls_and_their_join_are_attention_under_the_mask(way, shapes):
     batch = build_pack(trees_of(shapes))
     padded = PadSizes.of([batch], 200).pad(batch)
     torch.manual_seed(0)
@@ -184,7 +210,7 @@ def test_varlen_calls_and_their_join_are_attention_under_the_mask(shapes):
     mask = visible(batch.layout, batch.layout)
     expected = F.scaled_dot_product_attention(*wide, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
     gradients = torch.autograd.grad(expected, (q, k, v), d_out[:n])
-    with torch.no_grad(), flash():
+    with torch.no_grad(), kernels(way):
         out, lse = attention.forward(q, k, v, padded.spans)
         found = attention.backward(d_out, q, k, v, out, lse, padded.spans)
     torch.testing.assert_close(out[:n], expected)
@@ -193,9 +219,10 @@ def test_varlen_calls_and_their_join_are_attention_under_the_mask(shapes):
         torch.testing.assert_close(ours, theirs)
 
 
-@given(cached_trees())
-def test_varlen_calls_over_a_cache_attend_to_the_own_block_and_the_prefix(trees):
-    with flash():
+@WAYS
+@given(trees=cached_trees())
+def test_varlen_calls_over_a_cache_attend_to_the_own_block_and_the_prefix(way, trees):
+    with kernels(way):
         check_over_cache(trees)
 
 
@@ -236,19 +263,3 @@ def test_what_was_in_memory_under_padding_goes_nowhere(where):
     d_q, d_k, _ = attention._add_gradients(own, own, own, over_q, over_k, over_k, in_branch, in_prefix)
     expected = {"d_q": [1, 2, 0], "d_k": [2, 1, 0]}[where]
     assert {"d_q": d_q, "d_k": d_k}[where][:, 0, 0].tolist() == expected
-
-
-@pytest.mark.parametrize("has", [has_flash_attention, has_nf4_kernels])
-@pytest.mark.parametrize(
-    ("device", "dtype", "capability", "expected"),
-    [
-        ("cpu", torch.bfloat16, (9, 0), False),
-        ("cuda", torch.float32, (9, 0), False),
-        ("cuda", torch.float16, (7, 5), False),
-        ("cuda", torch.float16, (8, 0), True),
-        ("cuda", torch.bfloat16, (8, 6), True),
-    ],
-)
-def test_kernels_are_for_16_bit_numbers_on_a_gpu_from_ampere_on(monkeypatch, has, device, dtype, capability, expected):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert has(torch.device(device), dtype) == expected

@@ -45,11 +45,12 @@ def make(tiny_base, monkeypatch):
     trees, _ = trees_of(tiny_base, 8)
 
     def make(
-        free: int | None = None, flash: bool = True, rank: int = 0, ranks: int = 1, dev=(), pass_tokens=None, **train
+        free: int | None = None, kernels: bool = True, rank: int = 0, ranks: int = 1, dev=(), pass_tokens=None, **train
     ) -> Engine:
         monkeypatch.setattr(module, "_limit", lambda train, device: free if device == CPU else pytest.fail("which?"))
-        gpu = free is not None and flash
-        monkeypatch.setattr(module, "has_flash_attention", lambda device, dtype: gpu and dtype == torch.float32)
+        gpu = free is not None and kernels
+        found = SimpleNamespace(kernels=lambda device, dtype: "some" if gpu and dtype == torch.float32 else None)
+        monkeypatch.setattr(module, "varlen", found)
         monkeypatch.setattr(module, "CapturedPacks", Captured)
         options = Train(**{"questions_per_step": 8, **train})
         config = Config("some", Base("tiny"), train=options, eval=Eval(pass_tokens=pass_tokens))
@@ -59,7 +60,7 @@ def make(tiny_base, monkeypatch):
     return make
 
 
-def test_graphs_are_captured_where_there_is_flash_attention_and_released_for_an_evaluation(make, monkeypatch):
+def test_graphs_are_captured_where_there_is_fused_attention_and_released_for_an_evaluation(make, monkeypatch):
     plain = make()
     assert (plain.pads, plain.planned, plain._captured) == (None, None, None)
     assert "CUDA graphs" not in plain.description
@@ -79,7 +80,7 @@ def test_graphs_are_captured_where_there_is_flash_attention_and_released_for_an_
     monkeypatch.setattr(graphs._captured, "capture", full)
     with pytest.raises(UserError, match=r"^out of GPU memory; lower train\.pack_tokens"), graphs.released():
         pass
-    without = make(free=8 * GIB, flash=False)
+    without = make(free=8 * GIB, kernels=False)
     assert without._captured is None
     assert "CUDA graphs" not in without.description
 
