@@ -12,11 +12,13 @@ from common.model import llama, load, memory, tree_mask, varlen
 from common.model.llama import Model
 from common.model.pack import IGNORED, Pack, PadSizes, build_pack
 from common.runs.results import Sizes
+from common.train import first_use
 from common.train.cuda_graphs import CapturedPacks
 from common.train.fused import Fused, untrainable_reason
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from torch import Tensor
 
 CPU_PACK_TOKENS, GPU_PACK_TOKENS = 1024, 4096  # of layers that are not fused: logits and activations fit a 16 GB card
@@ -49,7 +51,11 @@ class Engine:
         self._captured: CapturedPacks | None = None
         self.trained_weights, self.frozen_weights = load.parameter_counts(model)
         tree_mask.need_embedded(model.config, plan.trees)
-        if reason := "train.fused=false" if not self.train.fused else untrainable_reason(model):
+        reason = "train.fused=false" if not self.train.fused else untrainable_reason(model)
+        if not reason and self.device.type == "cuda":
+            of_ranks = gather_object([first_use.mismatch(model, plan.trees)])
+            reason = next(filter(None, of_ranks), None)
+        if reason:
             self._use_modules(model, reason)
         else:
             self._use_fused_layers(model)
