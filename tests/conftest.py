@@ -35,6 +35,14 @@ def one_process_does_what_several_scripts_do():
         state.AcceleratorState._reset_state()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def copies_of_quantised_bases(tmp_path_factory):
+    """Of this session's own: tests make bases that nobody loads again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.model.quantised.FOLDER", tmp_path_factory.mktemp("quantised"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     """A folder with a 2-layer Llama (grouped heads, random weights) and a BPE tokenizer that adds BOS."""

@@ -10,6 +10,7 @@ from common.data.tokens import Tokenizer, Tokenizers
 from common.device import out_of_memory
 from common.errors import UserError, first_line
 from common.files import read_json
+from common.model import quantised
 from common.model.adapter import add_lora, load_adapter
 from common.model.identity import stored_file
 from common.model.llama import Model, causal_of
@@ -83,23 +84,30 @@ def load_base(base: Base, device: torch.device) -> PreTrainedModel:
     if base.quant != "none":
         kind = {"bnb_4bit_quant_type": base.quant, "bnb_4bit_use_double_quant": base.double_quant}
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **kind)
-    options = {"dtype": dtype, "quantization_config": quantization, "attn_implementation": registered()}
-    options |= {"device_map": {"": device}, "output_loading_info": True}
+    options = {"dtype": dtype, "attn_implementation": registered(), "device_map": {"": device}}
+    options["output_loading_info"] = True
+    copy = quantised.find(base, dtype, device)
     with out_of_memory(f"{base.path} does not fit with base.quant={base.quant}; nf4 takes the least"):
         try:
             if base.random_weights:  # by the loader of real weights, given numbers instead of a file
                 model_class, config, weights = random_weights(base)
-                model, found = model_class.from_pretrained(None, config=config, state_dict=weights, **options)
-                model.name_or_path = base.path
+                options |= {"config": config, "state_dict": weights, "quantization_config": quantization}
+                model, found = model_class.from_pretrained(None, **options)
+            elif copy:
+                model, found = _from_copy(copy, base, options)
             else:
-                if is_quantized(base):
-                    del options["quantization_config"]  # it is read from there
+                stored = is_quantized(base)  # then its own settings are read
+                options |= {} if stored else {"quantization_config": quantization}
                 model, found = AutoModelForCausalLM.from_pretrained(base.path, revision=base.revision, **options)
-                if "quantization_config" in options:  # from here: the files hold numbers, and are on this disk by now
+                if not stored:  # the files hold numbers, and are on this disk by now
                     need_float_weights(base)
+            model.name_or_path = base.path
         except (torch.OutOfMemoryError, UserError):
             raise
         except Exception as error:  # each kind of damage to its files has an exception of its own
+            if copy:
+                quantised.drop(copy)
+                return load_base(base, device)
             raise UserError(f"{base.path}: no model could be loaded from there ({first_line(error)})") from error
     # transformers fills these with random numbers
     if lacks := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
@@ -126,7 +134,17 @@ def load_base(base: Base, device: torch.device) -> PreTrainedModel:
             # training that resumes after it would be wrong.
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype = dtype  # a stored one may name another
+    if quantization and "quantization_config" in options:  # from the files' numbers, just now
+        quantised.keep(model, base, dtype, device)
     return model.requires_grad_(False).eval()
+
+
+def _from_copy(folder: Path, base: Base, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """(model, transformers' report) of a quantised copy, which names the base as the base's own files do."""
+    model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
+    config = AutoConfig.from_pretrained(base.path, revision=base.revision)
+    model.config._commit_hash = getattr(config, "_commit_hash", None)
+    return model, found
 
 
 def random_weights(base: Base) -> tuple[type[PreTrainedModel], Any, dict[str, torch.Tensor]]:

@@ -1,0 +1,101 @@
+"""Bases as they were quantised, kept on disk: the next start reads a quarter of the bytes, and rounds nothing.
+
+A copy is what transformers saves of a 4-bit model, so it holds the same bits. It lies under a hash of all that decides
+them: the files' headers, sizes, times and sampled numbers, the settings, the device and the libraries.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from common.config import Base
+from common.device import describe_device
+from common.errors import first_line
+from common.files import ROOT, write_text
+from common.model.identity import identify, stored_file, stored_files
+
+import torch
+from transformers import PreTrainedModel
+
+FOLDER = ROOT / ".cache" / "bases"
+LEAST_BYTES = 2**27  # of a base's files, from which on a copy saves time
+ROOM = 2  # a copy is kept where so many times its size are free
+LIBRARIES = ("bitsandbytes", "transformers", "torch")
+SOURCE = "source.json"  # in a copy's folder: what it was made of
+
+
+def find(base: Base, dtype: torch.dtype, device: torch.device) -> Path | None:
+    """The folder of a base's copy; None if there is none."""
+    with contextlib.suppress(Exception):  # what is wrong with a base, loading it says
+        folder = _folder(base, dtype, device)
+        return folder if folder and (folder / SOURCE).is_file() else None
+    return None
+
+
+def keep(model: PreTrainedModel, base: Base, dtype: torch.dtype, device: torch.device) -> None:
+    """Keep a copy of a base that was just quantised, if its files are large and there is room; drop those of no use.
+
+    A copy that cannot be written is named, and nothing else fails.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # one of a machine's processes is enough
+        return
+    partial = FOLDER / f"partial-{os.getpid()}"
+    try:
+        if not (folder := _folder(base, dtype, device)):
+            return
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        for old in FOLDER.glob(f"*/{SOURCE}"):
+            if not all(map(_as_it_was, json.loads(old.read_text()))):
+                shutil.rmtree(old.parent)
+        if shutil.disk_usage(FOLDER).free < ROOM * sum(p.nbytes for p in model.parameters()):
+            return
+        model.save_pretrained(partial)
+        write_text(partial / SOURCE, json.dumps([_stamp(file) for file in stored_files(base)]) + "\n")
+        os.rename(partial, folder)
+    except Exception as error:  # each library has kinds of its own
+        print(f"note: no quantised copy of {base.path} is kept ({first_line(error)})", file=sys.stderr)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def drop(folder: Path) -> None:
+    """Remove a copy that cannot be read."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folder(base: Base, dtype: torch.dtype, device: torch.device) -> Path | None:
+    """Where a base's copy lies; None for a base of which none is kept."""
+    files = [] if base.random_weights or base.quant == "none" else stored_files(base)
+    if sum(file.stat().st_size for file in files) < LEAST_BYTES:
+        return None
+    texts = [stored_file(base, name) for name in ("config.json", "generation_config.json")]
+    decides = {
+        "files": [(_stamp(file), _header(file)) for file in files],
+        "texts": [file and file.read_text() for file in texts],
+        "numbers": identify(base)["samples"],
+        "settings": [base.quant, base.double_quant, str(dtype)],
+        "device": describe_device(device)["name"],
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
+    return FOLDER / hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
+
+
+def _stamp(file: Path) -> list[object]:
+    stat = file.stat()
+    return [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+def _as_it_was(stamp: list) -> bool:
+    return Path(stamp[0]).is_file() and _stamp(Path(stamp[0])) == stamp
+
+
+def _header(file: Path) -> str:
+    """A hash of what a safetensors file says of its tensors; of other files, of their first bytes."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        return hashlib.sha256(opened.read(min(size, 2**24))).hexdigest()

@@ -1,0 +1,116 @@
+"""A base's quantised copy holds the same bits, and is found for what it was made of and for nothing else."""
+
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+from common.config import Base
+from common.model import load, quantised
+from common.model.load import load_base
+from tests.model.test_load import four_bit_bytes
+from tests.model.test_pack import CPU
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture
+def made(tiny_base, tmp_path, monkeypatch):
+    """(a base of its own, the copies there are): small files have copies too."""
+    monkeypatch.setattr(quantised, "FOLDER", tmp_path / "copies")
+    monkeypatch.setattr(quantised, "LEAST_BYTES", 1)
+    shutil.copytree(tiny_base, tmp_path / "base")
+    return Base(str(tmp_path / "base")), lambda: sorted((tmp_path / "copies").glob("*"))
+
+
+def loaded(base: Base, monkeypatch, from_copy: bool):
+    """The base, from its copy or from its files, and not otherwise."""
+    with monkeypatch.context() as patch:
+        way = load._from_copy
+        used = []
+        patch.setattr(load, "_from_copy", lambda *args: used.append(args) or way(*args))
+        model = load_base(base, CPU)
+    assert bool(used) == from_copy
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"quant": "fp4"}, {"double_quant": False}, {"dtype": "bf16"}])
+def test_a_copy_holds_the_same_bits_and_names_the_base(made, monkeypatch, settings):
+    base, copies = made
+    base = Base(base.path, **settings)
+    fresh, copy = loaded(base, monkeypatch, False), loaded(base, monkeypatch, True)
+    assert len(copies()) == 1
+    ours, theirs = copy.state_dict(), fresh.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in theirs)
+    assert all(torch.equal(a, b) for a, b in zip(four_bit_bytes(copy), four_bit_bytes(fresh), strict=True))
+    ids = torch.arange(9)[None]
+    assert torch.equal(copy(ids, attention_mask=None).logits, fresh(ids, attention_mask=None).logits)
+    assert copy.name_or_path == fresh.name_or_path == base.path
+    assert copy.generation_config.eos_token_id == fresh.generation_config.eos_token_id
+    assert not any(p.requires_grad for p in copy.parameters())
+
+
+def rewrite(base: Base, change) -> None:
+    """The base's weights, changed, in a file of the same size and time."""
+    file = quantised.stored_files(base)[0]
+    stat, weights = file.stat(), load_file(file)
+    change(weights)
+    save_file(weights, file, {"format": "pt"})
+    assert file.stat().st_size == stat.st_size
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_other_numbers_settings_times_or_versions_are_another_base(made, monkeypatch):
+    base, copies = made
+    loaded(base, monkeypatch, False)
+    for settings in ({"quant": "fp4"}, {"double_quant": False}, {"dtype": "bf16"}):
+        loaded(Base(base.path, **settings), monkeypatch, False)
+    assert len(copies()) == 4
+    rewrite(base, lambda weights: weights["model.norm.weight"].mul_(2))
+    assert loaded(base, monkeypatch, False).model.norm.weight[0] == 2
+    os.utime(quantised.stored_files(base)[0], ns=(1, 1))
+    loaded(base, monkeypatch, False)
+    assert len(copies()) == 1, "those of the file as it was are of no use"
+    monkeypatch.setattr(quantised.importlib.metadata, "version", lambda name: "another")
+    loaded(base, monkeypatch, False)
+    config = quantised.stored_file(base, "config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.1}))
+    assert loaded(base, monkeypatch, False).config.rms_norm_eps == 0.1
+
+
+@pytest.mark.parametrize("damage", ["model.safetensors", "config.json"])
+def test_a_damaged_copy_is_made_again(made, monkeypatch, damage):
+    base, copies = made
+    loaded(base, monkeypatch, False)
+    (copies()[0] / damage).write_bytes(b"{")
+    loaded(base, monkeypatch, True)
+    loaded(base, monkeypatch, True)
+    assert (copies()[0] / damage).stat().st_size > 1
+
+
+def test_no_copy_is_kept_of_small_plain_random_or_stored_4_bit_bases(made, monkeypatch, tmp_path):
+    base, copies = made
+    load_base(Base(base.path, quant="none"), CPU)
+    load_base(Base(base.path, random_weights=True), CPU)
+    monkeypatch.setattr(quantised, "LEAST_BYTES", 2**27)
+    model = load_base(base, CPU)
+    monkeypatch.setattr(quantised, "LEAST_BYTES", 1)
+    model.save_pretrained(tmp_path / "stored")
+    load_base(Base(str(tmp_path / "stored")), CPU)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    load_base(base, CPU)
+    assert copies() == []
+
+
+def test_a_copy_that_cannot_be_written_is_named_and_the_model_serves(made, monkeypatch, tmp_path, capsys):
+    base, copies = made
+    (tmp_path / "copies").write_text("a file in its place")
+    loaded(base, monkeypatch, False)
+    assert f"note: no quantised copy of {base.path} is kept" in capsys.readouterr().err
+    (tmp_path / "copies").unlink()
+    monkeypatch.setattr(quantised.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    loaded(base, monkeypatch, False)
+    assert copies() == []
