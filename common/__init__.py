@@ -1,5 +1,6 @@
 """What the scripts share. One idea per file; scripts import from here, never from each other."""
 
+import gc
 import logging
 import os
 import warnings
@@ -10,6 +11,10 @@ import warnings
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="`.*gradient_checkpointing.*` is deprecated", category=FutureWarning)
 warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU", category=UserWarning)
+
+# Imports and SQuAD's questions make millions of objects that stay, and each collection looks at them all: with Python's
+# own thresholds that is a quarter of a start.
+gc.set_threshold(100_000, 50, 100)
 
 # Segments that grow: of what the allocator holds, hardly anything lies unused between tensors, which is what lets an
 # evaluation follow training on a card of 8 GiB. To be set before CUDA starts.

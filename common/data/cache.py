@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.config import Prompt, Window
-from common.data import prompt, tokens, trees
+from common.data import prompt, squad, tokens, trees
 from common.data.squad import Example
 from common.data.tokens import Tokenizers
 from common.data.trees import Branch, Tree, Trees
@@ -34,7 +34,7 @@ def build_trees(
         code = [file.read_text() for file in sorted(CODE.glob("*.py"))] + [tokenizers_package.__version__]
         vocabularies = (t.backend_tokenizer.to_str() for t in (own, tokenizers.window))
         decides = hashlib.sha256()
-        for part in (repr(settings), *code, *vocabularies, *map(repr, examples)):
+        for part in (repr(settings), *code, *vocabularies, squad.digest(examples)):
             decides.update(part.encode())
         path = FOLDER / f"{decides.hexdigest()[:32]}.npz"
         with contextlib.suppress(Exception):  # absent, or damaged in one of many ways

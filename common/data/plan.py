@@ -1,5 +1,6 @@
 """The trees of each optimizer step: a pure function of (seed, epoch), so resuming is arithmetic. Imports no torch."""
 
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ class Plan:
     def __post_init__(self) -> None:
         self.trees = bounded(self.trees, self.train.questions_per_step)
 
-    @property
+    @functools.cached_property
     def steps_per_epoch(self) -> int:
         return steps_per_epoch(self.trees, self.train.questions_per_step)
 

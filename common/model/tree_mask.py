@@ -34,7 +34,7 @@ def need_embedded(config: PreTrainedConfig, trees: Iterable[Tree]) -> None:
     """Raises `UserError` where the tokenizer made ids that the model has no embedding of."""
     rows = config.get_text_config().vocab_size
     for tree in trees:
-        if (most := max(*tree.prefix_ids, *(i for b in tree.branches for i in b.prompt_ids))) >= rows:
+        if (most := max(map(max, (tree.prefix_ids or (0,), *(b.prompt_ids for b in tree.branches))))) >= rows:
             raise UserError(f"the tokenizer has a token {most}, and the model embeds {rows}: they are not of one kind")
 
 
