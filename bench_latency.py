@@ -29,6 +29,7 @@ from common.files import write_text
 from common.metrics.stats import percentile, percentile_interval
 from common.model.load import load_system, load_tokenizers, sources
 from common.runs import adapters, checkpoint, gauges, preflight, record, signals
+from common.runs.progress import until
 from common.runs.results import BenchResult, Mode, Peak, Process, Query, Section, Spread
 
 import torch
@@ -62,7 +63,12 @@ def main(argv: list[str]) -> None:
     run, device = record.new_run(config, "bench"), pick_device()
     weights = checkpoint.weights_sha256(adapter)
     found: list[Process] = []
+    started = time.monotonic()
     for number in range(config.bench.processes):
+        if number:
+            more = config.bench.processes - number
+            left = until((time.monotonic() - started) / number * more)
+            print(f"{left}: {more} more process{'es' * (more > 1)}", file=sys.stderr)
         file = run / f"process-{number}.json"
         if config.bench.processes == 1:  # this one is as fresh as any
             timing(dev, file)
@@ -165,15 +171,17 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
                 }
 
             begin("warm up")
+            asked = {mode: queries[:FIXED] if mode == "fixed" else queries for mode in MODES}
+            left = 0.0  # seconds, by the last query of the warm-up
             for i in tqdm(range(config.bench.warmup_queries), desc="warm up", unit="query"):
-                for mode in MODES:
-                    ask(queries[i % len(queries)], mode)
+                left = sum(ask(queries[i % len(queries)], mode)["total"] * len(asked[mode]) for mode in MODES)
+            if left:
+                print(f"{until(left)}: {sum(map(len, asked.values()))} queries of this process", file=sys.stderr)
             end_phase("warm up")
             samples = {}
             for mode in MODES:
                 begin(mode)
-                asked = queries[:FIXED] if mode == "fixed" else queries
-                samples[mode] = [ask(example, mode) for example in tqdm(asked, desc=mode, unit="query")]
+                samples[mode] = [ask(example, mode) for example in tqdm(asked[mode], desc=mode, unit="query")]
                 end_phase(mode)
     nvml = file.with_suffix(".nvml.json")
     found: Process = {

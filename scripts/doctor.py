@@ -84,16 +84,13 @@ def torch_and_cuda() -> Iterator[Finding]:
     # the newest CUDA that the driver runs
     supports = next(iter(re.findall(r"CUDA Version: ([\d.]+)", _driver())), None)
     if gpu and not built:
-        cuda = "cu130" if int((supports or "12").partition(".")[0]) >= 13 else "cu126"
-        index = f"--index-url https://download.pytorch.org/whl/{cuda}"
-        fix = f".venv/bin/pip install --force-reinstall torch=={version.partition('+')[0]} {index}"
-        yield Finding("torch", "wrong", f"{version} is a CPU build, and there is a GPU", fix)
+        yield Finding("torch", "wrong", f"{version} is a CPU build, and there is a GPU", _setup_for(supports))
         return
     if gpu and not torch.cuda.is_available():
         old = supports and built and int(built.partition(".")[0]) > int(supports.partition(".")[0])
         why = f"the driver supports CUDA {supports} and torch was built for {built}" if old else "torch finds no GPU"
-        advice = "update the driver, or take a torch built for its CUDA"
-        yield Finding("torch", "wrong", f"{version}: {why}; {advice}", "nvidia-smi")
+        advice = "update the driver, or take a torch built for its CUDA" if old else "does another program hold it?"
+        yield Finding("torch", "wrong", f"{version}: {why}; {advice}", _setup_for(supports) if old else "nvidia-smi")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
@@ -177,6 +174,25 @@ def systems() -> Iterator[Finding]:
             yield Finding(name, "no", f"{api.url} cannot be reached ({error}); api.url=… names another; {key}")
 
 
+def card() -> Iterator[Finding]:
+    """What `make train` will do on this GPU, and about how long it will take."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    from common.config import load
+    from common.model import estimate
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        choice, minutes = estimate.training(load("qlora7b"), device)
+    except UserError as error:
+        yield Finding("make train", "no", f"qlora7b with what is free of this GPU: {error}")
+        return
+    exactly = "make train says it exactly after ten steps"
+    yield Finding("make train", "ok", f"qlora7b, {choice.description}; an epoch in about {minutes:.0f} min; {exactly}")
+
+
 def _tried(check: Callable[..., object], *arguments: object) -> tuple[str, str]:
     """("ok", what `check` returns), or ("no", what it refuses)."""
     from common.runs import preflight
@@ -195,7 +211,7 @@ def next_command(findings: list[Finding]) -> str:
 
 def main() -> int:
     findings: list[Finding] = []
-    for check in (machine, gpus, packages, torch_and_cuda, data, systems):
+    for check in (machine, gpus, packages, torch_and_cuda, data, systems, card):
         for finding in check():
             findings.append(finding)
             print(f"{MARKS[finding.state]}  {finding.about:14}  {finding.text}", flush=True)
@@ -203,6 +219,12 @@ def main() -> int:
             break  # the other checks import packages
     print(f"\nnext: {next_command(findings)}")
     return 2 if any(f.state == "wrong" for f in findings) else 0
+
+
+def _setup_for(supports: str | None) -> str:
+    """The command that installs a torch for a driver that runs CUDA up to `supports`, so all of its major version."""
+    major = int((supports or "12").partition(".")[0])
+    return "nvidia-smi" if major < 12 else f"make setup CUDA={'cu130' if major >= 13 else 'cu126'}"
 
 
 def _nvidia_smi() -> list[tuple[str, int, int, str]]:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import runpy
 import sys
 from contextlib import contextmanager
@@ -225,8 +226,9 @@ def test_of_each_mode_the_process_in_the_middle_by_p95_is_reported_with_every_fi
     assert result["nvml_peak"] is None
 
 
-def test_of_two_processes_the_slower_is_reported(bench):
+def test_of_two_processes_the_slower_is_reported(bench, capsys):
     _, result = bench("bench.processes=2")
+    assert re.findall("to go, until .*: (.*)", capsys.readouterr().err) == ["1 more process"]
     assert result["natural"]["latency"] == spread(150, 160, 500, 600)
     assert result["natural"]["processes_p95_ms"] == [300, 500]
     assert result["natural"]["drafts_accepted"] == 0.6
@@ -728,6 +730,8 @@ def test_a_process_loads_warms_up_in_every_mode_and_then_times_each_query(proces
     assert all(f"{name}: 100%" in bars for name in ("warm up", "natural", "fixed"))
     assert bars.count("0/2 [") == bars.count("0/3 [") == bars.count("0/5 [") == 1
     assert bars.count("query/s") >= 6
+    # by the last warm-up's 3.04 s and 4.04 s: five natural queries, three of the fixed mode
+    assert re.search(r"^27 s to go, until \d\d:\d\d: 8 queries of this process$", bars, re.MULTILINE)
     assert found["ids"] == ASKED
     assert found["gauges"] == {
         name: gauge(None, None, i) for i, name in enumerate(["load", "warm up", "natural", "fixed"], 1)

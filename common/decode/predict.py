@@ -24,6 +24,7 @@ from common.model import memory, varlen
 from common.model.llama import Model, adapter_size, unsupported_reason
 from common.model.tree_mask import need_embedded, need_plain_span
 from common.runs import ranks, signals
+from common.runs.progress import Counter
 
 import torch
 from accelerate import PartialState
@@ -72,7 +73,8 @@ def answer_trees(
     task = Task(tokenizer, stops, max_new_tokens, options, check, forced or {}, round_)
     engine = plain.answer_packs if engine_of(model, options) == "plain" else _answer_batched
     total = sum(len(tree.branches) for tree in trees) if ranks.count() == 1 else None  # a rank's share is not known
-    bar = tqdm(engine(model, trees, task), progress, total, unit="question", disable=progress is None)
+    kind = Counter if progress == "decode" else tqdm  # a training's own forecast covers its evaluations
+    bar = kind(engine(model, trees, task), progress, total, unit="question", disable=progress is None)
     training = model.training
     model.eval()
     try:

@@ -242,7 +242,7 @@ def choose(
     most = max(fewest, math.ceil(step_tokens / LEAST_PACK_TOKENS))
     sizes = sorted({train.pack_tokens or min(largest, packs_of(n)) for n in range(fewest, most + 1)})
     fitting = [
-        (_time(shapes, step_tokens, tokens, *layers), -tokens, layers)
+        (step_time(shapes, step_tokens, tokens, *layers), -tokens, layers)
         for tokens in sizes
         if (layers := _layers_that_fit(functools.partial(count, tokens), shapes.layers, held, limit, evaluation))
     ]
@@ -316,7 +316,7 @@ def _layers_that_fit(
     return keep, max(n for n in range(least, layers + 1) if fits(keep, n))
 
 
-def _time(shapes: Shapes, step_tokens: float, pack_tokens: int, keep: int, hold: int) -> float:
+def step_time(shapes: Shapes, step_tokens: float, pack_tokens: int, keep: int, hold: int) -> float:
     """The time of a step, in tokens that go forward once.
 
     A backward pass takes as long as a forward pass: frozen weights have no gradient.

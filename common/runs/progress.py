@@ -1,10 +1,10 @@
-"""The bar of a training's steps, which also says how long all of it will take. Imports no torch."""
+"""Bars that also say how long all of it will take: of a training's steps, and of questions. Imports no torch."""
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from common.data.plan import Plan
 from common.data.trees import Tree
@@ -12,9 +12,12 @@ from common.data.trees import Tree
 from tqdm import tqdm
 
 PROBE = 10  # steps that are timed before the first forecast
+PROBE_S = 5  # seconds of an evaluation before its forecast
 # seconds of an evaluation's token in those of a step's, before one was timed: 0.036 and 0.060 ms for Llama-2-7B on an
 # H200 (docs/log.md)
 EVALUATION = 0.6
+
+T = TypeVar("T")
 
 
 class Clock(Protocol):
@@ -57,13 +60,36 @@ class Bar(tqdm):
         # at multiples of `every`, the one at this step included, and at the end
         evaluations = -(-total // self.every) - (step - 1) // self.every
         stepping, evaluating = (total - step) * step_s, evaluations * evaluation_s
-        far = stepping + evaluating > 20 * 3600  # another day, or nearly
-        end = time.strftime("%a %H:%M" if far else "%H:%M", time.localtime(time.time() + stepping + evaluating))
         return (
-            f"{duration(stepping + evaluating)} to go, until {end} or an early stop: {total - step:,} steps "
+            f"{until(stepping + evaluating)} or an early stop: {total - step:,} steps "
             f"{duration(stepping)}, {evaluations} evaluation{'s' * (evaluations != 1)} of {'about ' * guess}"
             f"{duration(evaluation_s)}"
         )
+
+
+class Counter(tqdm):
+    """tqdm over questions. After `PROBE_S` seconds a line says what is left and when it ends."""
+
+    said = False
+
+    def update(self, n: float | None = 1) -> bool | None:
+        shown, elapsed = super().update(n), time.perf_counter() - self.began
+        if not (self.said or self.disable or not self.total) and self.n and elapsed >= PROBE_S:
+            self.said = True
+            left = elapsed * (self.total - self.n) / self.n
+            self.write(f"{until(left)}: {self.total - self.n:,} {self.unit}s", file=sys.stderr)
+        return shown
+
+    def __iter__(self) -> Iterator[T]:
+        self.began = time.perf_counter()
+        return super().__iter__()
+
+
+def until(seconds: float) -> str:
+    """What is left, and when it ends."""
+    far = seconds > 20 * 3600  # another day, or nearly
+    end = time.strftime("%a %H:%M" if far else "%H:%M", time.localtime(time.time() + seconds))
+    return f"{duration(seconds)} to go, until {end}"
 
 
 def duration(seconds: float) -> str:

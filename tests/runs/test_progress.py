@@ -6,7 +6,7 @@ from common.config import Train
 from common.data.plan import Plan
 from common.data.trees import Branch, Tree
 from common.runs import progress
-from common.runs.progress import Bar, duration
+from common.runs.progress import Bar, Counter, duration
 
 import pytest
 
@@ -109,3 +109,25 @@ def test_a_resumed_training_begins_where_it_was_and_other_ranks_say_nothing(cloc
 )
 def test_a_duration_as_people_say_it(seconds, says):
     assert duration(seconds) == says
+
+
+def counted(clock, seconds: float, n: int = 20, total: int | None = 20, **more) -> int:
+    """How many of `n` questions went by, each after so many seconds."""
+
+    def questions():
+        for i in range(n):
+            clock.now += seconds
+            yield i
+
+    return sum(1 for _ in Counter(questions(), "decode", total, unit="question", mininterval=0, **more))
+
+
+def test_an_evaluation_says_once_what_is_left_of_it(clock, capsys):
+    assert counted(clock, 2) == 20
+    assert said(capsys) == ["34 s to go, until 00:00: 17 questions"], "three took 6 s, the first 5 s or more"
+
+
+@pytest.mark.parametrize("more", [{"total": None}, {"disable": True}, {"n": 4, "total": 4, "seconds": 1}])
+def test_of_an_unknown_number_a_hidden_bar_or_a_short_evaluation_nothing_is_said(clock, capsys, more):
+    counted(clock, **{"seconds": 2, **more})
+    assert said(capsys) == []

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from common.errors import UserError
+from common.model import estimate, memory
 from common.runs import preflight
 from scripts import doctor
 from tests.conftest import ROOT
@@ -73,7 +74,7 @@ def test_a_gpu_is_listed_and_a_torch_without_cuda_beside_it_is_wrong(nvidia_smi,
     (finding,) = doctor.torch_and_cuda()
     assert finding.state == "wrong"
     assert "CPU build" in finding.text
-    assert finding.fix.endswith("/cu126")
+    assert finding.fix == "make setup CUDA=cu126"
 
 
 def test_a_driver_older_than_torchs_cuda_is_wrong(nvidia_smi, monkeypatch):
@@ -83,6 +84,31 @@ def test_a_driver_older_than_torchs_cuda_is_wrong(nvidia_smi, monkeypatch):
     (finding,) = doctor.torch_and_cuda()
     assert finding.state == "wrong"
     assert "driver supports CUDA 12.4 and torch was built for 13.0" in finding.text
+    assert finding.fix == "make setup CUDA=cu126"
+    nvidia_smi("11.8")
+    assert next(doctor.torch_and_cuda()).fix == "nvidia-smi"
+    nvidia_smi("13.1")
+    (finding,) = doctor.torch_and_cuda()
+    assert "torch finds no GPU; does another program hold it?" in finding.text
+
+
+def test_what_training_will_do_on_this_card_is_said(monkeypatch):
+    assert list(doctor.card()) == [], "of a CPU nothing"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    choice = memory.Choice(2304, 32, 1, {}, "fused layers, 32 of 32 keep")
+    monkeypatch.setattr(estimate, "training", lambda config, device: (choice, 41.7))
+    (finding,) = doctor.card()
+    assert finding.state == "ok"
+    assert finding.text.startswith("qlora7b, fused layers, 32 of 32 keep; an epoch in about 42 min")
+
+    def refuse(config, device):
+        raise UserError("2 GiB are too little")
+
+    monkeypatch.setattr(estimate, "training", refuse)
+    (finding,) = doctor.card()
+    assert finding.state == "no"
+    assert "2 GiB are too little" in finding.text
 
 
 def test_a_bitsandbytes_that_computes_nonsense_is_wrong(monkeypatch):
