@@ -140,7 +140,7 @@ def answer_here(config: Config, dev: squad.Dataset, chosen: adapters.Chosen) -> 
     model = load_system(config, adapter, device, bool(chosen.forced))
     checkpoint.unchanged(adapter, weights)
     with ranks.local_first():  # the others read the trees from the cache
-        built = cache.build_trees(dev.examples, tokenizers, config.window, config.prompt, train=False)
+        built = cache.build_trees(dev, tokenizers, config.window, config.prompt, train=False)
     gauges.reset_peaks(device)
     stop_tokens(tokenizers.own, model)  # kept: its time is not the decoding's
     began = gauges.now(device)

@@ -80,11 +80,11 @@ def main(argv: list[str]) -> None:
         return
     if first and run:
         checkpoint.claim(run)  # before anything in it is touched
-    examples, dev_examples = squad.selection(train_set, dev_set, config.early_stop)
+    chosen, stop_on = squad.selection(train_set, dev_set, config.early_stop)
     tokenizers = load_tokenizers(config)
     with ranks.local_first():  # the others read the trees from the cache
-        built = cache.build_trees(examples, tokenizers, config.window, config.prompt, train=True)
-        dev_trees = cache.build_trees(dev_examples, tokenizers, config.window, config.prompt, train=False).trees
+        built = cache.build_trees(chosen, tokenizers, config.window, config.prompt, train=True)
+        dev_trees = cache.build_trees(stop_on, tokenizers, config.window, config.prompt, train=False).trees
     if not built.trees:
         raise UserError(f"{train_set.source}: no question is left to train on ({built.counts})")
     plan = Plan(built.trees, train, config.seed)
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
         checkpoint.claim(run)
         record.cut_metrics(run, state.step, state.evaluated)
     ranks.start_tracker(accelerator, config, run)
-    announce(config, run, train_set, built.counts, plan, engine, len(dev_examples))
+    announce(config, run, train_set, built.counts, plan, engine, len(stop_on.examples))
 
     # ---- loop ------------------------------------------------------------------------------------------------------
     def save_last() -> float:
@@ -133,7 +133,7 @@ def main(argv: list[str]) -> None:
                         if signalled := answers is None:
                             continue
                         texts = {id_: answer.text for id_, answer in answers.items()}
-                        scored = score(dev_examples, texts)
+                        scored = score(stop_on.examples, texts)
                         em, f1 = (None, None) if config.base.random_weights else (scored.em, scored.f1)
                         better = stopping.update(em, replace=step == lost_best)
                         state.evaluated, state.waited = step, stopping.waited
@@ -203,7 +203,7 @@ def main(argv: list[str]) -> None:
         "run": str(run),
         "random_weights": config.base.random_weights,
         "selected_on": config.early_stop.split,
-        "n": len(dev_examples),
+        "n": len(stop_on.examples),
         "window_counts": built.counts,
         "stopped_early": state.step < total,
         "processes": n_ranks,

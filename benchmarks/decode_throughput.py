@@ -14,6 +14,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, final
 
@@ -145,9 +146,10 @@ def job_of(
     config = chosen.config  # asked as its adapter was trained
     tokenizers = load_tokenizers(config)
     tokenizer = tokenizers.own
-    examples = squad.load(config.data, "dev").examples[: args.questions or None]
-    trees = cache.build_trees(examples, tokenizers, config.window, config.prompt, train=False).trees
-    gold = {e.id: gold_ids(tokenizer, e.answers[0].text, config.window.answer) for e in examples}
+    dev = squad.load(config.data, "dev")
+    dev = replace(dev, examples=dev.examples[: args.questions or None])
+    trees = cache.build_trees(dev, tokenizers, config.window, config.prompt, train=False).trees
+    gold = {e.id: gold_ids(tokenizer, e.answers[0].text, config.window.answer) for e in dev.examples}
     questions: list[Question] = [
         {"id": b.id, "prefix": t.prefix_ids, "prompt": b.prompt_ids, "gold": gold[b.id]}
         for t in trees
@@ -174,7 +176,7 @@ def job_of(
         "questions": questions,
         "alone": alone,
         "batched": batched,
-    }, examples
+    }, dev.examples
 
 
 def equal(

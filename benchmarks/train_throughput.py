@@ -236,8 +236,8 @@ def parser() -> Parser:
 def job_of(config: Config, args: argparse.Namespace, work: Path) -> TrainJob:
     """The job of every peer: the questions of our first steps as rows, the base, the LoRA shape."""
     assert config.lora
-    examples = squad.load(config.data, "train").examples
-    built = cache.build_trees(examples, load_tokenizers(config), config.window, config.prompt, train=True)
+    train_set = squad.load(config.data, "train")
+    built = cache.build_trees(train_set, load_tokenizers(config), config.window, config.prompt, train=True)
     per_step = config.train.questions_per_step
     trees = plan.bounded(built.trees, per_step)
     steps = plan.epoch(trees, config.seed, 0, per_step)[: args.warmup + args.steps]

@@ -174,7 +174,11 @@ def bench(config_file, monkeypatch, capsys):
         bench_latency.main([str(config_file), *words])
         out, err = capsys.readouterr()
         result = json.loads(out.splitlines()[-1])
-        result |= {"commands": commands, "noted": [line for line in err.splitlines() if line.startswith("note: ")]}
+        result |= {
+            "commands": commands,
+            "err": err,
+            "noted": [line for line in err.splitlines() if line.startswith("note: ")],
+        }
         return out, result
 
     return run
@@ -226,9 +230,9 @@ def test_of_each_mode_the_process_in_the_middle_by_p95_is_reported_with_every_fi
     assert result["nvml_peak"] is None
 
 
-def test_of_two_processes_the_slower_is_reported(bench, capsys):
+def test_of_two_processes_the_slower_is_reported(bench):
     _, result = bench("bench.processes=2")
-    assert re.findall("to go, until .*: (.*)", capsys.readouterr().err) == ["1 more process"]
+    assert re.findall("to go, until .*: (.*)", result["err"]) == ["1 more process"]
     assert result["natural"]["latency"] == spread(150, 160, 500, 600)
     assert result["natural"]["processes_p95_ms"] == [300, 500]
     assert result["natural"]["drafts_accepted"] == 0.6

@@ -5,12 +5,11 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from common.config import Prompt, Window
-from common.data import prompt, squad, tokens, trees
-from common.data.squad import Example
+from common.data import prompt, tokens, trees
+from common.data.squad import Dataset
 from common.data.tokens import Tokenizers
 from common.data.trees import Branch, Tree, Trees
 from common.files import ROOT, atomic
@@ -23,10 +22,10 @@ CODE = Path(__file__).parent  # its files decide the ids
 
 
 def build_trees(
-    examples: Sequence[Example], tokenizers: Tokenizers, window: Window, options: Prompt = Prompt(), *, train: bool
+    dataset: Dataset, tokenizers: Tokenizers, window: Window, options: Prompt = Prompt(), *, train: bool
 ) -> Trees:
     """`trees.build_trees`; from `tokens.MANY` questions on they are kept in `FOLDER`. A damaged file is rebuilt."""
-    path = None
+    path, examples = None, dataset.examples
     if len(examples) >= tokens.MANY:
         own = tokenizers.own
         template = own.chat_template if options.chat else None
@@ -34,7 +33,7 @@ def build_trees(
         code = [file.read_text() for file in sorted(CODE.glob("*.py"))] + [tokenizers_package.__version__]
         vocabularies = (t.backend_tokenizer.to_str() for t in (own, tokenizers.window))
         decides = hashlib.sha256()
-        for part in (repr(settings), *code, *vocabularies, squad.digest(examples)):
+        for part in (repr(settings), *code, *vocabularies, dataset.sha256):
             decides.update(part.encode())
         path = FOLDER / f"{decides.hexdigest()[:32]}.npz"
         with contextlib.suppress(Exception):  # absent, or damaged in one of many ways

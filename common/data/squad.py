@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -42,17 +42,12 @@ class Dataset:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """`digest` of the questions: plain, gzipped and hub copies of the same questions agree."""
-        return digest(self.examples)
-
-
-def digest(examples: Iterable[Example]) -> str:
-    """SHA-256 of all that questions hold, in hex."""
-    found, encode = hashlib.sha256(), json.JSONEncoder(ensure_ascii=False).encode
-    for e in examples:
-        row = [e.id, e.title, e.context, e.question, [[a.text, a.start] for a in e.answers]]
-        found.update(encode(row).encode())
-    return found.hexdigest()
+        """The hash of the questions, in hex: plain, gzipped and hub copies of the same questions agree."""
+        digest, encode = hashlib.sha256(), json.JSONEncoder(ensure_ascii=False).encode
+        for e in self.examples:
+            row = [e.id, e.title, e.context, e.question, [[a.text, a.start] for a in e.answers]]
+            digest.update(encode(row).encode())
+        return digest.hexdigest()
 
 
 def load(data: Data, split: str) -> Dataset:
@@ -77,8 +72,9 @@ def read(source: str, split: str, fix_offsets: bool = False) -> Dataset:
     fixed = 0
     for example in _examples(articles, origin):
         answers = tuple(_at_its_start(example, i, fix_offsets, origin) for i in range(len(example.answers)))
-        fixed += sum(a != b for a, b in zip(answers, example.answers, strict=True))
-        examples.append(replace(example, answers=answers))
+        moved = sum(a != b for a, b in zip(answers, example.answers, strict=True))
+        fixed += moved
+        examples.append(replace(example, answers=answers) if moved else example)
     _unique_ids(examples, origin)
     return Dataset(examples, origin, fixed)
 
@@ -133,12 +129,14 @@ def hold_out(examples: list[Example], share: float) -> tuple[list[Example], list
     return [e for e in examples if e.title not in held], [e for e in examples if e.title in held]
 
 
-def selection(train: Dataset, dev: Dataset, options: EarlyStop) -> tuple[list[Example], list[Example]]:
+def selection(train: Dataset, dev: Dataset, options: EarlyStop) -> tuple[Dataset, Dataset]:
     """(questions to train on, questions whose EM stops the training), as `early_stop` says."""
-    examples, chosen = train.examples, dev.examples
     if options.split == "heldout":
-        examples, chosen = hold_out(examples, options.heldout_share)
-    return examples, stratified(chosen, options.questions or len(chosen))
+        rest, held = hold_out(train.examples, options.heldout_share)
+        train, dev = replace(train, examples=rest), replace(train, examples=held)
+    if options.questions:
+        dev = replace(dev, examples=stratified(dev.examples, options.questions))
+    return train, dev
 
 
 def _hash(text: str) -> str:

@@ -471,11 +471,13 @@ def test_data_asks_for_the_split_by_its_name(hub, split, hubs):
 def test_questions_that_stop_a_training_are_devs_or_held_out_and_as_many_as_asked(examples):
     train, dev = Dataset(examples, "train.json"), Dataset(of_articles(X=9, Y=3), "dev.json")
     assert (train.fixed_offsets, dev.fixed_offsets) == (0, 0)
-    assert squad.selection(train, dev, EarlyStop()) == (examples, dev.examples)
-    assert squad.selection(train, dev, EarlyStop(questions=4)) == (examples, squad.stratified(dev.examples, 4))
+    assert squad.selection(train, dev, EarlyStop()) == (train, dev)
+    four = replace(dev, examples=squad.stratified(dev.examples, 4))
+    assert squad.selection(train, dev, EarlyStop(questions=4)) == (train, four)
+    assert four.sha256 != dev.sha256
     for share in (0.05, 0.5):
         rest, held = squad.hold_out(examples, share)
         options = EarlyStop(split="heldout", heldout_share=share)
-        assert squad.selection(train, dev, options) == (rest, held)
+        assert squad.selection(train, dev, options) == (replace(train, examples=rest), replace(train, examples=held))
         some = EarlyStop(split="heldout", heldout_share=share, questions=2)
-        assert squad.selection(train, dev, some) == (rest, squad.stratified(held, 2))
+        assert squad.selection(train, dev, some)[1].examples == squad.stratified(held, 2)
