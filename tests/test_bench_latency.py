@@ -432,7 +432,7 @@ def test_a_small_sample_is_said_to_be_too_small(bench):
 
 def test_the_record_holds_what_is_printed_last_and_what_was_measured_on(bench, dev_file):
     _, result = bench()
-    commands, _ = result.pop("commands"), result.pop("noted")
+    commands, _, _ = (result.pop(key) for key in ("commands", "noted", "err"))
     run = Path(result["run"])
     assert run.name.endswith("-bench-001")
     written = record.read_one(run / "record.json")
