@@ -24,9 +24,10 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from common.config import FIELDS, Config
+from common.config import Config
 from common.data.prompt import message
 from common.data.tokens import Tokenizer, tokenize
+from common.decode.failures import FILTER, FILTER_STATUSES, Failures, OfQuestion
 from common.decode.responses import (
     ERROR_CHARS,
     Body,
@@ -36,7 +37,6 @@ from common.decode.responses import (
     error_message,
     events,
     mended,
-    named,
     reported_error,
     retry_after,
     server_seconds,
@@ -49,9 +49,7 @@ import httpx2
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from tqdm import tqdm
 
-RETRY_STATUSES = {408, 409, 425, 429, *range(500, 600)}  # HTTP: timeout, conflict, too early, rate limit, server error
 BACKOFF = wait_random_exponential(multiplier=0.5, max=60)  # seconds, where the host names none
-LONGEST_WAIT_S = 300.0  # that a host may ask for; longer waits are for the user to decide
 CHARS_PER_TOKEN = 2  # where no tokenizer is given; English has about 4, so costs are overestimated
 BODY_CHARS = 2000  # kept of an error response: a page
 STREAMED = {"stop": ["\n"], "stream": True, "stream_options": {"include_usage": True}}
@@ -59,18 +57,6 @@ ENDS = {"stop", "eos", "eos_token", "stop_sequence", "end_turn"}  # finish reaso
 LIMITS = {"length", "max_tokens", "model_length"}  # finish reasons of the token limit
 USAGE = ("prompt_tokens", "completion_tokens")
 THINKING = re.compile(r"\A(.*</think>|\s*<think>.*)", re.S)  # the same inside the text
-TRANSIENT = re.compile(
-    r"overload|rate.?limit|too many requests|timed?.?out|temporar|try again|busy|at capacity|unavailable|server.?error",
-    re.I,
-)
-FILTER_STATUSES = {400, 403, 422, 451}
-FILTER = re.compile(
-    r"content[ _-]?filter|content[ _-]?(management )?polic|usage polic|responsible.?ai|moderation|\bsafety\b"
-    r"|\b(input|prompt|content|text|message)\b.{0,40}\bflagged|data_inspection|(prohibited|sensitive).?content"
-    r"|\Asensitive\Z",
-    re.I,
-)
-OF_ALL = {401, 402, 403, 404, 405, 410}  # statuses that every question meets; others are reported with the question
 COMPARED, SHOWN_IDS = 200, 10  # prompts whose tokens are compared with the host's count; ids in a note
 
 
@@ -91,10 +77,6 @@ class Reply:
     elsewhere: str = ""  # fields that held text which is no answer: reasoning_content, tool_calls, …
     refused: str = ""  # the host's words, if its content filter refused the question
     streamed: bool = True
-
-
-class _OfQuestion(UserError):
-    """A failure that another question may not meet: the message gets the question's id."""
 
 
 class Client:
@@ -122,6 +104,7 @@ class Client:
             httpx2.URL(self.api.url)
         except httpx2.InvalidURL as error:
             raise UserError(f"api.url={self.api.url}: {error}") from error
+        self.failures = Failures(config, has_key=bool(self.key))
         self.transcript, self.lock, self.stop = transcript, threading.Lock(), threading.Event()
         self.requests, self.usd, self.reserved_usd = 0, 0.0, 0.0
         self.replies: dict[str, Reply] = {}
@@ -162,7 +145,7 @@ class Client:
         request, began, tries = self.sent(body), time.perf_counter(), itertools.count(1)
         try:
             return Retrying(self._sleep, stop, _pause, retry, reraise=True)(self._try, request, key, began, tries)
-        except _OfQuestion as error:
+        except OfQuestion as error:
             raise UserError(f"{of}{error}") from error
         except Retryable as error:
             last = f"{self.api.tries} tries, and the last had {error}"
@@ -227,17 +210,17 @@ class Client:
                 response.read()
                 text = self._redact(mended(response.text))
                 seen["text"] = text[:BODY_CHARS]
-                if status in FILTER_STATUSES and self._is_filter(text):
+                if status in FILTER_STATUSES and self.failures.are_filters(text):
                     return _refusal(f"HTTP {status}: {error_message(text)}", seen, start, waited)
-                raise self._failure(status, text, retry_after(response.headers.get("retry-after")))
+                raise self.failures.by_status(status, text, retry_after(response.headers.get("retry-after")))
             for event in events(response):
                 if reported := reported_error(event):
                     said = self._redact(mended(json.dumps(reported, ensure_ascii=False)))
                     # as free as an error by status
                     seen.update(text=said[:BODY_CHARS], read=read or 0, written=written or 0)
-                    if self._is_filter(said):
+                    if self.failures.are_filters(said):
                         return _refusal(error_message(said), seen, start, waited)
-                    raise self._failure_inside(reported, said)
+                    raise self.failures.in_reply(reported, said)
                 try:
                     # of several choices the first, which is the only one that was asked for
                     choice: Json = next((c for c in event.get("choices") or [] if not c.get("index")), {})
@@ -284,50 +267,6 @@ class Client:
             waited=waited,
             elsewhere=", ".join([*elsewhere, *["<think>"] * thoughts]),
             streamed=streamed,
-        )
-
-    def _is_filter(self, text: str) -> bool:
-        """True if an error's code, type or message names a content filter; `text` is JSON, or all of the message."""
-        return FILTER.search(named(text).replace(self.config.base.path, "")) is not None
-
-    def _failure(self, status: int, text: str, after: float | None) -> UserError | Retryable:
-        message = f"HTTP {status}: {error_message(text)}"
-        if after and after > LONGEST_WAIT_S:
-            return UserError(f"{self.api.url}: {message}; it asks to wait {after:.0f} s: start again then, to go on")
-        if status in RETRY_STATUSES:
-            return Retryable(message, after)
-        if status in (401, 403):
-            message += f"; the key is read from {self.api.key}, which is {'set' if self.key else 'not set'}"
-        if status == 404:
-            message += f"; is base.path={self.config.base.path} (still) a model there, and does api.url end with /v1?"
-        if status in (404, 405) and not self.config.prompt.chat:
-            message += " A host without /completions needs prompt.chat=true"
-        if status in (400, 422):
-            message += self._omittable(text)
-        return (UserError if status in OF_ALL else _OfQuestion)(f"{self.api.url}: {message}")
-
-    def _failure_inside(self, error: Json, said: str) -> UserError | Retryable:
-        """The error that a host reports in a reply of status 200; `said` is its JSON, without the key."""
-        message = f"an error in a reply of status 200: {error_message(said)}"
-        inner = error["error"] if isinstance(error.get("error"), dict) else error
-        codes = [str(inner.get(key)) for key in ("code", "status", "status_code")]
-        retried = any(code.isdecimal() and int(code) in RETRY_STATUSES for code in codes)
-        if retried or TRANSIENT.search(named(said)):
-            return Retryable(message)
-        message += "; does api.url end with /v1?" if isinstance(error, Body) else ""
-        return _OfQuestion(f"{self.api.url}: {message}{self._omittable(said)}")
-
-    def _omittable(self, text: str) -> str:
-        """The end of an error that names a field of our requests: how to leave it out."""
-        words = f"{error_message(text)} {named(text)}"
-        if re.search(r"context.(length|window)", words):  # which names max_tokens, too
-            return ""
-        names = dict(word.partition("=")[::2] for word in self.api.omit)
-        found = [field for field in FIELDS if field not in names and re.search(rf"\b{field}\b", words)]
-        other = re.search(r"\bmax_(completion|new|output)_tokens\b", words)
-        omitted = [f"{field}={other[0]}" if field == "max_tokens" and other else field for field in found]
-        return (
-            f"; a host that refuses {found[0]} needs api.omit=[{','.join([*self.api.omit, *omitted])}]" if found else ""
         )
 
     def _reserve(self, request: Json) -> float:
