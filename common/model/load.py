@@ -86,7 +86,8 @@ def load_base(base: Base, device: torch.device) -> PreTrainedModel:
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **kind)
     options = {"dtype": dtype, "attn_implementation": registered(), "device_map": {"": device}}
     options["output_loading_info"] = True
-    copy = quantised.find(base, dtype, device)
+    of_files = quantization is not None and not base.random_weights
+    copy = quantised.find(base, dtype, device) if of_files else None
     with out_of_memory(f"{base.path} does not fit with base.quant={base.quant}; nf4 takes the least"):
         try:
             if base.random_weights:  # by the loader of real weights, given numbers instead of a file
@@ -134,7 +135,7 @@ def load_base(base: Base, device: torch.device) -> PreTrainedModel:
             # training that resumes after it would be wrong.
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype = dtype  # a stored one may name another
-    if quantization and "quantization_config" in options:  # from the files' numbers, just now
+    if of_files and "quantization_config" in options:  # from the files' numbers, just now
         quantised.keep(model, base, dtype, device)
     return model.requires_grad_(False).eval()
 

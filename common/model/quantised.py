@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 FOLDER = ROOT / ".cache" / "bases"
 LEAST_BYTES = 2**27  # of a base's files, from which on a copy saves time
 ROOM = 2  # a copy is kept where so many times its size are free
+HEAD = 2**20  # bytes of a file that are hashed
 LIBRARIES = ("bitsandbytes", "transformers", "torch")
 SOURCE = "source.json"  # in a copy's folder: what it was made of
 
@@ -65,17 +66,17 @@ def keep(model: PreTrainedModel, base: Base, dtype: torch.dtype, device: torch.d
 
 def drop(folder: Path) -> None:
     """Remove a copy that cannot be read."""
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder)
 
 
 def _folder(base: Base, dtype: torch.dtype, device: torch.device) -> Path | None:
-    """Where a base's copy lies; None for a base of which none is kept."""
-    files = [] if base.random_weights or base.quant == "none" else stored_files(base)
+    """Where a base's copy lies; None for one whose files are small."""
+    files = stored_files(base)
     if sum(file.stat().st_size for file in files) < LEAST_BYTES:
         return None
     texts = [stored_file(base, name) for name in ("config.json", "generation_config.json")]
     decides = {
-        "files": [(_stamp(file), _header(file)) for file in files],
+        "files": [(_stamp(file), _head(file)) for file in files],
         "texts": [file and file.read_text() for file in texts],
         "numbers": identify(base)["samples"],
         "settings": [base.quant, base.double_quant, str(dtype)],
@@ -94,8 +95,7 @@ def _as_it_was(stamp: list) -> bool:
     return Path(stamp[0]).is_file() and _stamp(Path(stamp[0])) == stamp
 
 
-def _header(file: Path) -> str:
-    """A hash of what a safetensors file says of its tensors; of other files, of their first bytes."""
+def _head(file: Path) -> str:
+    """A hash of a file's first bytes: what safetensors says of its tensors, and some of their numbers."""
     with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        return hashlib.sha256(opened.read(min(size, 2**24))).hexdigest()
+        return hashlib.sha256(opened.read(HEAD)).hexdigest()

@@ -100,7 +100,8 @@ def compare(model: PeftModel, tree: Tree) -> Found:
 
 
 def _gradient(p: Tensor) -> Tensor:
-    return torch.zeros_like(p) if p.grad is None else p.grad
+    assert p.grad is not None
+    return p.grad
 
 
 def _backward(logits: Callable[[Pack, Tensor], Tensor], pack: Pack) -> float:

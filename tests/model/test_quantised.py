@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from common.config import Base
 from common.model import load, quantised
 from common.model.load import load_base
+from tests.conftest import ROOT
 from tests.model.test_load import four_bit_bytes
 from tests.model.test_pack import CPU
 
@@ -15,14 +16,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+# before the tests change them
+DEFAULTS = quantised.FOLDER, quantised.LEAST_BYTES, quantised.HEAD
+
 
 @pytest.fixture
 def made(tiny_base, tmp_path, monkeypatch):
     """(a base of its own, the copies there are): small files have copies too."""
-    monkeypatch.setattr(quantised, "FOLDER", tmp_path / "copies")
+    monkeypatch.setattr(quantised, "FOLDER", tmp_path / "new" / "copies")
     monkeypatch.setattr(quantised, "LEAST_BYTES", 1)
     shutil.copytree(tiny_base, tmp_path / "base")
-    return Base(str(tmp_path / "base")), lambda: sorted((tmp_path / "copies").glob("*"))
+    return Base(str(tmp_path / "base")), lambda: sorted((tmp_path / "new" / "copies").glob("*"))
 
 
 def loaded(base: Base, monkeypatch, from_copy: bool):
@@ -53,12 +57,12 @@ def test_a_copy_holds_the_same_bits_and_names_the_base(made, monkeypatch, settin
     assert not any(p.requires_grad for p in copy.parameters())
 
 
-def rewrite(base: Base, change) -> None:
+def rewrite(base: Base, change, format: str = "pt") -> None:
     """The base's weights, changed, in a file of the same size and time."""
     file = quantised.stored_files(base)[0]
     stat, weights = file.stat(), load_file(file)
     change(weights)
-    save_file(weights, file, {"format": "pt"})
+    save_file(weights, file, {"format": format})
     assert file.stat().st_size == stat.st_size
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
@@ -71,10 +75,14 @@ def test_other_numbers_settings_times_or_versions_are_another_base(made, monkeyp
     assert len(copies()) == 4
     rewrite(base, lambda weights: weights["model.norm.weight"].mul_(2))
     assert loaded(base, monkeypatch, False).model.norm.weight[0] == 2
+    rewrite(base, lambda weights: None, format="xx")
+    loaded(base, monkeypatch, False)
     os.utime(quantised.stored_files(base)[0], ns=(1, 1))
     loaded(base, monkeypatch, False)
     assert len(copies()) == 1, "those of the file as it was are of no use"
     monkeypatch.setattr(quantised.importlib.metadata, "version", lambda name: "another")
+    loaded(base, monkeypatch, False)
+    monkeypatch.setattr(quantised, "describe_device", lambda device: {"name": "another"})
     loaded(base, monkeypatch, False)
     config = quantised.stored_file(base, "config.json")
     config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.1}))
@@ -106,11 +114,21 @@ def test_no_copy_is_kept_of_small_plain_random_or_stored_4_bit_bases(made, monke
 
 
 def test_a_copy_that_cannot_be_written_is_named_and_the_model_serves(made, monkeypatch, tmp_path, capsys):
-    base, copies = made
-    (tmp_path / "copies").write_text("a file in its place")
+    base, _ = made
+    (tmp_path / "new").write_text("a file in its place")
     loaded(base, monkeypatch, False)
     assert f"note: no quantised copy of {base.path} is kept" in capsys.readouterr().err
-    (tmp_path / "copies").unlink()
-    monkeypatch.setattr(quantised.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    loaded(base, monkeypatch, False)
-    assert copies() == []
+    (tmp_path / "new").unlink()
+
+
+def test_a_copy_is_kept_where_twice_its_size_is_free(made, monkeypatch):
+    base, copies = made
+    size = sum(p.nbytes for p in load_base(Base(base.path, random_weights=True), CPU).parameters())
+    for free, kept in ((2 * size - 1, 0), (2 * size, 1)):
+        monkeypatch.setattr(quantised.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        loaded(base, monkeypatch, False)
+        assert len(copies()) == kept
+
+
+def test_what_decides_is_what_a_base_and_its_quantisation_depend_on():
+    assert DEFAULTS == (ROOT / ".cache" / "bases", 134_217_728, 1_048_576)

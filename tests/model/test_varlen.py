@@ -51,3 +51,28 @@ def test_query_heads_are_taken_apart_so_that_each_part_has_the_key_heads():
     assert [part[0, :, 0].tolist() for part in parts] == [[0, 3], [1, 4], [2, 5]], "heads 0 to 2 share a key head"
     assert torch.equal(varlen._joined(parts), q)
     assert varlen._joined([q]) is q
+
+
+@pytest.mark.parametrize("n", [1, 31, 32, 33])
+def test_the_log_sum_exp_of_a_sequence_is_found_by_token_and_put_back_beyond_it_zero(monkeypatch, n):
+    """Whole multiples of 32 rows too; two query heads share a key head."""
+    starts = torch.tensor([0, 3, 3 + n], dtype=torch.int32)
+    sequences = varlen.Sequences(starts, starts, max(3, n), max(3, n), True)
+    rows = -(-max(3, n) // 32) * 32
+    number = torch.arange(2.0 * rows).view(2, 1, rows)  # of each sequence's rows
+    monkeypatch.setattr(varlen, "efficient_attention", lambda q, k, v, s: (q, number))
+    q, k = torch.zeros(3 + n, 2, 8), torch.zeros(3 + n, 1, 8)
+    _, lse = varlen._forward(q, k, k, sequences)
+    assert lse.tolist() == [[0, 1, 2, *range(rows, rows + n)]] * 2
+    taken = []
+
+    def backward(d_out, q, k, v, out, lse, sequences):
+        taken.append(lse)
+        return q, k, v
+
+    monkeypatch.setattr(varlen, "efficient_attention_backward", backward)
+    varlen._backward(q, q, k, k, q, lse, sequences)
+    for found in taken:
+        assert found[0, 0].tolist() == [0, 1, 2, *[0] * (rows - 3)]
+        assert found[1, 0].tolist() == [*range(rows, rows + n), *[0] * (rows - n)]
+    assert len(taken) == 2

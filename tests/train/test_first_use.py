@@ -2,13 +2,17 @@
 
 import json
 
+from common.data.trees import Tree
 from common.model import llama
 from common.train import first_use, fused
+from tests.conftest import ROOT
 from tests.model.test_pack import lora_model, trees_of
 from tests.train.test_fused import adapter_weights
 
 import pytest
 import torch
+
+DEFAULT = first_use.FOLDER  # before the tests change it
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +35,9 @@ def test_layers_that_agree_are_used_and_the_model_is_left_as_it_was(tiny_base, t
     assert not torch.equal(weights[0], torch.zeros_like(weights[0]))
     kept = json.loads(next(folder.iterdir()).read_text())
     assert kept["mismatch"] is None
+    decides = {"device", "versions", "code", "dtype", "quantised", "layers", "heads", "adapter"}
+    assert kept.keys() == {"mismatch", "said", *decides}
+    assert DEFAULT == ROOT / ".cache" / "checked"
     assert kept["dtype"] == "torch.float32"
     assert "gradients 0.0" in kept["said"]
     assert kept["said"] in capsys.readouterr().err
@@ -115,6 +122,20 @@ def test_another_version_precision_or_a_damaged_answer_is_checked_again(tiny_bas
     first_use.mismatch(lora_model(tiny_base, "nf4"), trees)
     assert len(asked) == 5
     assert len(asked[0][1].branches) in (2, 3), "a small tree that branches"
+    first_use.mismatch(lora_model(tiny_base, "fp4"), [Tree(trees[0].prefix_ids, trees[0].branches * 4)])
+    assert len(asked) == 6
+    assert len(asked[5][1].branches) == 3
+
+
+@pytest.mark.parametrize(("file", "counts"), [("model/a.py", True), ("train/b.py", True), ("data/c.py", False)])
+def test_other_code_of_the_layers_is_checked_again(tiny_base, tmp_path, monkeypatch, file, counts):
+    for wing in ("model", "train", "data"):
+        (tmp_path / "common" / wing).mkdir(parents=True)
+    monkeypatch.setattr(first_use, "ROOT", tmp_path)
+    model = lora_model(tiny_base)
+    before = first_use._decides(model)
+    (tmp_path / "common" / file).write_text("x = 1")
+    assert (first_use._decides(model) != before) == counts
 
 
 def test_a_folder_that_cannot_be_written_is_no_reason(tiny_base, trees, monkeypatch, tmp_path):
