@@ -38,11 +38,12 @@ override export WHERE := $(value WHERE)
 override export REASON := $(value REASON)
 LOCK   := requirements.lock
 # CUDA=cu126 takes torch's own build for an older driver; TORCH_INDEX may name a mirror of its builds. What the environment
-# calls CUDA is a folder.
-BUILD  := $(if $(filter command,$(origin CUDA)),$(CUDA))
+# calls CUDA is a folder. The build is kept with the environment, for a lock that changes.
+BUILD  := $(if $(filter command,$(origin CUDA)),$(CUDA),$(shell cat $(VENV)/.cuda 2> /dev/null))
 TORCH_INDEX ?= https://download.pytorch.org/whl
-CUDA_TORCH = $(PY) -m pip install --disable-pip-version-check torch==$(shell sed -n 's/^torch==//p' $(LOCK))+$(BUILD) --index-url $(call quoted,$(TORCH_INDEX)/$(BUILD))
+CUDA_TORCH = $(PY) -m pip install --disable-pip-version-check $(call quoted,torch==$(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' $(LOCK))+$(BUILD)) --index-url $(call quoted,$(TORCH_INDEX)/$(BUILD)) && echo $(call quoted,$(BUILD)) > $(VENV)/.cuda
 $(if $(filter-out cu118 cu12% cu13%,$(BUILD)),$(shell echo "error: CUDA=$(BUILD): name a build of torch, such as cu126 or cu130" >&2)$(error nothing was run))
+$(if $(filter command,$(origin CUDA)),$(if $(filter setup,$(MAKECMDGOALS)),,$(shell echo "error: CUDA= belongs to make setup" >&2)$(error nothing was run)))
 # unpacked from a bundle: nothing asks for a network
 ifneq ($(wildcard .cache/bundle.json),)
 LOCK   := .cache/requirements.txt
@@ -51,6 +52,7 @@ export PIP_FIND_LINKS = .cache/wheels
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_CACHE ?= $(CURDIR)/.cache/hub
 export SQUAD_DIR ?= $(CURDIR)/.cache/squad
+$(if $(filter command,$(origin CUDA)),$(shell echo "error: a bundle brings its own torch: name its build where it is packed, by PIP_ARGS" >&2)$(error nothing was run))
 endif
 
 .DEFAULT_GOAL := help

@@ -66,8 +66,10 @@ def lock(file: IO) -> bool:
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path, sums: bool = True) -> Iterator[Path]:
     """Yield a new folder to fill; on success it takes the place of `folder`, on an error `folder` stays as it was.
+
+    `sums`: it gets a file of checksums.
 
     Modes are 0666 less the umask for files, 0777 for folders, whoever wrote them: safetensors writes 0600.
     """
@@ -77,10 +79,12 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         files = sorted(path for path in partial.rglob("*") if path.is_file())
-        (partial / SUMS).write_text("".join(f"{sha256(path)}  {path.relative_to(partial)}\n" for path in files))
+        if sums:
+            (partial / SUMS).write_text("".join(f"{sha256(path)}  {path.relative_to(partial)}\n" for path in files))
+            files.append(partial / SUMS)
         for path in (partial, *partial.rglob("*")):
             _open_to_others(path)
-        for path in (*files, partial / SUMS):
+        for path in files:
             _flush(path)
         recover(folder)
         if folder.exists():

@@ -270,6 +270,24 @@ def test_variables_of_the_tools_that_make_starts_are_none_of_ours():
     assert run("make", "--dry-run", "eval", "MODEL=raw7b", *others).returncode == 0
 
 
+def test_torch_for_an_older_driver_is_installed_by_setup_alone(tmp_path):
+    done = run("make", "--dry-run", "setup", "CUDA=cu126", "TORCH_INDEX=https://mirror/whl")
+    (line,) = (line for line in done.stdout.splitlines() if "+cu126" in line)
+    pinned = next(line for line in (ROOT / "requirements.lock").read_text().splitlines() if line.startswith("torch=="))
+    assert f"{pinned}+cu126 --index-url https://mirror/whl/cu126 " in line.replace("'", "")
+    for typed, says in (
+        (["setup", "CUDA=12.6"], "CUDA=12.6: name a build of torch, such as cu126 or cu130"),
+        (["train", "CUDA=cu126"], "CUDA= belongs to make setup"),
+    ):
+        done = run("make", "--dry-run", *typed)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.splitlines()[0] == f"error: {says}"
+    mark = tmp_path / "run"
+    run("make", "--dry-run", "setup", f"CUDA=cu12`touch {mark}`")
+    assert not mark.exists()
+    assert run("make", "--dry-run", "eval", "MODEL=raw7b", CUDA="/usr/local/cuda").returncode == 0, "the environment's"
+
+
 ODD = "a (1) [x] it's, #2"  # as browsers and people name files
 
 

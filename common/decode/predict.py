@@ -15,7 +15,7 @@ from common.data import plan
 from common.data.squad import Example
 from common.data.tokens import Ids, Tokenizers
 from common.data.trees import Tree, build_trees
-from common.decode import batched, chunks, plain
+from common.decode import batched, chunks, first_use, plain
 from common.decode.answers import Prediction, Task, need_finite, stop_tokens, to_text
 from common.decode.forward import Decoder
 from common.device import out_of_memory
@@ -24,13 +24,15 @@ from common.model import memory, varlen
 from common.model.llama import Model, adapter_size, unsupported_reason
 from common.model.tree_mask import need_embedded, need_plain_span
 from common.runs import ranks, signals
-from common.runs.progress import Counter
+from common.runs.progress import QuestionBar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+
+DECODE = "decode"  # the bar of an evaluation that is not a training's
 
 
 def answers(
@@ -56,7 +58,7 @@ def answer_trees(
     stops: Sequence[int],
     max_new_tokens: int,
     options: Eval = Eval(),
-    progress: str | None = "decode",
+    progress: str | None = DECODE,
     check: Callable[[], None] = lambda: None,
     forced: Mapping[str, Ids] | None = None,
     round_: str = "evaluation",
@@ -73,7 +75,7 @@ def answer_trees(
     task = Task(tokenizer, stops, max_new_tokens, options, check, forced or {}, round_)
     engine = plain.answer_packs if engine_of(model, options) == "plain" else _answer_batched
     total = sum(len(tree.branches) for tree in trees) if ranks.count() == 1 else None  # a rank's share is not known
-    kind = Counter if progress == "decode" else tqdm  # a training's own forecast covers its evaluations
+    kind = QuestionBar if progress == DECODE else tqdm  # a training's own forecast covers its evaluations
     bar = kind(engine(model, trees, task), progress, total, unit="question", disable=progress is None)
     training = model.training
     model.eval()
@@ -102,7 +104,7 @@ def by_all_ranks(
     `step`: of the training that this evaluation interrupts, whose memory budget then holds.
     """
     own, tokenizer, stops, limit = None, tokenizers.own, stop_tokens(tokenizers.own, model), config.window.answer
-    options, progress = (config.eval, "decode") if step is None else (config.eval_in_training, "evaluate")
+    options, progress = (config.eval, DECODE) if step is None else (config.eval_in_training, "evaluate")
     shown, name = progress if PartialState().is_main_process else None, f"evaluation at {step or 0}"
     with contextlib.suppress(signals.Stopped):
         own = answer_trees(model, tokenizer, trees, stops, limit, options, shown, check, round_=name)
@@ -125,7 +127,8 @@ def check_positions(model: Model, prompt_tokens: int, answer_tokens: int) -> Non
 
 def engine_of(model: Model, options: Eval) -> Literal["plain", "stream"]:
     """The name of the engine that `answer_trees` uses, as it stands in records."""
-    return "plain" if options.engine == "plain" or unsupported_reason(model) else "stream"
+    plainly = options.engine == "plain" or unsupported_reason(model) or first_use.mismatch(model)
+    return "plain" if plainly else "stream"
 
 
 def sizes_of(model: Model, options: Eval) -> memory.Decoding:

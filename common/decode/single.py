@@ -1,7 +1,7 @@
 """One question at a time, at low latency: the prompt in one pass, then several tokens per pass by prompt lookup.
 
 A pass takes the last token and a draft (`common.decode.drafts`) and computes the greedy token after each. The draft is
-kept as far as it agrees, with one token more: the answer is greedy whatever the draft. On a GPU with flash attention a
+kept as far as it agrees, with one token more: the answer is greedy whatever the draft. On a GPU with fused attention a
 pass is one CUDA graph, captured for a few lengths to which passes are padded.
 """
 

@@ -5,7 +5,7 @@ its prefix. Outputs o [T, H, D] and log-sum-exps l [T, H] of two disjoint sets o
     l = log(exp(l1) + exp(l2)),    o = exp(l1 - l) * o1 + exp(l2 - l) * o2
 as in Hydragen (https://arxiv.org/abs/2402.05099) for decoding and ring attention (https://arxiv.org/abs/2310.01889) for
 training. The backward pass of a part needs o and l of the union alone (https://arxiv.org/abs/2307.08691, algorithm 2).
-On a GPU both parts are fused kernels (`common.model.varlen`); elsewhere SDPA computes the same tree by tree.
+Both parts are fused kernels where a GPU has them (`common.model.varlen`); elsewhere SDPA computes tree by tree.
 
 T tokens; H query heads; G key heads, a divisor of H; heads of width D.
 """

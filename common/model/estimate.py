@@ -1,4 +1,4 @@
-"""How a system will train on the GPU at hand, before anything is loaded: its plan, and about how long it will take."""
+"""The plan of a training on the GPU at hand, and about how long it will take, before anything is loaded."""
 
 import time
 
@@ -37,11 +37,12 @@ def shapes_of(c: PreTrainedConfig, lora: Lora, item: int) -> Shapes:
 def training(config: Config, device: torch.device) -> tuple[Choice, float]:
     """(the plan within what is free on a GPU, an epoch's minutes without its evaluations, about).
 
-    Raises `UserError` where not even the least fits.
+    Raises `UserError` where not even the least fits, `OSError` for a base whose shapes are not known.
     """
     assert config.lora
     dtype = compute_dtype(config.base, device)
-    known = AutoConfig.from_pretrained(CONFIGS / "shapes" / SHAPES[config.base.path])
+    named = SHAPES.get(config.base.path)
+    known = AutoConfig.from_pretrained(CONFIGS / "shapes" / named if named else config.base.path)
     shapes = shapes_of(known, config.lora, dtype.itemsize)
     limit = memory.usable_bytes(memory.limit_bytes("auto", device), device)
     least = shapes.decoding_bytes(memory.LEAST_PASS_TOKENS, memory.LEAST_CACHE_TOKENS)

@@ -75,8 +75,10 @@ def load_tokenizer(path: str, revision: str = "main") -> Tokenizer:
     return tokenizer
 
 
-def load_base(base: Base, device: torch.device) -> PreTrainedModel:
+def load_base(base: Base, device: torch.device, copies: bool = True) -> PreTrainedModel:
     """The frozen base in eval mode, quantised as configured, with attention over packs (`common.model.tree_mask`).
+
+    `copies`: a quantised copy that was kept is read in its place.
 
     Raises `UserError` for a model that is not there, not whole, too large, or that cannot attend over packs.
     """
@@ -87,7 +89,7 @@ def load_base(base: Base, device: torch.device) -> PreTrainedModel:
     options = {"dtype": dtype, "attn_implementation": registered(), "device_map": {"": device}}
     options["output_loading_info"] = True
     of_files = quantization is not None and not base.random_weights
-    copy = quantised.find(base, dtype, device) if of_files else None
+    copy = quantised.find(base, dtype, device) if of_files and copies else None
     with out_of_memory(f"{base.path} does not fit with base.quant={base.quant}; nf4 takes the least"):
         try:
             if base.random_weights:  # by the loader of real weights, given numbers instead of a file
@@ -106,9 +108,9 @@ def load_base(base: Base, device: torch.device) -> PreTrainedModel:
         except (torch.OutOfMemoryError, UserError):
             raise
         except Exception as error:  # each kind of damage to its files has an exception of its own
-            if copy:
+            if copy and "DefaultCPUAllocator" not in str(error):
                 quantised.drop(copy)
-                return load_base(base, device)
+                return load_base(base, device, copies=False)
             raise UserError(f"{base.path}: no model could be loaded from there ({first_line(error)})") from error
     # transformers fills these with random numbers
     if lacks := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
@@ -143,6 +145,7 @@ def load_base(base: Base, device: torch.device) -> PreTrainedModel:
 def _from_copy(folder: Path, base: Base, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
     """(model, transformers' report) of a quantised copy, which names the base as the base's own files do."""
     model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
+    quantised.need_whole(model, folder)
     config = AutoConfig.from_pretrained(base.path, revision=base.revision)
     model.config._commit_hash = getattr(config, "_commit_hash", None)
     return model, found

@@ -16,7 +16,7 @@ from pathlib import Path
 from common.config import Base
 from common.device import describe_device
 from common.errors import first_line
-from common.files import ROOT, write_text
+from common.files import ROOT, lock, replacing
 from common.model.identity import identify, stored_file, stored_files
 
 import torch
@@ -26,7 +26,8 @@ FOLDER = ROOT / ".cache" / "bases"
 LEAST_BYTES = 2**27  # of a base's files, from which on a copy saves time
 ROOM = 2  # a copy is kept where so many times its size are free
 HEAD = 2**20  # bytes of a file that are hashed
-LIBRARIES = ("bitsandbytes", "transformers", "torch")
+LIBRARIES = ("bitsandbytes", "transformers", "torch", "accelerate", "safetensors")
+CODE = [Path(__file__).with_name(name) for name in ("load.py", "quantised.py", "stored.py")]
 SOURCE = "source.json"  # in a copy's folder: what it was made of
 
 
@@ -38,6 +39,12 @@ def find(base: Base, dtype: torch.dtype, device: torch.device) -> Path | None:
     return None
 
 
+def need_whole(model: PreTrainedModel, folder: Path) -> None:
+    """Raises `ValueError` for a model that was loaded from a damaged copy."""
+    if checksums(model) != json.loads((folder / SOURCE).read_text())["sums"]:
+        raise ValueError(f"{folder}: other numbers than were written")
+
+
 def keep(model: PreTrainedModel, base: Base, dtype: torch.dtype, device: torch.device) -> None:
     """Keep a copy of a base that was just quantised, if its files are large and there is room; drop those of no use.
 
@@ -45,28 +52,36 @@ def keep(model: PreTrainedModel, base: Base, dtype: torch.dtype, device: torch.d
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":  # one of a machine's processes is enough
         return
-    partial = FOLDER / f"partial-{os.getpid()}"
     try:
         if not (folder := _folder(base, dtype, device)):
             return
         FOLDER.mkdir(parents=True, exist_ok=True)
-        for old in FOLDER.glob(f"*/{SOURCE}"):
-            if not all(map(_as_it_was, json.loads(old.read_text()))):
-                shutil.rmtree(old.parent)
-        if shutil.disk_usage(FOLDER).free < ROOM * sum(p.nbytes for p in model.parameters()):
-            return
-        model.save_pretrained(partial)
-        write_text(partial / SOURCE, json.dumps([_stamp(file) for file in stored_files(base)]) + "\n")
-        os.rename(partial, folder)
+        with (FOLDER / "lock").open("a") as file:
+            if not lock(file):  # another process is at it
+                return
+            for old in FOLDER.iterdir():
+                if old.is_dir() and _of_no_use(old):
+                    shutil.rmtree(old, ignore_errors=True)
+            size = sum(p.nbytes for p in model.parameters())
+            if folder.exists() or shutil.disk_usage(FOLDER).free < ROOM * size:
+                return
+            with replacing(folder, sums=False) as partial:
+                model.save_pretrained(partial)
+                source = {"files": [_stamp(file) for file in stored_files(base)], "sums": checksums(model)}
+                (partial / SOURCE).write_text(json.dumps(source) + "\n")
     except Exception as error:  # each library has kinds of its own
         print(f"note: no quantised copy of {base.path} is kept ({first_line(error)})", file=sys.stderr)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def drop(folder: Path) -> None:
-    """Remove a copy that cannot be read."""
-    shutil.rmtree(folder)
+    """Remove a copy that cannot be read, as far as that is possible."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def checksums(model: PreTrainedModel) -> list[int]:
+    """The sum of the bytes of each tensor, quantisation constants included: computed where the model is."""
+    tensors = model.state_dict().values()
+    return torch.stack([x.contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64) for x in tensors]).tolist()
 
 
 def _folder(base: Base, dtype: torch.dtype, device: torch.device) -> Path | None:
@@ -81,6 +96,7 @@ def _folder(base: Base, dtype: torch.dtype, device: torch.device) -> Path | None
         "numbers": identify(base)["samples"],
         "settings": [base.quant, base.double_quant, str(dtype)],
         "device": describe_device(device)["name"],
+        "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in CODE],
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
     return FOLDER / hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
@@ -91,8 +107,12 @@ def _stamp(file: Path) -> list[object]:
     return [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
-def _as_it_was(stamp: list) -> bool:
-    return Path(stamp[0]).is_file() and _stamp(Path(stamp[0])) == stamp
+def _of_no_use(folder: Path) -> bool:
+    """True for a copy that is not whole, or of files that have changed; files may be on a disk that is not there."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        stamps = json.loads((folder / SOURCE).read_text())["files"]
+        return any(Path(stamp[0]).is_file() and _stamp(Path(stamp[0])) != stamp for stamp in stamps)
+    return True
 
 
 def _head(file: Path) -> str:

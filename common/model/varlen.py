@@ -2,7 +2,7 @@
 
 Flash attention from compute capability 8.0 on; on older GPUs memory-efficient attention, in fp16. By one contract:
 queries [T, H, D], keys and values [S, G, D], G a divisor of H → output [T, H, D] and log-sum-exp [H, T] fp32, both
-uninitialised in rows of no sequence. Memory-efficient attention wants as many key heads as query heads, so it computes
+uninitialised in rows of no sequence. Memory-efficient attention takes as many key heads as query heads, so it computes
 the queries of a key head one after the other; its log-sum-exp has a row for each sequence.
 """
 
@@ -64,12 +64,12 @@ def _by_key_head(x: Tensor, k: Tensor) -> list[Tensor]:
 
 
 def _joined(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    """What `_by_key_head` has taken apart."""
+    """[T, H, …] of the parts that `_by_key_head` returns."""
     return parts[0] if len(parts) == 1 else torch.stack(parts, dim=2).flatten(1, 2)
 
 
 def _places(starts: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Of each of `n` rows: the sequence that it is in, and its place there; of rows in none, any sequence."""
+    """(sequence [n], place in it [n]) of each of `n` rows; of rows that are in none, any sequence."""
     rows = torch.arange(n, dtype=starts.dtype, device=starts.device)
     sequence = torch.searchsorted(starts, rows, right=True).sub_(1).clamp_(0, len(starts) - 2)
     return sequence, rows - starts[sequence]

@@ -2,22 +2,20 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from statistics import median
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from common.data.plan import Plan
 from common.data.trees import Tree
 
 from tqdm import tqdm
 
-PROBE = 10  # steps that are timed before the first forecast
+PROBE = 10  # steps, or questions, that are timed before the first forecast
 PROBE_S = 5  # seconds of an evaluation before its forecast
 # seconds of an evaluation's token in those of a step's, before one was timed: 0.036 and 0.060 ms for Llama-2-7B on an
 # H200 (docs/log.md)
 EVALUATION = 0.6
-
-T = TypeVar("T")
 
 
 class Clock(Protocol):
@@ -67,26 +65,25 @@ class Bar(tqdm):
         )
 
 
-class Counter(tqdm):
-    """tqdm over questions. After `PROBE_S` seconds a line says what is left and when it ends."""
+class QuestionBar(tqdm):
+    """tqdm over questions. `PROBE_S` seconds after the first, which waits for compilers, a line says what is left."""
 
+    first: tuple[float, float] | None = None  # when the first were shown, and how many
     said = False
 
     def update(self, n: float | None = 1) -> bool | None:
-        shown, elapsed = super().update(n), time.perf_counter() - self.began
-        if not (self.said or self.disable or not self.total) and self.n and elapsed >= PROBE_S:
+        shown, now = super().update(n), time.perf_counter()
+        self.first = self.first or (now, self.n)
+        began, before = self.first
+        if not (self.said or self.disable or not self.total) and self.n >= before + PROBE and now >= began + PROBE_S:
             self.said = True
-            left = elapsed * (self.total - self.n) / self.n
+            left = (now - began) * (self.total - self.n) / (self.n - before)
             self.write(f"{until(left)}: {self.total - self.n:,} {self.unit}s", file=sys.stderr)
         return shown
 
-    def __iter__(self) -> Iterator[T]:
-        self.began = time.perf_counter()
-        return super().__iter__()
-
 
 def until(seconds: float) -> str:
-    """What is left, and when it ends."""
+    """A duration, and the time of day at its end, for people."""
     far = seconds > 20 * 3600  # another day, or nearly
     end = time.strftime("%a %H:%M" if far else "%H:%M", time.localtime(time.time() + seconds))
     return f"{duration(seconds)} to go, until {end}"

@@ -51,12 +51,12 @@ class Engine:
         self._captured: CapturedPacks | None = None
         self.trained_weights, self.frozen_weights = load.parameter_counts(model)
         tree_mask.need_embedded(model.config, plan.trees)
-        reason = "train.fused=false" if not self.train.fused else untrainable_reason(model)
-        if not reason and self.device.type == "cuda":
-            of_ranks = gather_object([first_use.mismatch(model, plan.trees)])
-            reason = next(filter(None, of_ranks), None)
-        if reason:
-            self._use_modules(model, reason)
+        if reason := "train.fused=false" if not self.train.fused else untrainable_reason(model):
+            self._use_modules(model, reason, budget=True)
+            return
+        _limit(self.train, self.device)  # before the check, which loads kernels: it stays in force
+        if found := [*filter(None, gather_object([first_use.mismatch(model, plan.trees)]))]:  # of all ranks
+            self._use_modules(model, found[0], budget=False)
         else:
             self._use_fused_layers(model)
 
@@ -86,9 +86,10 @@ class Engine:
         parts = self.plan.share(trees, rank, self.ranks, self.pack_tokens)
         return [pack for part in parts for pack in (self.pads.packs(part) if self.pads else [build_pack(part)])]
 
-    def _use_modules(self, model: Model, reason: str) -> None:
+    def _use_modules(self, model: Model, reason: str, budget: bool) -> None:
+        """`budget`: a memory budget, which modules do not keep, is an error."""
         train = self.train
-        if isinstance(train.memory_budget_gib, float):
+        if budget and isinstance(train.memory_budget_gib, float):
             by_hand = "set train.memory_budget_gib=null, and train.pack_tokens and train.gradient_checkpointing by hand"
             raise UserError(f"train.memory_budget_gib needs the fused layers; not with {reason}: {by_hand}")
         tree_mask.need_plain_span(model.config, max(tree.longest for tree in self.plan.trees))

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import stat
 from types import SimpleNamespace
 
 from common.config import Base
+from common.errors import UserError
 from common.model import load, quantised
 from common.model.load import load_base
 from tests.conftest import ROOT
@@ -26,7 +28,9 @@ def made(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(quantised, "FOLDER", tmp_path / "new" / "copies")
     monkeypatch.setattr(quantised, "LEAST_BYTES", 1)
     shutil.copytree(tiny_base, tmp_path / "base")
-    return Base(str(tmp_path / "base")), lambda: sorted((tmp_path / "new" / "copies").glob("*"))
+    return Base(str(tmp_path / "base")), lambda: sorted(
+        path.parent for path in (tmp_path / "new" / "copies").glob(f"*/{quantised.SOURCE}")
+    )
 
 
 def loaded(base: Base, monkeypatch, from_copy: bool):
@@ -84,19 +88,82 @@ def test_other_numbers_settings_times_or_versions_are_another_base(made, monkeyp
     loaded(base, monkeypatch, False)
     monkeypatch.setattr(quantised, "describe_device", lambda device: {"name": "another"})
     loaded(base, monkeypatch, False)
+    monkeypatch.setattr(quantised, "CODE", quantised.CODE[:2])
+    loaded(base, monkeypatch, False)
     config = quantised.stored_file(base, "config.json")
     config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.1}))
     assert loaded(base, monkeypatch, False).config.rms_norm_eps == 0.1
 
 
-@pytest.mark.parametrize("damage", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("damage", ["model.safetensors", "config.json", "source.json", "a bit", "zeros"])
 def test_a_damaged_copy_is_made_again(made, monkeypatch, damage):
     base, copies = made
+    fresh = loaded(base, monkeypatch, False)
+    file = copies()[0] / (damage if "." in damage else "model.safetensors")
+    whole = file.read_bytes()
+    if damage == "zeros":
+        file.write_bytes(whole[:-2000] + bytes(2000))
+    elif damage == "a bit":
+        file.write_bytes(whole[:-500] + bytes([whole[-500] ^ 1]) + whole[-499:])
+    else:
+        file.write_bytes(b"{")
+    again = loaded(base, monkeypatch, True)  # tried, and not taken
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), fresh.state_dict().values(), strict=True))
+    loaded(base, monkeypatch, True)
+    assert (copies()[0] / file.name).stat().st_size == len(whole)
+
+
+def test_a_copy_that_can_neither_be_read_nor_removed_is_left_and_the_base_read(made, monkeypatch, capsys):
+    base, copies = made
     loaded(base, monkeypatch, False)
-    (copies()[0] / damage).write_bytes(b"{")
-    loaded(base, monkeypatch, True)
-    loaded(base, monkeypatch, True)
-    assert (copies()[0] / damage).stat().st_size > 1
+
+    def refuse(*args):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(load, "_from_copy", refuse)
+    monkeypatch.setattr(quantised.shutil, "rmtree", lambda folder, ignore_errors: None)
+    assert load_base(base, CPU).name_or_path == base.path
+    assert len(copies()) == 1
+    assert capsys.readouterr().err.count("note:") == 0
+
+
+def test_a_machine_without_memory_loses_no_copy(made, monkeypatch):
+    base, copies = made
+    loaded(base, monkeypatch, False)
+
+    def short(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(load, "_from_copy", short)
+    with pytest.raises(UserError, match="can't allocate memory"):
+        load_base(base, CPU)
+    assert len(copies()) == 1
+
+
+def test_what_is_left_of_others_goes_and_what_is_of_a_disk_that_is_not_there_stays(made, monkeypatch, tmp_path):
+    base, copies = made
+    loaded(base, monkeypatch, False)
+    away = quantised.FOLDER / "away"
+    shutil.copytree(copies()[0], away)
+    source = json.loads((away / quantised.SOURCE).read_text())
+    source["files"][0][0] = "/not/mounted/model.safetensors"
+    (away / quantised.SOURCE).write_text(json.dumps(source))
+    for name in ("half.partial", "cut"):
+        (quantised.FOLDER / name).mkdir()
+    (quantised.FOLDER / "cut" / quantised.SOURCE).write_text("")
+    loaded(Base(base.path, quant="fp4"), monkeypatch, False)
+    assert len(copies()) == 3
+    assert away in copies()
+    assert {path.name for path in quantised.FOLDER.iterdir()} == {"lock", *(path.name for path in copies())}
+    assert all(stat.S_IMODE(file.stat().st_mode) & 0o044 for file in copies()[0].iterdir()), "others may read it"
+
+
+def test_while_another_process_keeps_a_copy_this_one_does_not(made, monkeypatch, capsys):
+    base, copies = made
+    monkeypatch.setattr(quantised, "lock", lambda file: False)
+    loaded(base, monkeypatch, False)
+    assert copies() == []
+    assert capsys.readouterr().err.count("note:") == 0
 
 
 def test_no_copy_is_kept_of_small_plain_random_or_stored_4_bit_bases(made, monkeypatch, tmp_path):

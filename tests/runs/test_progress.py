@@ -6,7 +6,7 @@ from common.config import Train
 from common.data.plan import Plan
 from common.data.trees import Branch, Tree
 from common.runs import progress
-from common.runs.progress import Bar, Counter, duration
+from common.runs.progress import Bar, QuestionBar, duration
 
 import pytest
 
@@ -111,23 +111,28 @@ def test_a_duration_as_people_say_it(seconds, says):
     assert duration(seconds) == says
 
 
-def counted(clock, seconds: float, n: int = 20, total: int | None = 20, **more) -> int:
-    """How many of `n` questions went by, each after so many seconds."""
+def counted(clock, seconds: float, n: int = 40, total: int | None = 40, **more) -> int:
+    """How many of `n` questions went by, each after so many seconds, the first after a minute."""
 
     def questions():
+        clock.now += 60
         for i in range(n):
             clock.now += seconds
             yield i
 
-    return sum(1 for _ in Counter(questions(), "decode", total, unit="question", mininterval=0, **more))
+    return sum(1 for _ in QuestionBar(questions(), "decode", total, unit="question", mininterval=0, **more))
 
 
-def test_an_evaluation_says_once_what_is_left_of_it(clock, capsys):
-    assert counted(clock, 2) == 20
-    assert said(capsys) == ["34 s to go, until 00:00: 17 questions"], "three took 6 s, the first 5 s or more"
+@pytest.mark.parametrize(("seconds", "left", "end", "n"), [(2, 58, "00:02", 29), (0.25, 5, "00:01", 19)])
+def test_an_evaluation_says_once_what_is_left_of_it_without_the_wait_for_the_first(
+    clock, capsys, seconds, left, end, n
+):
+    """Ten questions after the first at least, and five seconds."""
+    assert counted(clock, seconds) == 40
+    assert said(capsys) == [f"{left} s to go, until {end}: {n} questions"]
 
 
-@pytest.mark.parametrize("more", [{"total": None}, {"disable": True}, {"n": 4, "total": 4, "seconds": 1}])
+@pytest.mark.parametrize("more", [{"total": None}, {"disable": True}, {"n": 10, "total": 10}, {"seconds": 0.1}])
 def test_of_an_unknown_number_a_hidden_bar_or_a_short_evaluation_nothing_is_said(clock, capsys, more):
     counted(clock, **{"seconds": 2, **more})
     assert said(capsys) == []

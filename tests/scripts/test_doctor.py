@@ -102,13 +102,18 @@ def test_what_training_will_do_on_this_card_is_said(monkeypatch):
     assert finding.state == "ok"
     assert finding.text.startswith("qlora7b, fused layers, 32 of 32 keep; an epoch in about 42 min")
 
-    def refuse(config, device):
-        raise UserError("2 GiB are too little")
+    for error in (UserError("2 GiB are too little"), RuntimeError("no kernel image\nmore"), OSError("no config.json")):
 
-    monkeypatch.setattr(estimate, "training", refuse)
-    (finding,) = doctor.card()
-    assert finding.state == "no"
-    assert "2 GiB are too little" in finding.text
+        def refuse(config, device, error=error):
+            raise error
+
+        monkeypatch.setattr(estimate, "training", refuse)
+        (finding,) = doctor.card()
+        assert finding.state == "no"
+        assert finding.text == f"qlora7b on this GPU: {str(error).splitlines()[0]}"
+        can = [doctor.Finding(about, "ok", "") for about in ("qlora7b", "SQuAD")]
+        assert doctor.next_command([*can, finding]) == "make demo"
+        assert doctor.next_command(can) == "make train"
 
 
 def test_a_bitsandbytes_that_computes_nonsense_is_wrong(monkeypatch):

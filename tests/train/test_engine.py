@@ -245,7 +245,7 @@ def test_a_gpu_has_larger_packs_for_layers_that_are_not_fused():
     made.train, made.device = Train(gradient_checkpointing=False), SimpleNamespace(type="cuda")
     made.plan = SimpleNamespace(trees=[Tree([1] * 9, (Branch("a", [2], [3]),))])
     config = LlamaConfig(num_hidden_layers=3, sliding_window=None)
-    made._use_modules(SimpleNamespace(config=config, parameters=lambda: []), "a reason")
+    made._use_modules(SimpleNamespace(config=config, parameters=lambda: []), "a reason", True)
     assert (made.pack_tokens, made.keep_layers) == (4096, 3)
 
 
@@ -265,3 +265,16 @@ def test_each_rank_takes_sizes_of_its_own_packs(make):
     packs = [pack for step in steps for pack in unpadded.prepare(step)[1]]
     assert mine._captured.example.n_tokens == min(pack.n_tokens for pack in packs)
     assert mine.pads == module.PadSizes.of(packs, mine.pack_tokens)
+
+
+@pytest.mark.parametrize("reasons", [["it is wrong"], [None, "it is wrong"]])
+def test_layers_that_any_rank_finds_wrong_at_first_use_are_not_used_budget_or_not(make, monkeypatch, reasons):
+    asked = []
+    monkeypatch.setattr(module.first_use, "mismatch", lambda model, trees: asked.append(trees) or reasons[0])
+    monkeypatch.setattr(module, "gather_object", lambda mine: reasons if mine == reasons[:1] else pytest.fail("whose?"))
+    made = make(free=8 * GIB, memory_budget_gib=8.0)
+    assert made.description.startswith("layers by transformers and PEFT (it is wrong)")
+    assert asked == [made.plan.trees]
+    pack = made.prepare(0)[1][0]
+    assert made(pack, 1.0) > 0
+    assert any(p.grad is not None for p in made.weights)
