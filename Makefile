@@ -42,7 +42,7 @@ LOCK   := requirements.lock
 BUILD  := $(if $(filter command,$(origin CUDA)),$(CUDA),$(shell cat $(VENV)/.cuda 2> /dev/null))
 TORCH_INDEX ?= https://download.pytorch.org/whl
 CUDA_TORCH = $(PY) -m pip install --disable-pip-version-check $(call quoted,torch==$(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' $(LOCK))+$(BUILD)) --index-url $(call quoted,$(TORCH_INDEX)/$(BUILD)) && echo $(call quoted,$(BUILD)) > $(VENV)/.cuda
-$(if $(filter-out cu118 cu12% cu13%,$(BUILD)),$(shell echo "error: CUDA=$(BUILD): name a build of torch, such as cu126 or cu130" >&2)$(error nothing was run))
+$(if $(filter-out cu118 cu12% cu13%,$(BUILD)),$(shell echo $(call quoted,error: CUDA=$(BUILD): name a build of torch$(comma) such as cu126 or cu130) >&2)$(error nothing was run))
 $(if $(filter command,$(origin CUDA)),$(if $(filter setup,$(MAKECMDGOALS)),,$(shell echo "error: CUDA= belongs to make setup" >&2)$(error nothing was run)))
 # unpacked from a bundle: nothing asks for a network
 ifneq ($(wildcard .cache/bundle.json),)
