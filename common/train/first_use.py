@@ -16,8 +16,9 @@ from torch import Tensor
 
 QUESTIONS = 3  # of the tree, at most
 SIZE_OF_B = 0.02  # standard deviation of its numbers
-# the gradients' distance over their length, from which on they differ: 16 bits alone bring them 0.05 apart
-FAR = {2: 0.2, 4: 0.01}  # by the bytes of a number
+# the gradients' distance over their length, from which on they differ: bf16 alone brings Llama-2-7B's 0.10 apart, and
+# kernels that are wrong 0.6 and more (docs/log.md)
+FAR = {2: 0.3, 4: 0.01}  # by the bytes of a number
 
 
 def mismatch(model: PeftModel, trees: Sequence[Tree]) -> str | None:

@@ -28,7 +28,7 @@ def test_layers_that_agree_are_near_and_the_model_is_left_as_it_was(tiny_base, t
     assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
     assert all(p.requires_grad and p.grad is None for p in weights)
     assert lora_model(tiny_base, quant, "bf16").dtype == torch.bfloat16
-    assert first_use.compare(lora_model(tiny_base, quant, "bf16"), trees[0]).most == 0.2
+    assert first_use.compare(lora_model(tiny_base, quant, "bf16"), trees[0]).most == 0.3
 
 
 def test_gradients_of_both_matrices_are_compared_though_a_new_b_is_zero(tiny_base, trees, monkeypatch):
