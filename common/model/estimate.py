@@ -55,9 +55,9 @@ def training(config: Config, device: torch.device) -> tuple[Choice, float]:
     return choice, operations / (REACHED * products_per_second(device, dtype)) / 60
 
 
-def products_per_second(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """Operations a second of a large matrix product, after a warm-up of as long."""
-    a = torch.randn(4096, 4096, dtype=dtype, device=device)
+def products_per_second(device: torch.device, dtype: torch.dtype, n: int = 4096, seconds: float = 0.5) -> float:
+    """Operations a second of a matrix product of size `n`, after a warm-up of as long."""
+    a = torch.randn(n, n, dtype=dtype, device=device)
     for _ in range(2):
         began, count = time.perf_counter(), 0
         while (took := time.perf_counter() - began) < seconds:
@@ -65,4 +65,4 @@ def products_per_second(device: torch.device, dtype: torch.dtype, seconds: float
                 a @ a
             count += 8
             torch.cuda.synchronize(device)
-    return count * 2 * 4096**3 / took
+    return count * 2 * n**3 / took

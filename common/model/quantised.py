@@ -90,15 +90,15 @@ def _folder(base: Base, dtype: torch.dtype, device: torch.device) -> Path | None
     if sum(file.stat().st_size for file in files) < LEAST_BYTES:
         return None
     texts = [stored_file(base, name) for name in ("config.json", "generation_config.json")]
-    decides = {
-        "files": [(_stamp(file), _head(file)) for file in files],
-        "texts": [file and file.read_text() for file in texts],
-        "numbers": identify(base)["samples"],
-        "settings": [base.quant, base.double_quant, str(dtype)],
-        "device": describe_device(device)["name"],
-        "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in CODE],
-        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
-    }
+    decides = [
+        [(_stamp(file), _head(file)) for file in files],
+        [file and file.read_text() for file in texts],
+        identify(base)["samples"],
+        [base.quant, base.double_quant, str(dtype)],
+        describe_device(device)["name"],
+        [hashlib.sha256(file.read_bytes()).hexdigest() for file in CODE],
+        [importlib.metadata.version(name) for name in LIBRARIES],
+    ]
     return FOLDER / hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
 
 

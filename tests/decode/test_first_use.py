@@ -1,7 +1,7 @@
 """The engines' layers are held against PEFT's modules before the first answer; what differs decodes by the modules."""
 
 from common.config import Eval
-from common.decode import first_use, predict
+from common.decode import batched, first_use, predict
 from common.model import attention, llama
 from common.model import first_use as kept
 from tests.model.test_pack import lora_model
@@ -32,6 +32,26 @@ def test_a_kernel_that_computes_something_else_is_far(tiny_base, monkeypatch, ow
 
     monkeypatch.setattr(owner, broken, wrong)
     assert first_use.compare(model).distance > 0.01
+
+
+def test_two_answers_are_read_in_one_pass_and_go_on_in_another(tiny_base, monkeypatch):
+    seen, answers = [], batched.answers
+
+    def noted(decoder, trees, task, pass_tokens):
+        seen.append((decoder.cache_tokens, trees, task, pass_tokens))
+        return answers(decoder, trees, task, pass_tokens)
+
+    monkeypatch.setattr(batched, "answers", noted)
+    first_use.compare(lora_model(tiny_base))
+    first_use.compare(lora_model(tiny_base))
+    (cache, (tree,), task, pass_tokens), (_, (again,), _, _) = seen
+    assert again == tree, "the same texts each time"
+    assert [len(tree.prefix_ids), *(len(b.prompt_ids) for b in tree.branches)] == [48, 8, 8]
+    assert (cache, pass_tokens, task.max_new_tokens) == (68, 64, 2)
+    first, second = tree.branches
+    assert first.prompt_ids != second.prompt_ids
+    assert [len(ids) for ids in task.forced.values()] == [2, 2]
+    assert task.forced[first.id] != task.forced[second.id]
 
 
 def test_numbers_that_are_none_are_far(tiny_base, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+from pathlib import Path
 from types import SimpleNamespace
 
 from common.config import Base
@@ -148,14 +149,23 @@ def test_what_is_left_of_others_goes_and_what_is_of_a_disk_that_is_not_there_sta
     source = json.loads((away / quantised.SOURCE).read_text())
     source["files"][0][0] = "/not/mounted/model.safetensors"
     (away / quantised.SOURCE).write_text(json.dumps(source))
-    for name in ("half.partial", "cut"):
-        (quantised.FOLDER / name).mkdir()
-    (quantised.FOLDER / "cut" / quantised.SOURCE).write_text("")
+    (quantised.FOLDER / "half.partial").mkdir()
+    for i, text in enumerate(("", "[]", "{}", '{"files": 1}', '{"files": [[1]]}')):
+        (quantised.FOLDER / f"cut{i}").mkdir()
+        (quantised.FOLDER / f"cut{i}" / quantised.SOURCE).write_text(text)
     loaded(Base(base.path, quant="fp4"), monkeypatch, False)
     assert len(copies()) == 3
     assert away in copies()
     assert {path.name for path in quantised.FOLDER.iterdir()} == {"lock", *(path.name for path in copies())}
+    assert not (copies()[0] / "SHA256SUMS").exists(), "3.6 GiB take seconds to hash"
     assert all(stat.S_IMODE(file.stat().st_mode) & 0o044 for file in copies()[0].iterdir()), "others may read it"
+
+
+def test_what_is_wrong_with_a_base_loading_it_says(made):
+    base, _ = made
+    Path(base.path, "config.json").unlink()
+    with pytest.raises(UserError, match="no model could be loaded from there"):
+        load_base(base, CPU)
 
 
 def test_while_another_process_keeps_a_copy_this_one_does_not(made, monkeypatch, capsys):
@@ -184,7 +194,9 @@ def test_a_copy_that_cannot_be_written_is_named_and_the_model_serves(made, monke
     base, _ = made
     (tmp_path / "new").write_text("a file in its place")
     loaded(base, monkeypatch, False)
-    assert f"note: no quantised copy of {base.path} is kept" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"note: no quantised copy of {base.path} is kept (" in said
+    assert "Not a directory" in said or "File exists" in said
     (tmp_path / "new").unlink()
 
 

@@ -85,9 +85,11 @@ def test_a_small_tree_that_branches_is_taken_and_three_questions_of_it(tiny_base
     monkeypatch.setattr(kept, "mismatch", lambda model, way, compare: (way, compare()))
     many = [Tree(tree.prefix_ids, tree.branches * 2) for tree in trees]
     alone = Tree(trees[0].prefix_ids[:5], trees[0].branches[:1])
+    pair = Tree(trees[0].prefix_ids[:9], trees[0].branches[:2])
     model = lora_model(tiny_base)
     assert first_use.mismatch(model, [alone, *many]) == ("training", "found")
     smallest = min(many, key=len)
     assert asked == [Tree(smallest.prefix_ids, smallest.branches[:3])]
+    first_use.mismatch(model, [alone, *many, pair])
     first_use.mismatch(model, [alone])
-    assert asked[1] == alone
+    assert asked[1:] == [pair, alone]
