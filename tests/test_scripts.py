@@ -279,7 +279,7 @@ def test_torch_for_an_older_driver_is_installed_by_setup_alone(tmp_path):
         (["setup", "CUDA=12.6"], "CUDA=12.6: name a build of torch, such as cu126 or cu130"),
         (["train", "CUDA=cu126"], "CUDA= belongs to make setup"),
     ):
-        done = run("make", "--dry-run", *typed)
+        done = run("make", "--no-print-directory", "--dry-run", *typed)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.splitlines()[0] == f"error: {says}"
     mark = tmp_path / "run"
