@@ -79,9 +79,13 @@ def drop(folder: Path) -> None:
 
 
 def checksums(model: PreTrainedModel) -> list[int]:
-    """The sum of the bytes of each tensor, quantisation constants included: computed where the model is."""
-    tensors = model.state_dict().values()
-    return torch.stack([x.contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64) for x in tensors]).tolist()
+    """The sum of each tensor's bytes, eight as one number, quantisation constants included: computed where they are."""
+    sums = []
+    for tensor in model.state_dict().values():
+        data = tensor.detach().clone().view(-1).view(torch.uint8)
+        whole = len(data) // 8 * 8
+        sums.append(data[:whole].view(torch.int64).sum() + data[whole:].sum(dtype=torch.int64))
+    return torch.stack(sums).tolist()
 
 
 def _folder(base: Base, dtype: torch.dtype, device: torch.device) -> Path | None:

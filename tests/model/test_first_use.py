@@ -105,6 +105,10 @@ def test_whatever_decides_how_layers_compute_is_asked_for_again(tiny_base, tmp_p
     monkeypatch.undo()
     model = lora_model(tiny_base, "nf4")
     found = [first_use._decides(model, "training")]
+    keys = {"way", "device", "versions", "code", "dtype", "quantised", "model", "adapter", "kernels"}
+    assert found[0].keys() == keys
+    assert found[0]["versions"].keys() == {"torch", "triton", "bitsandbytes", "transformers", "peft"}
+    assert not any(key.startswith("_") for key in found[0]["model"]), "where a model lies decides nothing"
     assert found[0]["kernels"] == [None, False]
     assert found[0]["quantised"] == [("nf4", True)]
     assert found[0]["device"].startswith("CPU")
@@ -120,6 +124,10 @@ def test_whatever_decides_how_layers_compute_is_asked_for_again(tiny_base, tmp_p
         with monkeypatch.context() as patch:
             patch.setattr(model.config, key, value)
             other(first_use._decides(model, "training"))
+    with monkeypatch.context() as patch:
+        patch.setattr(first_use.varlen, "kernels", lambda device, dtype: first_use.varlen.Kernels(max, min))
+        other(first_use._decides(model, "training"))
+        assert found[-1]["kernels"] == ["max", False]
     for name in ("_version", "has_nf4_kernels"):
         with monkeypatch.context() as patch:
             patch.setattr(first_use, name, lambda *args: "another")

@@ -49,7 +49,10 @@ def loaded(base: Base, monkeypatch, from_copy: bool):
 def test_a_copy_holds_the_same_bits_and_names_the_base(made, monkeypatch, settings):
     base, copies = made
     base = Base(base.path, **settings)
-    fresh, copy = loaded(base, monkeypatch, False), loaded(base, monkeypatch, True)
+    fresh = loaded(base, monkeypatch, False)
+    with monkeypatch.context() as patch:
+        patch.setattr(quantised, "drop", lambda folder: pytest.fail("it is whole"))
+        copy = loaded(base, patch, True)
     assert len(copies()) == 1
     ours, theirs = copy.state_dict(), fresh.state_dict()
     assert ours.keys() == theirs.keys()
@@ -159,6 +162,29 @@ def test_what_is_left_of_others_goes_and_what_is_of_a_disk_that_is_not_there_sta
     assert {path.name for path in quantised.FOLDER.iterdir()} == {"lock", *(path.name for path in copies())}
     assert not (copies()[0] / "SHA256SUMS").exists(), "3.6 GiB take seconds to hash"
     assert all(stat.S_IMODE(file.stat().st_mode) & 0o044 for file in copies()[0].iterdir()), "others may read it"
+
+
+@pytest.mark.parametrize("n", [3, 8, 11])
+def test_every_byte_counts_in_a_checksum_whatever_a_tensors_size(n):
+    def checksum(data: torch.Tensor) -> int:
+        module = torch.nn.Module()
+        module.register_buffer("data", data)
+        (found,) = quantised.checksums(module)
+        return found
+
+    whole = torch.arange(n, dtype=torch.uint8)
+    for where in range(n):
+        other = whole.clone()
+        other[where] += 1
+        assert checksum(other) != checksum(whole)
+    assert checksum(whole.clone()) == checksum(whole)
+
+
+def test_a_base_without_generation_settings_has_a_copy_too(made, monkeypatch):
+    base, copies = made
+    Path(base.path, "generation_config.json").unlink()
+    loaded(base, monkeypatch, False)
+    assert len(copies()) == 1
 
 
 def test_what_is_wrong_with_a_base_loading_it_says(made):
