@@ -334,24 +334,14 @@ def write_base(section: dict[str, Any], folder: str) -> str:
 
 def matmul_rate() -> float:
     """TFLOP/s of a large square product, over a second or so, after as long a warm-up."""
+    from common.device import pick_device
+    from common.model.estimate import products_per_second
+
     import torch
 
-    cuda = torch.cuda.is_available()
-    n, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
-    a, b = (torch.randn(n, n, device="cuda" if cuda else "cpu", dtype=dtype) for _ in range(2))
-    rate = 0.0
-    for _ in range(2):
-        if cuda:
-            torch.cuda.synchronize()
-        began, count = time.perf_counter(), 0
-        while time.perf_counter() - began < 1:
-            for _ in range(20 if cuda else 1):
-                a @ b
-            count += 20 if cuda else 1
-            if cuda:
-                torch.cuda.synchronize()
-        rate = count * 2 * n**3 / (time.perf_counter() - began) / 1e12
-    return rate
+    device = pick_device()
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    return products_per_second(device, dtype, n, seconds=1) / 1e12
 
 
 if __name__ == "__main__":

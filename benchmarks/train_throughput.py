@@ -33,6 +33,7 @@ from common.config import Config, load
 from common.data import cache, plan, squad
 from common.errors import UserError, one_line_errors
 from common.files import ROOT
+from common.model.estimate import QUESTIONS
 from common.model.load import load_tokenizers
 from common.parser import Parser
 from common.runs import preflight
@@ -45,7 +46,6 @@ CPU_DEFAULT = [
     "prompt.order=context", "--systems", "ours", "hf", "--rounds", "5", "--steps", "7", "--warmup", "1",
     "--questions", "200", "--whole-process",
 ]  # fmt: skip
-TRAIN_QUESTIONS = 87_599  # of SQuAD v1.1's train set: what an epoch is
 GIB = 2**30
 NO_BUDGET = 1e6  # GiB
 SYSTEMS = {
@@ -177,7 +177,7 @@ def main(argv: list[str]) -> None:
                     "rounds": [run[speed] for run in mine],
                     "tflops": tflops,
                     "of_ceiling": tflops / ceiling["tflops"],
-                    "epoch_minutes": TRAIN_QUESTIONS / statistics.median(run[speed] for run in mine) / 60,
+                    "epoch_minutes": QUESTIONS / statistics.median(run[speed] for run in mine) / 60,
                 }
             )
     for row in rows:

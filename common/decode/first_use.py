@@ -17,7 +17,7 @@ from common.model.pack import build_pack
 import torch
 
 PREFIX, PROMPT, ANSWER = 48, 8, 2  # tokens, of any kind
-# nats that two answers' log-probabilities are apart together, from which on they differ: bf16 alone brings them 0.1
+# nats that two answers' log-probabilities are apart together, from which on they differ: bf16 alone brings each 0.1
 # apart (docs/log.md)
 FAR = {2: 1.0, 4: 0.01}  # by the bytes of a number
 

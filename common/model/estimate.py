@@ -1,12 +1,11 @@
 """The plan of a training on the GPU at hand, and about how long it will take, before anything is loaded."""
 
-import time
-
 from common.config import CONFIGS, Config, Lora
 from common.model import memory
 from common.model.load import compute_dtype
 from common.model.memory import Choice, Shapes
 from common.model.nf4 import ABSMAX_BLOCK
+from common.runs import gauges
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
@@ -59,10 +58,9 @@ def products_per_second(device: torch.device, dtype: torch.dtype, n: int = 4096,
     """Operations a second of a matrix product of size `n`, after a warm-up of as long."""
     a = torch.randn(n, n, dtype=dtype, device=device)
     for _ in range(2):
-        began, count = time.perf_counter(), 0
-        while (took := time.perf_counter() - began) < seconds:
+        began, count = gauges.now(device), 0
+        while (took := gauges.now(device) - began) < seconds:
             for _ in range(8):
                 a @ a
             count += 8
-            torch.cuda.synchronize(device)
     return count * 2 * n**3 / took

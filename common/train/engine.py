@@ -52,11 +52,14 @@ class Engine:
         self.trained_weights, self.frozen_weights = load.parameter_counts(model)
         tree_mask.need_embedded(model.config, plan.trees)
         if reason := "train.fused=false" if not self.train.fused else untrainable_reason(model):
-            self._use_modules(model, reason, budget=True)
+            if isinstance(self.train.memory_budget_gib, float):
+                by_hand = "train.memory_budget_gib=null, and train.pack_tokens and train.gradient_checkpointing by hand"
+                raise UserError(f"train.memory_budget_gib needs the fused layers; not with {reason}: set {by_hand}")
+            self._use_modules(model, reason)
             return
         _limit(self.train, self.device)  # before the check, which loads kernels: it stays in force
         if found := [*filter(None, gather_object([first_use.mismatch(model, plan.trees)]))]:  # of all ranks
-            self._use_modules(model, found[0], budget=False)
+            self._use_modules(model, found[0])
         else:
             self._use_fused_layers(model)
 
@@ -86,12 +89,8 @@ class Engine:
         parts = self.plan.share(trees, rank, self.ranks, self.pack_tokens)
         return [pack for part in parts for pack in (self.pads.packs(part) if self.pads else [build_pack(part)])]
 
-    def _use_modules(self, model: Model, reason: str, budget: bool) -> None:
-        """`budget`: a memory budget, which modules do not keep, is an error."""
+    def _use_modules(self, model: Model, reason: str) -> None:
         train = self.train
-        if budget and isinstance(train.memory_budget_gib, float):
-            by_hand = "set train.memory_budget_gib=null, and train.pack_tokens and train.gradient_checkpointing by hand"
-            raise UserError(f"train.memory_budget_gib needs the fused layers; not with {reason}: {by_hand}")
         tree_mask.need_plain_span(model.config, max(tree.longest for tree in self.plan.trees))
         self.keep_layers, self.recomputed = model.config.get_text_config().num_hidden_layers, 0.0
         if train.gradient_checkpointing:

@@ -61,13 +61,12 @@ def test_a_products_speed_is_of_the_second_of_two_equal_times(monkeypatch):
     """A clock that goes on by a quarter of a second at each look: two rounds of eight products each time."""
     looks = iter(i / 4 for i in range(99))
     waited, made, randn = [], [], torch.randn
-    monkeypatch.setattr(estimate.time, "perf_counter", lambda: next(looks))
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(estimate.gauges, "now", lambda device: waited.append(device) or next(looks))
     monkeypatch.setattr(torch, "randn", lambda *shape, **how: made.append((shape, how)) or randn(3, 3))
     # the first look begins, the second and third see less than 0.7 s, the fourth 0.75 s
     assert estimate.products_per_second(CPU, torch.bfloat16, n=3, seconds=0.7) == 16 * 2 * 27 / 0.75
     assert made == [((3, 3), {"dtype": torch.bfloat16, "device": CPU})]
-    assert waited == [CPU] * 4
+    assert waited == [CPU] * 8
 
 
 def test_a_card_that_is_too_small_is_refused(on_a_card):

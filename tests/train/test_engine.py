@@ -245,7 +245,7 @@ def test_a_gpu_has_larger_packs_for_layers_that_are_not_fused():
     made.train, made.device = Train(gradient_checkpointing=False), SimpleNamespace(type="cuda")
     made.plan = SimpleNamespace(trees=[Tree([1] * 9, (Branch("a", [2], [3]),))])
     config = LlamaConfig(num_hidden_layers=3, sliding_window=None)
-    made._use_modules(SimpleNamespace(config=config, parameters=lambda: []), "a reason", True)
+    made._use_modules(SimpleNamespace(config=config, parameters=lambda: []), "a reason")
     assert (made.pack_tokens, made.keep_layers) == (4096, 3)
 
 
