@@ -553,7 +553,7 @@ def test_decoding_keeps_to_its_budget(tiny_base):
         peak, reserved = (gauges.peaks(GPU)[f"{kind}_bytes"] / GIB for kind in ("allocated", "reserved"))
         print(f"decoding with {budget} GiB: {peak:.2f} allocated, {reserved:.2f} reserved")
         assert len(answers) == sum(len(tree.branches) for tree in trees)
-        assert 0.8 * budget <= peak <= budget
+        assert 0.8 * (budget - 0.8) <= peak, "most of what CUDA leaves is used"
         assert reserved <= budget - 0.8, "beside CUDA itself; what graphs keep is counted too"
 
 
