@@ -139,8 +139,9 @@ def measure(config: Config, adapter: Path | None, dev: squad.Dataset, file: Path
         gauges.reset_peaks(device)
         model = load_system(config, adapter, device, force)
         with out_of_memory("a single query does not fit beside the base: lower window.context, or base.quant=nf4"):
-            stops, around = stop_tokens(tokenizers.own, model), prompt.overhead(tokenizers.own, config.prompt)
-            engine = single.engine(model, stops, config.window, config.eval, around)
+            stops = stop_tokens(tokenizers.own, model, config.decode)
+            around = prompt.overhead(tokenizers.own, config.prompt)
+            engine = single.engine(model, stops, config.window, config.eval, around, config.decode)
             end_phase("load")
 
             def ask(example: squad.Example, mode: str) -> Query:

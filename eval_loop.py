@@ -75,6 +75,9 @@ def main(argv: list[str]) -> None:
     # ---- score -----------------------------------------------------------------------------------------------------
     texts = {e.id: answers[e.id].text for e in dev.examples}
     rows = [{**vars(answers[e.id]), "article": e.title} for e in dev.examples]
+    for row in rows:
+        if row["span"] is None:
+            del row["span"]
     accuracy = cast(Accuracy, dict.fromkeys(Accuracy.__annotations__))  # None: random weights
     shown = "random weights: no accuracy"
     if not config.base.random_weights:
@@ -142,7 +145,7 @@ def answer_here(config: Config, dev: squad.Dataset, chosen: adapters.Chosen) -> 
     with ranks.local_first():  # the others read the trees from the cache
         built = cache.build_trees(dev, tokenizers, config.window, config.prompt, train=False)
     gauges.reset_peaks(device)
-    stop_tokens(tokenizers.own, model)  # kept: its time is not the decoding's
+    stop_tokens(tokenizers.own, model, config.decode)  # kept: its time is not the decoding's
     began = gauges.now(device)
     answers = predict.by_all_ranks(model, tokenizers, built.trees, config)
     seconds = gauges.now(device) - began

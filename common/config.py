@@ -189,6 +189,17 @@ class EarlyStop:
 
 
 @dataclass(frozen=True)
+class Decode:  # what an answer may be; every other choice than these defaults makes another row of a table
+    spans: bool = later(False)  # only what stands in the context that was read, by construction
+    whole_words: bool = later(False)  # with spans: from the beginning of a word to the end of one
+    max_tokens: int | None = later(None)  # of an answer, where fewer than window.answer; 1 to a million
+
+    def __post_init__(self) -> None:
+        between(self, max_tokens=(1, 10**6))
+        need(self.spans or not self.whole_words, "whole_words", "needs decode.spans=true")
+
+
+@dataclass(frozen=True)
 class Eval:
     engine: Literal["auto", "plain"] = "auto"  # plain: transformers' and PEFT's modules, as for all but Llamas
     memory_budget_gib: float | Literal["auto"] = 12.0  # as of train, 0.001 to 10,000; less where less is free
@@ -255,6 +266,7 @@ class Config:
     prompt: Prompt = field(default_factory=Prompt)
     train: Train = field(default_factory=Train)
     early_stop: EarlyStop = field(default_factory=EarlyStop)
+    decode: Decode = field(default=Decode(), metadata={"later": True})
     eval: Eval = field(default_factory=Eval)
     bench: Bench = field(default_factory=Bench)
     runs: str = "runs"  # where run folders go
@@ -273,6 +285,7 @@ class Config:
             self.api is None or self.window.tokenizer is not None, "window.tokenizer", "an api needs one to cut text by"
         )
         need(self.api is None or self.window.overflow == "truncate", "window.overflow", "an api reads one window")
+        need(self.api is None or not self.decode.spans, "decode.spans", "a hosted model chooses its tokens itself")
         asked = self.prompt
         need(not asked.earlier or self.window.overflow == "truncate", "prompt.earlier", "reads one window: truncate")
         plain = not (asked.chat or asked.shots or asked.earlier or asked.before)

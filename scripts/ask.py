@@ -40,7 +40,9 @@ def main(argv: list[str]) -> None:
         raise UserError("prompt.earlier: a single question has no earlier ones; it is of make eval")
     result = ask_api(config, context, question) if config.api else ask_here(config, chosen, context, question)
     text = result["answer"]
-    result["span"] = span = [at, at + len(text)] if text and (at := context.find(text)) >= 0 else None
+    if not (span := result.get("span")):  # the engine decodes freely
+        span = (at, at + len(text)) if text and (at := context.find(text)) >= 0 else None
+    result["span"] = span
     where = f"characters {span[0]} to {span[1]} of the context" if span else "not a span of the context"
     print(text or "(nothing)")
     if result["context_cut"]:
@@ -57,15 +59,17 @@ def ask_here(config: Config, chosen: adapters.Chosen, context: str, question: st
     tokenizers = load_tokenizers(config)
     model = load_system(config, adapter, device, bool(chosen.forced))
     with out_of_memory("a single query does not fit: lower window.context, or base.quant=nf4"):
-        stops, around = stop_tokens(tokenizers.own, model), prompt.overhead(tokenizers.own, config.prompt)
-        engine = single.engine(model, stops, config.window, config.eval, around)
+        stops = stop_tokens(tokenizers.own, model, config.decode)
+        around = prompt.overhead(tokenizers.own, config.prompt)
+        engine = single.engine(model, stops, config.window, config.eval, around, config.decode)
         example = Example("asked", "", context, question, ())
         single.ask(engine, tokenizers, example, config)  # compiles, loads kernels
         began = gauges.now(device)
-        text, found, cut = single.ask(engine, tokenizers, example, config)
+        answer, found, cut = single.ask(engine, tokenizers, example, config)
         seconds = gauges.now(device) - began
     best = found[0]
-    result = {"system": config.system, "random_weights": config.base.random_weights, "answer": text}
+    result = {"system": config.system, "random_weights": config.base.random_weights}
+    result |= {"answer": answer.text, "span": answer.span}
     result |= {"confidence": math.exp(best.logprob), "tokens": len(best.token_ids), "windows": len(found)}
     result |= {"passes": sum(a.passes for a in found), "ended_by_itself": best.token_ids[-1] in stops}
     result |= {"context_cut": cut and config.window.overflow == "truncate", "milliseconds": 1000 * seconds}

@@ -673,8 +673,9 @@ def process(config_file, monkeypatch, tmp_path):
         events.append("peaks")
         return gauge(None, None, sum(event == "peaks" for event in events))
 
-    def engine(model, stops, window, options, beside):
+    def engine(model, stops, window, options, beside, decode):
         events.append("engine")
+        assert decode == made["config"].decode
         assert (model, stops, window, options) == ("model", [1, 2], made["config"].window, made["config"].eval)
         assert beside == 17
         return made["engine"]
@@ -687,7 +688,7 @@ def process(config_file, monkeypatch, tmp_path):
     monkeypatch.setattr(bench_latency, "pick_device", lambda: CPU)
     monkeypatch.setattr(single, "ask", ask)
     monkeypatch.setattr(single, "engine", engine)
-    monkeypatch.setattr(bench_latency, "stop_tokens", lambda tokenizer, model: [1, 2])
+    monkeypatch.setattr(bench_latency, "stop_tokens", lambda tokenizer, model, decode: [1, 2])
     monkeypatch.setattr(bench_latency, "gold_ids", lambda tokenizer, text, limit: [tokenizer, text, limit])
     monkeypatch.setattr(prompt, "overhead", lambda tokenizer, options: 17)
     monkeypatch.setattr(bench_latency, "load_tokenizers", lambda config: Tokenizers("tokenizer", "cutter"))

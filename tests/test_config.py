@@ -375,6 +375,7 @@ BOUNDS = {  # of each number the last value that is taken and the first that is 
     "window.question": ("16", "15", "1000000", "1000001"),
     "window.answer": ("16", "15", "1000000", "1000001"),
     "window.stride": ("1", "0", "416", "417"),
+    "decode.max_tokens": ("1", "0", "1000000", "1000001"),
     "prompt.shots": ("0", "-1", "1000", "1001"),
     "prompt.shots_seed": ("0", "-1", "4294967295", "4294967296"),
     "train.lr": ("1e-12", "9e-13", "100", "101"),

@@ -350,7 +350,7 @@ def test_every_part_of_a_local_evaluation_gets_what_it_needs(here, tmp_path):
     assert got["build_trees"] == (dev, TOKENIZERS, config.window, config.prompt, {"train": False})
     assert got["by_all_ranks"] == ("model", TOKENIZERS, ["tree"], config)
     assert got["reset_peaks"] == got["peaks"] == got["describe_device"] == ("device",)
-    assert got["stop_tokens"] == ("tokenizer", "model")
+    assert got["stop_tokens"] == ("tokenizer", "model", config.decode)
     assert got["engine_of"] == ("model", config.eval)
 
 

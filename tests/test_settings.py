@@ -64,6 +64,9 @@ KEYS = {
     "prompt.earlier": ("true", EVERY, None),
     "prompt.before": ("before", EVERY, None),
     "prompt.template": ('"{context} {question}"', EVERY, "refused"),
+    "decode.spans": ("true", EVERY, "newest"),
+    "decode.whole_words": ("true", EVERY, None),
+    "decode.max_tokens": ("9", EVERY, "newest"),
     "train.lr": ("9", EVERY, "after"),
     "train.epochs": ("9", EVERY, "after"),
     "train.questions_per_step": ("9", EVERY, "after"),
@@ -147,6 +150,7 @@ DEFAULTS = {
         "max_steps": None,
     },
     "early_stop": {"patience": 4, "min_delta": 0.1, "split": "dev", "heldout_share": 0.05, "questions": None},
+    "decode": {"spans": False, "whole_words": False, "max_tokens": None},
     "eval": {"engine": "auto", "memory_budget_gib": 12.0, "pass_tokens": None, "parts": None},
     "bench": {"queries": 1000, "warmup_queries": 10, "processes": 3},
     "runs": "runs",
@@ -190,7 +194,7 @@ def test_the_table_has_every_key():
 def test_a_hash_changes_with_what_decides_its_kind_of_run_and_with_nothing_else(key):
     value, kinds, _ = KEYS[key]
     section = key.partition(".")[0]
-    words = HOSTED if section == "api" else () if section == "prompt" else TUNED
+    words = {"api": HOSTED, "prompt": (), "decode": ("decode.spans=true",) * key.endswith("words")}.get(section, TUNED)
     before, after = hashes("some/model", *words), hashes("some/model", *words, f"{key}={value}")
     assert [kind for kind in EVERY if before[kind] != after[kind]] == list(kinds)
 
@@ -245,9 +249,10 @@ def test_a_key_that_is_added_later_changes_a_hash_only_where_it_is_set(section):
     for kind in EVERY:
         assert unset.hash(kind) == config.hash(kind) != other.hash(kind)
     data = Dataset([], "dev.json")
-    assert record.must_match(unset, data, None) == record.must_match(config, data, None)
-    differ = record.must_match(other, data, None)["window"] != record.must_match(config, data, None)["window"]
-    assert differ == (section == "window")
+    was = record.must_match(config, data, None)
+    assert record.must_match(unset, data, None) == was
+    differ = {key for key, value in record.must_match(other, data, None).items() if value != was.get(key)}
+    assert differ == ({"window"} if section == "window" else set())
 
 
 def test_defaults_are_what_they_were_or_records_that_leave_them_out_mean_something_else():

@@ -98,6 +98,9 @@ EVALUATION = [
     ("prompt.earlier", "true", "", "prompt logprob"),
     ("prompt.before", "Note", "", "prompt logprob"),
     ("prompt.template", '"{context} Note {question}"', "", "prompt answers logprob"),
+    ("decode.spans", "true", "", "decoding answers logprob"),
+    ("decode.whole_words", "true", "decode.spans=true", "decoding answers logprob"),
+    ("decode.max_tokens", "1", "", "decoding answers logprob"),
     ("eval.engine", "plain", "", "engine"),
     ("eval.memory_budget_gib", "3", "", ""),
     ("eval.pass_tokens", "64", "", ""),
@@ -179,7 +182,7 @@ def evaluated(run, ids) -> dict:
     rows = [json.loads(line) for line in (run / "questions.jsonl").read_text().splitlines()]
     must, result = record["must_match"], record["result"]
     return {
-        **{key: must[key] for key in ("data", "prompt", "window")},
+        **{key: must.get(key) for key in ("data", "prompt", "window", "decoding")},
         "asked": [row["id"] for row in rows],
         "answers": [row["text"] for row in rows],
         "logprob": [row["logprob"] for row in rows],

@@ -48,6 +48,7 @@ def build_trees(
 def _write(path: Path, built: Trees) -> None:
     branches = [branch for tree in built.trees for branch in tree.branches]
     lists = [tree.prefix_ids for tree in built.trees] + [x for b in branches for x in (b.prompt_ids, b.answer_ids)]
+    rest = built.counts, [branch.id for branch in branches], [tree.context for tree in built.trees]
     path.parent.mkdir(parents=True, exist_ok=True)
     # several processes may build the same trees
     with atomic(path, f".{os.getpid()}") as partial, partial.open("wb") as file:
@@ -56,17 +57,18 @@ def _write(path: Path, built: Trees) -> None:
             ids=np.fromiter(itertools.chain.from_iterable(lists), np.int32),
             lengths=np.array([len(ids) for ids in lists], np.int32),
             branches=np.array([len(tree.branches) for tree in built.trees], np.int32),
-            rest=np.frombuffer(json.dumps([built.counts, [branch.id for branch in branches]]).encode(), np.uint8),
+            offsets=np.array([branch.offset for branch in branches], np.int32),
+            rest=np.frombuffer(json.dumps(rest).encode(), np.uint8),
         )
 
 
 def _read(path: Path) -> Trees:
     with np.load(path) as file:
-        ids, lengths, sizes = (file[name].tolist() for name in ("ids", "lengths", "branches"))
-        counts, questions = json.loads(file["rest"].tobytes())
+        ids, lengths, sizes, offsets = (file[name].tolist() for name in ("ids", "lengths", "branches", "offsets"))
+        counts, questions, contexts = json.loads(file["rest"].tobytes())
     ends = np.cumsum([0, *lengths]).tolist()
     parts = (ids[a:b] for a, b in itertools.pairwise(ends))
     prefixes = [next(parts) for _ in sizes]
-    branches = (Branch(question, next(parts), next(parts)) for question in questions)
-    trees = [Tree(prefix, tuple(itertools.islice(branches, n))) for prefix, n in zip(prefixes, sizes, strict=True)]
-    return Trees(trees, counts)
+    branches = (Branch(id_, next(parts), next(parts), at) for id_, at in zip(questions, offsets, strict=True))
+    each = zip(prefixes, sizes, contexts, strict=True)
+    return Trees([Tree(prefix, tuple(itertools.islice(branches, n)), context) for prefix, n, context in each], counts)

@@ -21,6 +21,7 @@ class Branch:
     id: str
     prompt_ids: Ids  # from behind the prefix up to "Answer:"; never empty
     answer_ids: Ids  # the target with EOS; empty when the answer is to be decoded
+    offset: int = 0  # characters of the example's context before that part, where the answer is to be decoded
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)
@@ -32,6 +33,7 @@ class Tree:
 
     prefix_ids: Ids
     branches: tuple[Branch, ...]
+    context: str = ""  # the part that is read, where answers are to be decoded
 
     def __len__(self) -> int:
         return len(self.prefix_ids) + sum(map(len, self.branches))
@@ -47,10 +49,10 @@ class Tree:
         for branch in self.branches:
             size = len(self.prefix_ids) + sum(map(len, group)) + len(branch)
             if group and (size > max_tokens or len(group) == max_questions):
-                yield Tree(self.prefix_ids, tuple(group))
+                yield replace(self, branches=tuple(group))
                 group = []
             group.append(branch)
-        yield Tree(self.prefix_ids, tuple(group))
+        yield replace(self, branches=tuple(group))
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Row:
 
     id: str
     context: str  # the part in the window
+    offset: int  # characters of the example's context before it
     prompt: str
     target: str  # " answer", or "" when it is to be decoded
 
@@ -87,7 +90,7 @@ def build_trees(
     rows = list(rows_of(list(examples), tokenizers.window, window, options, train, counts))
     if options.chat:  # the template has its own BOS
         rows = [replace(row, prompt=chat_text(tokenizer, row.prompt)) for row in rows]
-    groups: dict[object, list[Branch]] = {}
+    groups: dict[tuple[str, *tuple[int, ...]], list[Branch]] = {}
     wholes = encode(tokenizer, [row.prompt + row.target for row in rows], special=not options.chat, progress=True)
     for row, encoding in zip(rows, wholes, strict=True):
         ids = encoding.ids
@@ -106,8 +109,11 @@ def build_trees(
         same = prompt.shared(row.context, options)
         start = -1 if same is None else row.prompt.rfind(same)
         prefix = tokens_within(encoding, start + len(same or "")) if start >= 0 else None
-        groups.setdefault((row.context, *ids[: prefix or n]), []).append(Branch(row.id, ids[:n], answer_ids))
-    return Trees([tree_of(group) for group in groups.values()], dict(counts))
+        groups.setdefault((row.context, *ids[: prefix or n]), []).append(
+            Branch(row.id, ids[:n], answer_ids, 0 if train else row.offset)
+        )
+    trees = (tree_of(group, "" if train else key[0]) for key, group in groups.items())
+    return Trees(list(trees), dict(counts))
 
 
 def prompt_texts(
@@ -119,12 +125,12 @@ def prompt_texts(
     return [(row.id, row.prompt) for row in rows], dict(counts)
 
 
-def tree_of(branches: list[Branch]) -> Tree:
+def tree_of(branches: list[Branch], context: str = "") -> Tree:
     """The tree of branches that hold whole prompts: their longest common prefix, less a prompt's last token."""
     low, high = min(b.prompt_ids for b in branches), max(b.prompt_ids for b in branches)
     same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
     n = min(same, min(len(b.prompt_ids) for b in branches) - 1)
-    return Tree(low[:n], tuple(Branch(b.id, b.prompt_ids[n:], b.answer_ids) for b in branches))
+    return Tree(low[:n], tuple(replace(b, prompt_ids=b.prompt_ids[n:]) for b in branches), context)
 
 
 def on_one_line(text: str) -> str:
@@ -159,10 +165,11 @@ def rows_of(
             target = TARGET.format(on_one_line(answer.text))
         for a, b in spans:
             part = context[a:b].strip()
+            at = context.find(part, a) + len(example.context) - len(example.context.lstrip())
             whole = prompt.text(part, question, options)
             if options.earlier:  # the context comes first then: `Prompt` requires it
                 answered.setdefault(context, CONTEXT.format(part))
                 whole = answered[context] + QUESTION.format(question)
                 gold = on_one_line(example.answers[0].text) if example.answers else ""
                 answered[context] = whole + TARGET.format(gold)
-            yield Row(example.id, part, options.before + whole, target)
+            yield Row(example.id, part, at, options.before + whole, target)

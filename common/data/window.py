@@ -1,6 +1,6 @@
 """The characters of a context or question that fit its window, cut between two tokens. Imports no torch."""
 
-from common.config import Window
+from common.config import Decode, Window
 from common.data.prompt import CONTEXT
 from common.data.tokens import Span, Tokenizer, offsets, tokenize
 from common.errors import UserError
@@ -20,6 +20,11 @@ def context_windows(contexts: list[str], tokenizer: Tokenizer, window: Window) -
                 spans.append((start, start + length))
         out.append(spans)
     return out
+
+
+def answer_limit(window: Window, decode: Decode) -> int:
+    """Tokens of an answer, at most."""
+    return min(window.answer, decode.max_tokens or window.answer)
 
 
 def fit(texts: list[str], template: str, limit: int, tokenizer: Tokenizer) -> list[int]:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from common.config import Eval
-from common.data.tokens import Ids
+from common.config import Decode, Eval
+from common.data.tokens import Ids, Span
+from common.data.trees import Branch, Tree
+from common.decode.spans import Automaton
 from common.errors import UserError
 from common.model.llama import Model, causal_of
 from common.model.load import eos_ids
@@ -26,6 +28,7 @@ class Prediction:
     logprob: float | None  # of all decoded tokens, natural log; None: the host does not report it
     hit_limit: bool  # ended by the limit, not by a stop token
     ties: int | None = None  # tokens whose logit equals another's; None: not counted
+    span: Span | None = None  # characters of the question's context; None where an answer need not be a quote
 
 
 @dataclass
@@ -58,12 +61,19 @@ class Task(NamedTuple):
     # by question: tokens to generate instead of the most probable ones, to time models whose answers mean nothing
     forced: Mapping[str, Ids]
     round: str  # the name of this evaluation (`ranks.take`), the same on all ranks
+    quotes: Callable[[Tree], Automaton | None] = lambda tree: None  # what answers may be, where they are quotes
 
 
-def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: Model | None = None) -> list[int]:
-    """EOS of the tokenizer and of the model's generation settings, and tokens with a line break; ascending."""
+def stop_tokens(
+    tokenizer: PreTrainedTokenizerBase, model: Model | None = None, options: Decode = Decode()
+) -> list[int]:
+    """EOS of the tokenizer and of the model's generation settings, and tokens with a line break; ascending.
+
+    In quotes a line break is text like any other.
+    """
     settings = causal_of(model).generation_config if model else None
-    return sorted({*eos_ids(tokenizer.eos_token_id, settings), *_line_breaks(tokenizer)})
+    ends = eos_ids(tokenizer.eos_token_id, settings)
+    return sorted(ends if options.spans else {*ends, *_line_breaks(tokenizer)})
 
 
 @functools.lru_cache(maxsize=4)
@@ -84,6 +94,25 @@ def need_finite(where: str, logprob: float | None, dtype: torch.dtype) -> None:
 def gold_ids(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> Ids:
     """The ids of a gold answer and EOS, `limit` at most: forced tokens for models whose answers mean nothing."""
     return [*tokenizer(" " + text, add_special_tokens=False).input_ids[: limit - 1], tokenizer.eos_token_id]
+
+
+def to_prediction(
+    tokenizer: PreTrainedTokenizerBase,
+    branch: Branch,
+    answer: Generation,
+    stop_tokens: Collection[int],
+    quotes: Automaton | None = None,
+    ties: bool = False,
+) -> Prediction:
+    """The record of a decoded answer, a quote of `quotes`. `ties`: whether they were counted."""
+    ids, span = answer.token_ids, None
+    hit_limit = ids[-1] not in stop_tokens
+    if quotes:
+        text, (start, stop) = quotes.quote(ids if hit_limit else ids[:-1])
+        span = start + branch.offset, stop + branch.offset
+    else:
+        text = to_text(tokenizer, ids)
+    return Prediction(branch.id, text, ids, answer.logprob, hit_limit, answer.ties if ties else None, span)
 
 
 def to_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 from common.data.tokens import Ids
 from common.data.trees import Branch, Tree
 from common.decode.answers import Generation, Task
-from common.decode.forward import Batch, Decoder, NextTokens
+from common.decode.forward import Batch, Decoder, NextTokens, Pass
 from common.decode.kv_cache import Block, BlockAllocator
+from common.decode.spans import Automaton, Quotes
 from common.errors import UserError
 from common.model.memory import BUDGET
 
@@ -28,6 +29,7 @@ class ActiveAnswer(Generation):
     limit: int  # tokens
     forced: Ids  # the first answer tokens, whatever the logits are
     launched: int = 0  # tokens generated, the last one perhaps in a pass in flight
+    quotes: Automaton | None = None  # of its context, where an answer is one
     row: int = -1  # of the last pass's output
     ended: bool = False
 
@@ -51,7 +53,7 @@ class InFlight(NamedTuple):
     """A pass whose output may not be on the host yet."""
 
     rows: list[ActiveAnswer]  # the answers that the output's rows belong to
-    token: torch.Tensor  # [K] on the device
+    out: NextTokens  # on the device
     on_host: NextTokens
     copied: torch.cuda.Event | None  # None: the device is the host
 
@@ -63,6 +65,7 @@ def answers(decoder: Decoder, trees: Iterable[Tree], task: Task, pass_tokens: in
     most `pass_tokens` tokens, or one question's alone.
     """
     limit, capacity, stop_tokens = task.max_new_tokens, decoder.cache_tokens, set(task.stop_tokens)
+    stops = torch.tensor(task.stop_tokens, device=decoder.device)
     if limit < 1:
         raise ValueError("an answer has one token at least")
     parts = (part for tree in trees for part in tree.split(max_tokens=min(pass_tokens, capacity)))
@@ -83,10 +86,11 @@ def answers(decoder: Decoder, trees: Iterable[Tree], task: Task, pass_tokens: in
         rows, batch = build_batch(active, new)
         launched = None
         if batch.ids:
-            out = decoder.forward(batch.to(decoder.device), in_flight.token if in_flight else None)
+            new_pass, before = batch.to(decoder.device), in_flight.out if in_flight else None
+            out = decoder.forward(new_pass, before.token if before else None, quotes_of(rows, new_pass, before, stops))
             on_host = out.to_host(wait=False)
             copied = torch.cuda.current_stream().record_event() if decoder.device.type == "cuda" else None
-            launched = InFlight(rows, out.token, on_host, copied)
+            launched = InFlight(rows, out, on_host, copied)
         for answer in process_outputs(in_flight, stop_tokens) if in_flight else ():
             # Safe to free: the pass in flight may still write here, but every later pass is queued behind it.
             cache.free(answer.block)
@@ -117,8 +121,11 @@ def schedule(tree: Tree, cache: BlockAllocator, task: Task) -> ActiveTree | None
     blocks = cache.allocate(len(tree.prefix_ids), *(len(branch.prompt_ids) + limit - 1 for branch in branches))
     if blocks is None:
         return None
-    pairs = zip(branches, blocks[1:], strict=True)
-    own = [ActiveAnswer(branch=b, block=x, limit=limit, forced=task.forced.get(b.id, [])) for b, x in pairs]
+    quotes = task.quotes(tree)
+    own = [
+        ActiveAnswer(branch=b, block=x, limit=limit, forced=task.forced.get(b.id, []), quotes=quotes)
+        for b, x in zip(branches, blocks[1:], strict=True)
+    ]
     return ActiveTree(tree.prefix_ids, blocks[0], own)
 
 
@@ -146,11 +153,17 @@ def build_batch(active: list[ActiveTree], new: list[ActiveTree]) -> tuple[list[A
     return rows, batch
 
 
+def quotes_of(rows: list[ActiveAnswer], new: Pass, before: NextTokens | None, stops: torch.Tensor) -> Quotes | None:
+    """What each row of a pass may answer, in its state behind the pass before; None where answers are no quotes."""
+    automata = [answer.quotes for answer in rows if answer.quotes]
+    return Quotes(automata, stops, before and before.state, new.previous_row[new.keep]) if automata else None
+
+
 def process_outputs(done: InFlight, stop_tokens: set[int]) -> Iterator[ActiveAnswer]:
     """Waits for a pass and appends its next tokens to their answers; yields the answers that end."""
     if done.copied:
         done.copied.synchronize()
-    for answer, *found in zip(done.rows, *(x.tolist() for x in done.on_host), strict=True):
+    for answer, *found in zip(done.rows, *(x.tolist() for x in done.on_host[:3]), strict=True):
         if not answer.ended and answer.append(*found, stop_tokens, answer.limit):
             answer.ended = True
             yield answer

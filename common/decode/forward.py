@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from common.data.tokens import Ids
+from common.decode.spans import Quotes
 from common.model import attention, llama
 from common.model.nf4 import MATMUL_TOKENS
 
@@ -76,12 +77,29 @@ class NextTokens(NamedTuple):
     """The next tokens of a pass, on the device."""
 
     token: Tensor  # [K] int64
-    logprob: Tensor  # [K] fp32, natural log
-    tie: Tensor  # [K] bool: the two highest logits are equal
+    logprob: Tensor  # [K] fp32, natural log, among all tokens
+    tie: Tensor  # [K] bool: another token that could be chosen has the same logit
+    state: Tensor | None = None  # [K, N] of `Quotes`; it stays on the device
 
     def to_host(self, wait: bool = True) -> "NextTokens":
         """`wait=False`: the copy may still be in flight; an event recorded now marks its end."""
-        return NextTokens(*(x.to("cpu", non_blocking=not wait) for x in self))
+        return NextTokens(*(x.to("cpu", non_blocking=not wait) for x in self[:3]))
+
+
+def choose(logits: Tensor, forced: Tensor | None = None, quotes: Quotes | None = None) -> NextTokens:
+    """The most probable next token of each row of `logits` [K, V], of `quotes` of those that go on there.
+
+    `forced` [K]: the token to take instead, or -1. This is the one place that chooses.
+    """
+    logits, state = logits.float(), None
+    if quotes:
+        token, tie, state = quotes.choose(logits, forced)
+    else:
+        best = logits.topk(2).values
+        token, tie = logits.argmax(-1), best[:, 0] == best[:, 1]
+        token = token if forced is None else torch.where(forced >= 0, forced, token)
+    logprob = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
+    return NextTokens(token, logprob, tie, state)
 
 
 class Layer(llama.Layer):
@@ -227,14 +245,15 @@ class Decoder:
         self.captured = Captured(self.layers, capture_tokens) if capture_tokens else None
 
     @torch.no_grad()
-    def forward(self, new: Pass, previous: Tensor | None = None) -> NextTokens:
+    def forward(self, new: Pass, previous: Tensor | None = None, quotes: Quotes | None = None) -> NextTokens:
         """The next tokens of `new.keep`. `previous`: those of the pass before, for `new.previous_row`."""
+        return choose(self.logits(new, previous), new.forced, quotes)
+
+    @torch.no_grad()
+    def logits(self, new: Pass, previous: Tensor | None = None) -> Tensor:
+        """[K, V], in the compute dtype."""
         ids = new.ids
         if previous is not None:
             ids = torch.where(new.previous_row >= 0, previous[new.previous_row.clamp(min=0)], ids)
         layers = self.captured if self.captured and len(ids) <= self.captured.most else self.layers
-        logits = self.base.lm_head(self.base.model.norm(layers(ids, new)[new.keep])).float()
-        token = torch.where(new.forced >= 0, new.forced, logits.argmax(-1))
-        best = logits.topk(2).values
-        logprob = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
-        return NextTokens(token, logprob, best[:, 0] == best[:, 1])
+        return self.base.lm_head(self.base.model.norm(layers(ids, new)[new.keep]))

@@ -27,6 +27,7 @@ from pathlib import Path
 from common.config import Config
 from common.data.prompt import message
 from common.data.tokens import Tokenizer, tokenize
+from common.data.window import answer_limit
 from common.decode.failures import FILTER, FILTER_STATUSES, Failures, OfQuestion
 from common.decode.responses import (
     ERROR_CHARS,
@@ -161,7 +162,7 @@ class Client:
         return {names.get(field, field): value for field, value in body.items() if names.get(field, field)}
 
     def body(self, prompt: str) -> Json:
-        chat, limit = self.config.prompt.chat, self.config.window.answer
+        chat, limit = self.config.prompt.chat, answer_limit(self.config.window, self.config.decode)
         given = {"messages": [{"role": "user", "content": message(prompt)}]} if chat else {"prompt": prompt}
         return {"model": self.config.base.path, **given, "temperature": 0, "max_tokens": limit, **STREAMED}
 
@@ -271,7 +272,11 @@ class Client:
 
     def _reserve(self, request: Json) -> float:
         """Counts a request and reserves the dollars that it may cost, which are returned; raises beyond a limit."""
-        most = self._usd(self.count(_prompt_of(request)), self.config.window.answer) if self.priced else 0.0
+        most = (
+            self._usd(self.count(_prompt_of(request)), answer_limit(self.config.window, self.config.decode))
+            if self.priced
+            else 0.0
+        )
         kept = "what was answered is kept, and the same command goes on with a higher limit"
         with self.lock:
             if self.stop.is_set():
@@ -295,7 +300,11 @@ class Client:
             return 0.0
         read, written = said.get("read"), said.get("written")
         if written is None:  # hidden tokens can't be counted: at most so many
-            written = self.config.window.answer if said.get("elsewhere") else self.count(line.get("text") or "")
+            written = (
+                answer_limit(self.config.window, self.config.decode)
+                if said.get("elsewhere")
+                else self.count(line.get("text") or "")
+            )
         return self._usd(self.count(prompt) if read is None else read, written)
 
     @property

@@ -5,7 +5,9 @@ from collections.abc import Iterator, Sequence
 from common.data import plan
 from common.data.tokens import Ids
 from common.data.trees import Branch, Tree
-from common.decode.answers import Generation, Prediction, Task, Tick, to_text
+from common.decode.answers import Generation, Prediction, Task, Tick, to_prediction
+from common.decode.forward import choose
+from common.decode.spans import Automaton, Quotes
 from common.device import out_of_memory
 from common.model.llama import Model
 from common.model.pack import Pack, build_pack
@@ -20,22 +22,27 @@ CPU_PACK_TOKENS, GPU_PACK_TOKENS = 8192, 4096  # prompts of one pack: the logits
 
 
 @torch.inference_mode()
-def greedy(model: Model, pack: Pack, stops: Tensor, max_new_tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def greedy(
+    model: Model, pack: Pack, stops: Tensor, max_new_tokens: int, automata: Sequence[Automaton] = ()
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Per step (branch numbers [L], token ids [L], log-probabilities [L]) of the L branches that have not ended.
 
-    New keys and values are appended to the pack's own under the same tree mask, so nothing is copied per question.
+    `automata`: of each branch's context, where answers are quotes. New keys and values are appended to the pack's own
+    under the same tree mask, so nothing is copied per question.
     """
     # without the model's configuration, by which a layer with a sliding window would keep but the pack's last tokens
     cache, layout = DynamicCache(), pack.layout
     live, at = torch.arange(len(pack.ids), device=pack.input_ids.device), layout[pack.prompt_ends]
     out = pack_logits(model, pack, pack.prompt_ends, cache)  # [B, V]
+    state, before = None, torch.full_like(live, -1)
     for step in range(max_new_tokens):
-        best, token = torch.log_softmax(out.float(), -1).max(-1)
-        yield live, token, best
+        quotes = Quotes([automata[i] for i in live.tolist()], stops, state, before) if automata else None
+        token, logprob, _, state = choose(out, None, quotes)
+        yield live, token, logprob
         open_ = ~torch.isin(token, stops)
         if step + 1 == max_new_tokens or not open_.any():
             return
-        live, at = live[open_], at[open_].next()
+        live, at, before = live[open_], at[open_].next(), open_.nonzero()[:, 0]
         layout = layout.then(at)
         out = logits(model, token[open_], at, layout, cache=cache)  # [L, V]
 
@@ -51,13 +58,16 @@ def answer_packs(model: Model, trees: Sequence[Tree], task: Task) -> Iterator[Pr
         for members in ranks.take(plan.fill(trees, pack_tokens), task.round):
             task.check()
             pack = build_pack(members).to(device)
-            tokens, logprob = [Ids() for _ in pack.ids], [0.0] * len(pack.ids)
-            for step in greedy(model, pack, stops, task.max_new_tokens):
-                for branch, token, p in zip(*(x.tolist() for x in step), strict=True):
-                    tokens[branch].append(token)
-                    logprob[branch] += p
-            for id_, ids, p in zip(pack.ids, tokens, logprob, strict=True):
-                yield Prediction(id_, to_text(task.tokenizer, ids), ids, p, ids[-1] not in task.stop_tokens)
+            asked = [
+                (branch, quotes) for tree in members for quotes in (task.quotes(tree),) for branch in tree.branches
+            ]
+            found, automata = [Generation() for _ in asked], [quotes for _, quotes in asked if quotes]
+            for step in greedy(model, pack, stops, task.max_new_tokens, automata):
+                for number, token, logprob in zip(*(x.tolist() for x in step), strict=True):
+                    found[number].token_ids.append(token)
+                    found[number].logprob += logprob
+            for (branch, quotes), answer in zip(asked, found, strict=True):
+                yield to_prediction(task.tokenizer, branch, answer, task.stop_tokens, quotes)
 
 
 class Plain:
@@ -66,18 +76,23 @@ class Plain:
     name = "plain"
 
     def __init__(self, model: Model, stops: Sequence[int], limit: int):
-        self.model, self.limit = model, limit
+        self.model, self.limit, self.stop_tokens = model, limit, set(stops)
         self.stops = torch.tensor(stops, device=next(model.parameters()).device)
 
     def answer(
-        self, prompt_ids: Ids, forced: Ids | None = None, to_the_limit: bool = False, tick: Tick = lambda n: None
+        self,
+        prompt_ids: Ids,
+        forced: Ids | None = None,
+        to_the_limit: bool = False,
+        tick: Tick = lambda n: None,
+        quotes: Automaton | None = None,
     ) -> Generation:
         """The greedy answer, as of `single.Single.answer`; tokens cannot be forced."""
         if forced:
             raise ValueError("the plain engine forces no tokens")
         answer, stops = Generation(), self.stops[:0] if to_the_limit else self.stops
         batch = build_pack([Tree(prompt_ids[:-1], (Branch("", prompt_ids[-1:], []),))]).to(stops.device)
-        for _, token, logprob in greedy(self.model, batch, stops, self.limit):
+        for _, token, logprob in greedy(self.model, batch, stops, self.limit, [quotes] if quotes else []):
             answer.token_ids += token.tolist()
             answer.logprob += logprob.item()
             answer.passes += 1

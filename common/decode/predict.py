@@ -8,15 +8,17 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
-from common.config import Config, Eval
+from common.config import Config, Decode, Eval
 from common.data import plan
 from common.data.squad import Example
 from common.data.tokens import Ids, Tokenizers
 from common.data.trees import Tree, build_trees
-from common.decode import batched, chunks, first_use, plain
-from common.decode.answers import Prediction, Task, need_finite, stop_tokens, to_text
+from common.data.window import answer_limit
+from common.decode import batched, chunks, first_use, plain, spans
+from common.decode.answers import Prediction, Task, need_finite, stop_tokens, to_prediction
 from common.decode.forward import Decoder
 from common.device import out_of_memory
 from common.errors import UserError
@@ -45,10 +47,10 @@ def answers(
     trees = build_trees(examples, tokenizers, config.window, config.prompt, train=False).trees
     if only is not None:
         wanted = set(only)
-        kept = (Tree(t.prefix_ids, tuple(b for b in t.branches if b.id in wanted)) for t in trees)
+        kept = (replace(t, branches=tuple(b for b in t.branches if b.id in wanted)) for t in trees)
         trees = [tree for tree in kept if tree.branches]
-    stops = stop_tokens(tokenizers.own, model)
-    return answer_trees(model, tokenizers.own, trees, stops, config.window.answer, config.eval)
+    stops, limit = stop_tokens(tokenizers.own, model, config.decode), answer_limit(config.window, config.decode)
+    return answer_trees(model, tokenizers.own, trees, stops, limit, config.eval, decode=config.decode)
 
 
 def answer_trees(
@@ -62,17 +64,22 @@ def answer_trees(
     check: Callable[[], None] = lambda: None,
     forced: Mapping[str, Ids] | None = None,
     round_: str = "evaluation",
+    decode: Decode = Decode(),
 ) -> dict[str, Prediction]:
     """Answers by id to the questions of `trees`, or to this rank's part of them. The model's mode is restored.
 
     Several ranks take trees from the same sequence as they go. Of a question that was read in several windows
-    (`overflow: chunk`) the most probable answer is kept. `check`, `forced` and `round_`: as in `Task`. Raises
-    `UserError` where the prompts do not fit the model's positions, memory is too little, or logits are not finite.
+    (`overflow: chunk`) the most probable answer is kept. `check`, `forced` and `round_`: as in `Task`; of `decode`
+    whether answers are quotes. Raises `UserError` where the prompts do not fit the model's positions, memory is too
+    little, logits are not finite, or a context has no word and answers are quotes.
     """
     longest = max((tree.longest for tree in trees), default=0)
     check_positions(model, longest, max_new_tokens)
     need_embedded(model.config, trees)
-    task = Task(tokenizer, stops, max_new_tokens, options, check, forced or {}, round_)
+    quotes = quotes_of(model, tokenizer, decode)
+    task = Task(
+        tokenizer, stops, max_new_tokens, options, check, forced or {}, round_, lambda tree: quotes(tree.context)
+    )
     engine = plain.answer_packs if engine_of(model, options) == "plain" else _answer_batched
     total = sum(len(tree.branches) for tree in trees) if ranks.count() == 1 else None  # a rank's share is not known
     kind = QuestionBar if progress == DECODE else tqdm  # a training's own forecast covers its evaluations
@@ -103,11 +110,12 @@ def by_all_ranks(
 
     `step`: of the training that this evaluation interrupts, whose memory budget then holds.
     """
-    own, tokenizer, stops, limit = None, tokenizers.own, stop_tokens(tokenizers.own, model), config.window.answer
+    own, tokenizer, stops = None, tokenizers.own, stop_tokens(tokenizers.own, model, config.decode)
+    limit = answer_limit(config.window, config.decode)
     options, progress = (config.eval, DECODE) if step is None else (config.eval_in_training, "evaluate")
     shown, name = progress if PartialState().is_main_process else None, f"evaluation at {step or 0}"
     with contextlib.suppress(signals.Stopped):
-        own = answer_trees(model, tokenizer, trees, stops, limit, options, shown, check, round_=name)
+        own = answer_trees(model, tokenizer, trees, stops, limit, options, shown, check, None, name, config.decode)
     parts = gather_object([own])
     return None if None in parts else chunks.merge(answer for part in parts for answer in part.values())
 
@@ -123,6 +131,16 @@ def check_positions(model: Model, prompt_tokens: int, answer_tokens: int) -> Non
         lower = "window.answer" if answer_tokens > prompt_tokens else "window.context, or ask for fewer prompt.shots"
         takes = f"{prompt_tokens} tokens of a prompt and up to {answer_tokens} of its answer"
         raise UserError(f"{takes}, and this model has {most} positions: lower {lower}")
+
+
+def quotes_of(
+    model: Model, tokenizer: PreTrainedTokenizerBase, options: Decode
+) -> Callable[[str], spans.Automaton | None]:
+    """A context's automaton, by its text; None where an answer need not be a quote."""
+    if not options.spans:
+        return lambda context: None
+    vocabulary = spans.vocabulary(tokenizer, model.config.vocab_size)
+    return lambda context: spans.Automaton(vocabulary, context, options.whole_words)
 
 
 def engine_of(model: Model, options: Eval) -> Literal["plain", "stream"]:
@@ -163,8 +181,7 @@ def _answer_stream(
             todo = _noted(itertools.chain(missing, source), taken)
             for a in batched.answers(decoder, todo, task, sizes.pass_tokens):
                 answered.add(id(a.branch))
-                text, hit_limit = to_text(task.tokenizer, a.token_ids), a.token_ids[-1] not in task.stop_tokens
-                yield Prediction(a.branch.id, text, a.token_ids, a.logprob, hit_limit, a.ties)
+                yield to_prediction(task.tokenizer, a.branch, a, task.stop_tokens, a.quotes, ties=True)
             return sizes
         except torch.OutOfMemoryError:
             if sizes == sizes.half():
@@ -174,7 +191,7 @@ def _answer_stream(
         sizes = sizes.half()
         print(f"note: out of GPU memory; answering goes on in passes of {sizes.pass_tokens} tokens", file=sys.stderr)
         left = ((t, tuple(b for b in t.branches if id(b) not in answered)) for t in (*taken, *missing[len(taken) :]))
-        missing = [Tree(t.prefix_ids, branches) for t, branches in left if branches]
+        missing = [replace(t, branches=branches) for t, branches in left if branches]
 
 
 def _noted(trees: Iterable[Tree], taken: list[Tree]) -> Iterator[Tree]:

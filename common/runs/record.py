@@ -143,6 +143,7 @@ def must_match(config: Config, data: Dataset, window_tokenizer_sha256: str | Non
         "prompt": prompt.fingerprint(config.prompt),
         "scorer": score.VERSION,
         "window": cut_by(without_unset(config.window), window_tokenizer_sha256),
+        **({"decoding": decoding} if (decoding := without_unset(config.decode)) else {}),  # none: free and greedy
     }
 
 
@@ -253,7 +254,8 @@ def mismatch(a: Record, b: Record) -> dict[str, tuple[object, object]]:
     cut = [m["window"]["tokenizer"] for m in (mine, other)]
     if None in cut or len({name.startswith(BY_FILE) for name in cut}) > 1:  # an older one does not say, or not so
         mine, other = ({**m, "window": cut_by(m["window"], None)} for m in (mine, other))
-    return {key: (mine[key], other[key]) for key in mine if mine[key] != other[key]}
+    keys = {**mine, **other}
+    return {key: (mine.get(key), other.get(key)) for key in keys if mine.get(key) != other.get(key)}
 
 
 def _installed(name: str) -> bool:

@@ -36,9 +36,7 @@ def passes(monkeypatch):
     """Every pass that is computed."""
     seen: list[Pass] = []
     forward = Decoder.forward
-    monkeypatch.setattr(
-        Decoder, "forward", lambda self, new, previous=None: seen.append(new) or forward(self, new, previous)
-    )
+    monkeypatch.setattr(Decoder, "forward", lambda self, new, *rest: seen.append(new) or forward(self, new, *rest))
     return seen
 
 
@@ -104,7 +102,7 @@ class Paths:
     def __init__(self, cache_tokens: int):
         self.cache_tokens, self.cache = cache_tokens, [-1] * cache_tokens
 
-    def forward(self, new: Pass, previous: torch.Tensor | None = None) -> NextTokens:
+    def forward(self, new: Pass, previous: torch.Tensor | None = None, quotes: None = None) -> NextTokens:
         ids = [
             previous[row].item() if row >= 0 else id_
             for row, id_ in zip(new.previous_row.tolist(), new.ids.tolist(), strict=True)

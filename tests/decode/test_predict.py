@@ -102,9 +102,9 @@ def test_passes_of_a_part_are_the_same_whichever_rank_takes_it(tiny_base, engine
         passes: list[tuple[int, ...]] = []
         forward_pass, whole = forward.Decoder.forward, plain.logits
 
-        def seen(self, new, previous=None):
+        def seen(self, new, *rest):
             passes.append(tuple(new.ids.tolist()))
-            return forward_pass(self, new, previous)
+            return forward_pass(self, new, *rest)
 
         def seen_plain(model, ids, *args, **kwargs):
             passes.append(tuple(ids.tolist()))
@@ -447,11 +447,11 @@ def test_where_memory_runs_out_answering_goes_on_in_smaller_passes(tiny_base, mo
     monkeypatch.setattr(predict, "sizes_of", lambda model, options: memory.Decoding(2048, 2000))
     truth = answer_trees(model, tokenizer, trees, [], 4, progress=None)
 
-    def scarce(self, new, previous=None):
+    def scarce(self, new, *rest):
         passes.append(len(new.ids))
         if len(passes) - 1 in fails:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return compute(self, new, previous)
+        return compute(self, new, *rest)
 
     monkeypatch.setattr(forward.Decoder, "forward", scarce)
     task = predict.Task(tokenizer, [], 4, Eval(), lambda: None, {}, "a round")

@@ -3,7 +3,7 @@
 import contextlib
 from types import SimpleNamespace
 
-from common.config import Eval, Prompt, Window
+from common.config import Decode, Eval, Prompt, Window
 from common.data.squad import Example
 from common.data.tokens import Tokenizers
 from common.decode import single
@@ -231,7 +231,7 @@ def test_an_engine_has_capacity_for_its_window_and_overhead(tiny_base, window, o
 
 
 def config_of(window: Window | None = None, prompt: Prompt = Prompt()) -> SimpleNamespace:
-    return SimpleNamespace(window=window or Window(), prompt=prompt)
+    return SimpleNamespace(window=window or Window(), prompt=prompt, decode=Decode())
 
 
 class Answers:
@@ -242,6 +242,7 @@ class Answers:
         config = LlamaConfig(max_position_embeddings=positions, vocab_size=10**6)
         self.model = SimpleNamespace(config=config, dtype=torch.float32)
         self.asked: list[tuple] = []
+        self.stop_tokens = {1}
 
     def answer(self, *asked) -> Generation:
         self.asked.append(asked)
@@ -262,10 +263,10 @@ def test_of_several_windows_the_most_probable_answer_comes_first(answering_base,
     example = Example("asked", "", context, "Which?", ())
     window = Window(context=64, stride=40, answer=16, overflow="chunk")
     engine = Answers(*answers, *[(-9.0, [5])] * 9)
-    text, found, cut = single.ask(engine, same(tokenizer), example, config_of(window))
+    prediction, found, cut = single.ask(engine, same(tokenizer), example, config_of(window))
     assert [answer.token_ids[0] for answer in found[:3]] == order
     assert len(found) == len(engine.asked) > 3
-    assert text == tokenizer.decode([order[0]]).strip()
+    assert prediction.text == tokenizer.decode([order[0]]).strip()
     assert cut
 
 
@@ -274,11 +275,12 @@ def test_a_query_is_its_prompt_and_is_answered_as_asked(answering_base):
     example, engine = Example("asked", "", NOTE, "Which animal is meant?", ()), Answers((-1.0, [9]))
     tick = [].append
     config = config_of(prompt=Prompt(before="Before. "))
-    text, (answer,), cut = single.ask(engine, tokenizers, example, config, [5], True, tick)
-    ((ids, forced, to_the_limit, ticked),) = engine.asked
+    prediction, (answer,), cut = single.ask(engine, tokenizers, example, config, [5], True, tick)
+    ((ids, forced, to_the_limit, ticked, quotes),) = engine.asked
+    assert quotes is None
     assert tokenizers.own.decode(ids) == f"<s>Before. Context: {NOTE}\n\nQuestion: Which animal is meant?\n\nAnswer:"
     assert (forced, to_the_limit, ticked) == ([5], True, tick)
-    assert (text, answer.token_ids, cut) == (tokenizers.own.decode([9]).strip(), [9], False)
+    assert (prediction.text, answer.token_ids, cut) == (tokenizers.own.decode([9]).strip(), [9], False)
     single.ask(engine := Answers((-1.0, [9])), tokenizers, example, config_of())
     assert engine.asked[0][1:3] == (None, False)
 
@@ -325,7 +327,8 @@ def test_passes_are_captured_for_a_few_lengths_the_longest_first_and_the_shortes
     class Captured:
         """A pass as the graph computes it: padded, with the next token of the last token or of each."""
 
-        def __init__(self, decoder, length, asks, capture):
+        def __init__(self, decoder, length, asks, of, capture):
+            assert of == decoder.forward
             self.decoder, self.length, self.asks = decoder, length, asks
             assert capture.func is torch.cuda.graph
             captured.append((length, asks, capture.keywords["pool"]))
@@ -333,7 +336,7 @@ def test_passes_are_captured_for_a_few_lengths_the_longest_first_and_the_shortes
         def __call__(self, new, cached, forced):
             used.append((self.length, len(new), cached > 0))
             batch = single._batch(new, cached, forced, self.length, self.asks, self.decoder.cache_tokens - 1)
-            return self.decoder.forward(batch.to(self.decoder.device)).to_host()
+            return self.decoder.forward(batch.to(self.decoder.device))
 
     captured: list[tuple] = []
     monkeypatch.setattr(single, "_Captured", Captured)
@@ -370,12 +373,12 @@ def test_a_graph_is_captured_of_a_padded_pass_and_replayed_with_another(monkeypa
         done.append("capture")
         return contextlib.nullcontext()
 
-    decoder = SimpleNamespace(cache_tokens=50, device=torch.device("cpu"), forward=forward)
+    decoder = SimpleNamespace(cache_tokens=50, device=torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty cache"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: done.append("replay")))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    captured = single._Captured(decoder, 4, 2, capture)
+    captured = single._Captured(decoder, 4, 2, forward, capture)
     assert done == ["forward", "synchronize", "empty cache", "capture", "forward"]
     first, second = passes
     assert first is second

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from common.config import Config, load
 from common.decode import single
-from common.decode.answers import Generation
+from common.decode.answers import Generation, Prediction
 from common.decode.hosted import Reply
 from common.errors import UserError
 from common.model.load import load_tokenizer
@@ -129,7 +129,7 @@ def test_the_second_query_is_timed_and_its_best_window_told(
     def answered(*args, **options):
         clock.append("query")
         queries.append((args, options))
-        return "otter", found, True
+        return Prediction("asked", "otter", [5], -0.5, False), found, True
 
     monkeypatch.setattr(ask.single, "ask", answered)
     config = load(str(answering_config), ["lora=null", f"window.overflow={overflow}", "prompt.order=both"])
@@ -179,7 +179,7 @@ def test_an_adapter_is_checked_noted_and_answers(answering_config, monkeypatch, 
 
 def test_shots_stand_before_the_question_and_have_room(answering_config, capsys, monkeypatch):
     rooms, engine = [], single.engine
-    monkeypatch.setattr(ask.single, "engine", lambda *args: rooms.append(args[-1]) or engine(*args))
+    monkeypatch.setattr(ask.single, "engine", lambda *args: rooms.append(args[4]) or engine(*args))
     words = ["lora=null", "--context", NOTE, "--question", PLACE]
     asked(capsys, answering_config, *words)
     asked(capsys, answering_config, *words, "prompt.shots=1")
