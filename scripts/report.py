@@ -350,6 +350,8 @@ def main(argv: list[str]) -> None:
         must, window = shown[0]["must_match"], shown[0]["must_match"]["window"]
         same = f"data {must['data'][:12]}, prompt {must['prompt']}, scorer {must['scorer']}, window "
         same += f"{window['context']}+{window['question']}+{window['answer']} tokens"
+        decoding = ", ".join(f"decode.{key}={json.dumps(value)}" for key, value in must.get("decoding", {}).items())
+        same += f", decoded with {decoding}" if decoding else ""
         if above:
             same += f"; not comparable with the table above: {', '.join(record.mismatch(above, shown[0]))}"
         above = shown[0]
@@ -357,7 +359,8 @@ def main(argv: list[str]) -> None:
         scored = [line for line in lines if line.scored]
         tests, wrong = compare(pairs(scored)), mistaken(scored) if scored else []
         part: Section = {
-            "title": f"{above['may_differ']['data_source']}, {must['questions']} questions",
+            "title": f"{above['may_differ']['data_source']}, {must['questions']} questions"
+            + (decoding and f", {decoding}"),
             "same": same,
             "table": [columns, *(row.values() for row in rows)],
             "sentences": [*(text for line in scored for text in seeds(line)), *map(str, tests)],

@@ -76,6 +76,8 @@ def answer_trees(
     longest = max((tree.longest for tree in trees), default=0)
     check_positions(model, longest, max_new_tokens)
     need_embedded(model.config, trees)
+    if decode.spans:
+        spans.need_words(trees)
     quotes = quotes_of(model, tokenizer, decode)
     task = Task(
         tokenizer, stops, max_new_tokens, options, check, forced or {}, round_, lambda tree: quotes(tree.context)

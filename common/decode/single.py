@@ -17,7 +17,7 @@ from common.decode import chunks, plain, predict
 from common.decode.answers import Generation, Prediction, Tick, need_finite, to_prediction
 from common.decode.drafts import draft_from
 from common.decode.forward import Batch, Decoder, NextTokens, Pass, choose
-from common.decode.spans import Automaton, Quotes, State
+from common.decode.spans import Automaton, Quotes, State, need_words
 from common.errors import UserError
 from common.model import varlen
 from common.model.llama import Model
@@ -155,6 +155,8 @@ def ask(
     built = build_trees([example], tokenizers, config.window, train=False, options=config.prompt)
     predict.check_positions(engine.model, max(map(len, built.trees)), answer_limit(config.window, config.decode))
     need_embedded(engine.model.config, built.trees)
+    if config.decode.spans:
+        need_words(built.trees)
     quotes_of = predict.quotes_of(engine.model, tokenizers.own, config.decode)
     asked = [(tree, quotes_of(tree.context)) for tree in built.trees]
     found = []

@@ -10,10 +10,11 @@ token one pass late.
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from common.data.tokens import Ids, Span, Tokenizer
+from common.data.trees import Tree
 from common.errors import UserError
 
 import numpy as np
@@ -91,14 +92,14 @@ class Automaton:
     """The quotes of one context."""
 
     def __init__(self, vocabulary: Vocabulary, context: str, whole_words: bool = False):
-        """Raises `UserError` for a context without a word."""
+        """Raises `ValueError` for a context without a word (`need_words`)."""
         self.vocabulary, self.context, self.data = vocabulary, context, context.encode()
         data = np.frombuffer(self.data, np.uint8)
         starts = (data & 0xC0) != 0x80  # of UTF-8's characters
         self.char = np.append(np.cumsum(starts) - 1, len(context))  # that each byte is of
         space, word = (np.array([test(c) for c in context], bool) for test in (str.isspace, str.isalnum))
         if not word.any():
-            raise UserError("no word is in the context that was read, and decode.spans answers with its words")
+            raise ValueError("a context without a word has no quote")
         within = np.zeros(len(context) + 1, bool)  # places between two characters of a word
         within[1:-1] = whole_words & word[:-1] & word[1:]
         places, begins = np.arange(len(data)), np.flatnonzero(starts & ~(space | within[:-1])[self.char[:-1]])
@@ -208,6 +209,13 @@ class Quotes:
         place = torch.arange(self.most, device=self.nodes.device)
         index = (self.node_start[:, None] + place).clamp_(max=self.nodes.shape[1] - 1)
         return self.nodes[which][index] & (place < self.node_count[:, None])
+
+
+def need_words(trees: Iterable[Tree]) -> None:
+    """Raises `UserError` for a context without a word, of which there is nothing to quote."""
+    for tree in trees:
+        if not any(map(str.isalnum, tree.context)):
+            raise UserError(f"question {tree.branches[0].id}: no word is in its context, and decode.spans quotes words")
 
 
 @functools.lru_cache(maxsize=4)

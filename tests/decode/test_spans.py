@@ -77,7 +77,7 @@ def test_the_most_probable_quote_is_chosen_token_by_token(context, whole_words, 
     """Against brute force: of all tokens those that all substrings allow, of these the most probable one."""
     tokens = vocabulary_of()
     if not any(c.isalnum() for c in context):
-        with pytest.raises(UserError, match="no word is in the context"):
+        with pytest.raises(ValueError, match="without a word"):
             Automaton(tokens, context, whole_words)
         return
     automaton, whole = Automaton(tokens, context, whole_words), quotes(context, whole_words)
@@ -238,6 +238,14 @@ def test_every_engine_gives_the_same_quotes(tiny_base):
             assert tree.context[slice(*answer.span)] == answer.text == plain[branch.id].text
     assert any(batched[i].token_ids != free[i].token_ids for i in free), "the constraint binds here"
     assert all(answer.span is None for answer in free.values())
+
+
+def test_a_context_without_a_word_is_an_error_that_names_its_question(tiny_base):
+    model, tokenizer = system(tiny_base)
+    trees = [Tree([5], (Branch("fine", [6], []),), "A word."), Tree([5], (Branch("odd", [6], []),), "?! …")]
+    with pytest.raises(UserError, match="question odd: no word is in its context"):
+        answer_trees(model, tokenizer, trees, [1], 4, progress=None, decode=SPANS)
+    assert len(answer_trees(model, tokenizer, trees, [1], 4, progress=None)) == 2
 
 
 def test_forced_tokens_are_taken_and_followed(tiny_base):
