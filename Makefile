@@ -34,6 +34,8 @@ export TOKENIZERS_PARALLELISM = true
 # as typed, for make would take "$5" for a variable
 override export CONTEXT := $(value CONTEXT)
 override export QUESTION := $(value QUESTION)
+override export CONTEXT_FILE := $(value CONTEXT_FILE)
+override export QUESTIONS := $(value QUESTIONS)
 override export WHERE := $(value WHERE)
 override export REASON := $(value REASON)
 LOCK   := requirements.lock
@@ -60,7 +62,7 @@ TARGETS := help setup smollm2 train eval bench ask export bench-train bench-deco
 .PHONY: $(TARGETS)
 
 # a mistyped variable or target is an error, before anything runs; what else is here belongs to the tools that are started
-VARIABLES := PYTHON MODEL SWEEP RUNS VENV SEED FRESH ADAPTER PROCESSES ARGS REPLAY OUT CONTEXT QUESTION WHERE REASON RUN \
+VARIABLES := PYTHON MODEL SWEEP RUNS VENV SEED FRESH ADAPTER PROCESSES ARGS REPLAY OUT CONTEXT CONTEXT_FILE QUESTION QUESTIONS WHERE REASON RUN \
              PRED DATA FILE HAVE PIP_ARGS FORCE CUDA DEMO_TRAIN DEMO_EVAL DEMO_BENCH
 OTHERS    := SHELL SQUAD_DIR HF_% CUDA_% NVIDIA_% NCCL_% OMP_% TORCH_% PYTORCH_% TRITON_% PIP_% %_KEY %_TOKEN %_proxy %_PROXY
 TYPED_VARIABLES := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
@@ -95,7 +97,7 @@ bench: $(NEEDS) ## single-query latency and memory of MODEL
 	$(TYPED) bench_latency $(call quoted,$(MODEL)) $(SET) $(FORCED)
 	exec $(PY) bench_latency.py $(call quoted,$(MODEL)) $(SET) $(FORCED)
 
-ask: $(NEEDS) ## one answer by MODEL (else by the newest training in RUNS): CONTEXT='…' QUESTION='…', or both on stdin, the question as the last line
+ask: $(NEEDS) ## answers about one text by MODEL (else by the newest training in RUNS): CONTEXT='…' or CONTEXT_FILE=…, QUESTION='…', a QUESTIONS= file, or as they are typed
 	$(TYPED) ask $(call quoted,$(or $(OWN_MODEL),newest)) $(SET) $(FORCED)
 	@exec $(PY) -m scripts.ask $(call quoted,$(or $(OWN_MODEL),newest)) $(SET) $(FORCED)
 

@@ -46,5 +46,9 @@ def parser(script: str) -> Parser:
         out.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # one of its processes: writes there
     if script == "ask":
         out.add_argument("--context", help="default: the environment's CONTEXT, else stdin")
-        out.add_argument("--question", help="default: the environment's QUESTION, else stdin's last line")
+        out.add_argument(
+            "--context-file", metavar="FILE", help="or a file that holds it; the environment's CONTEXT_FILE"
+        )
+        out.add_argument("--question", help="default: the environment's QUESTION, else stdin's lines, or its last one")
+        out.add_argument("--questions", metavar="FILE", help="or a file with one a line; the environment's QUESTIONS")
     return out

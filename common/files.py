@@ -132,11 +132,15 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def read_json(path: Path) -> object:
-    """The content of a JSON file in UTF-8, plain or gzipped. Raises `UserError` that names what the file is instead."""
+def read_text(path: Path) -> str:
+    """The content of a text file in UTF-8, plain or gzipped. Raises `UserError` that names what the file is instead."""
+    return _decoded(path, _read(path))
+
+
+def _read(path: Path) -> bytes:
     try:
         raw = path.read_bytes()
-        raw = gzip.decompress(raw) if raw.startswith(GZIP) else raw
+        return gzip.decompress(raw) if raw.startswith(GZIP) else raw
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except IsADirectoryError as error:
@@ -145,6 +149,19 @@ def read_json(path: Path) -> object:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}){_COMPLETE * (not error.errno)}") from error
     except (EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}){_COMPLETE}") from error
+
+
+def _decoded(path: Path, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start} ({raw[error.start]:#x}) is not UTF-8"
+        raise UserError(f"{path}: {where}, perhaps Latin-1: iconv -f LATIN1 -t UTF-8 converts it") from error
+
+
+def read_json(path: Path) -> object:
+    """The content of a JSON file in UTF-8, plain or gzipped. Raises `UserError` that names what the file is instead."""
+    raw = _read(path)
     for signature, what in SIGNATURES.items():
         if raw.startswith(signature):
             raise UserError(f"{path}: {what}")
@@ -155,12 +172,9 @@ def read_json(path: Path) -> object:
         raise UserError(f"{path}: ends in zero bytes{_COMPLETE}")
     if not encoding.startswith("utf-8"):
         raise UserError(f"{path}: text in {encoding.upper()}; UTF-8 is read: iconv -f {encoding.upper()[:6]} -t UTF-8")
+    text = _decoded(path, raw)
     try:
-        text = raw.decode("utf-8-sig")
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        where = f"byte {error.start} ({raw[error.start]:#x}) is not UTF-8"
-        raise UserError(f"{path}: {where}, perhaps Latin-1: iconv -f LATIN1 -t UTF-8 converts it") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: {_unlike_json(text, error)}") from error
     except ValueError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 import bench_latency
 import eval_loop
 import train_loop
+from common.arguments import parser
 from common.errors import UserError
 from scripts import ask, report
 from tests import answering
@@ -120,8 +121,9 @@ def test_asking_prints_answer_span_confidence_and_time(answering_config, capsys,
     context = "Note 1: here are the otter, the chisel and nothing more."
     arguments = [str(answering_config), "lora=null", "--context", context, "--question"]
     ask.main([*arguments, "Which animal is meant?"])
-    answer, about, line = capsys.readouterr().out.splitlines()[-3:]
+    answer, sentence, about, line = capsys.readouterr().out.splitlines()[-4:]
     result = json.loads(line)
+    assert sentence == context.replace("otter", "»otter«")
     assert answer == result["answer"] == "otter"
     assert result["span"] == [21, 26]
     assert 0.5 < result["confidence"] <= 1
@@ -137,10 +139,10 @@ def test_asking_prints_answer_span_confidence_and_time(answering_config, capsys,
 @pytest.mark.parametrize(
     ("context", "question", "stdin", "expected"),
     [
-        ("c", "q", "", ("c", "q")),
-        ("", "q", " two\n\nparts \n", ("two\n\nparts", "q")),
-        ("c", "", " q \n", ("c", "q")),
-        ("", "", "two\n\nparts\n\nq?\n", ("two\n\nparts", "q?")),
+        ("c", "q", "", ("c", ["q"])),
+        ("", "q", " two\n\nparts \n", ("two\n\nparts", ["q"])),
+        ("c", "", " q \n", ("c", ["q"])),
+        ("", "", "two\n\nparts\n\nq?\n", ("two\n\nparts", ["q?"])),
         ("", "", "q?", "no context"),
         ("c", "", " ", "no question"),
         ("", "", "", "no context"),
@@ -149,15 +151,19 @@ def test_asking_prints_answer_span_confidence_and_time(answering_config, capsys,
 def test_what_is_not_given_comes_from_stdin(monkeypatch, context, question, stdin, expected):
     monkeypatch.setattr(ask.sys, "stdin", io.StringIO(stdin))
     if isinstance(expected, tuple):
-        assert ask.given_texts(context, question) == expected
+        assert given(context, question) == expected
     else:
         with pytest.raises(UserError, match=expected):
-            ask.given_texts(context, question)
+            given(context, question)
+
+
+def given(context: str, question: str):
+    return ask.given_texts(parser("ask").parse_args(["a model", "--context", context, "--question", question]))
 
 
 def test_text_that_is_no_text_and_a_context_that_is_cut_are_said(answering_config, capsys):
     with pytest.raises(UserError, match="must be UTF-8"):
-        ask.given_texts("caf\udce9", "q")
+        given("caf\udce9", "q")
     window = ["window.context=64", "window.stride=64", "window.answer=16"]
     for overflow, cut in (("truncate", True), ("chunk", False)):
         ask.main(

@@ -74,6 +74,7 @@ class Plain:
     """Single queries by transformers' and PEFT's own modules, a token per pass."""
 
     name = "plain"
+    keeps_prompt = False  # it reads every prompt anew
 
     def __init__(self, model: Model, stops: Sequence[int], limit: int):
         self.model, self.limit, self.stop_tokens = model, limit, set(stops)

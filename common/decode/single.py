@@ -6,6 +6,7 @@ pass is one CUDA graph, captured for a few lengths to which passes are padded.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 from common.config import Config, Decode, Eval, Window
@@ -45,6 +46,10 @@ class Single:
         self.model, self.decoder = model, Decoder(model, most_tokens + DRAFT_TOKENS + 1)
         self.stop_tokens, self.limit, self.most_prompt = set(stop_tokens), limit, most_tokens - limit
         self.spans = spans
+        self.keeps_prompt = (
+            False  # True: what two prompts begin with alike is read once, as of questions about one text
+        )
+        self.held = Ids()  # the prompt in the cache
         # shortest first; both are empty without fused attention
         self.prompt_graphs, self.draft_graphs = list[_Captured](), list[_Captured]()
         if varlen.kernels(self.decoder.device, self.decoder.base.dtype):
@@ -70,13 +75,15 @@ class Single:
         """
         if not 0 < (n := len(prompt_ids)) <= self.most_prompt:
             raise UserError(f"a prompt of {n} tokens; 1 to {self.most_prompt} can be asked: lower window.context")
-        answer, new, cached, draft_length = Generation(), prompt_ids, 0, DRAFT_TOKENS
+        both = zip(prompt_ids[:-1], self.held if self.keeps_prompt else (), strict=False)
+        cached = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
+        answer, new, draft_length, self.held = Generation(), prompt_ids[cached:], DRAFT_TOKENS, []
         if self.spans != bool(quotes):
             raise ValueError("quotes are of an engine that was made for spans")
         stop_tokens = set[int]() if to_the_limit else self.stop_tokens
         state = quotes.nodes[0] if quotes else np.zeros(0, bool)
         while True:
-            draft, known = new[1:] if cached else [], len(answer.token_ids)
+            draft, known = new[1:] if answer.token_ids else [], len(answer.token_ids)
             given = (forced or [])[known : known + len(draft) + 1]
             out = self._forward(new, cached, draft, given, quotes, state)
             answer.passes += 1
@@ -89,6 +96,7 @@ class Single:
                     break
             tick(len(answer.token_ids) - known)
             if done:
+                self.held = prompt_ids if self.keeps_prompt else []
                 return answer
             cached = len(prompt_ids) + len(answer.token_ids) - 1
             # a graph takes as long for a short draft; without graphs only an accepted draft makes the next one longer
@@ -103,7 +111,8 @@ class Single:
 
         `state`: of `quotes`, before the draft.
         """
-        asks, graphs = len(draft) + 1, self.draft_graphs if cached else self.prompt_graphs
+        asks = len(draft) + 1
+        graphs = self.draft_graphs if cached and len(new) == asks else self.prompt_graphs
         captured = next((graph for graph in graphs if graph.length >= len(new)), None)
         if captured:
             out = captured(new, cached, forced)

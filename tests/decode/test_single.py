@@ -227,6 +227,27 @@ def test_an_engine_has_capacity_for_its_window_and_overhead(tiny_base, window, o
     assert isinstance(single.engine(model, [1], window, Eval(), overhead), Plain)
 
 
+def test_what_prompts_begin_with_alike_is_read_once_and_changes_no_answer(tiny_base, monkeypatch):
+    """Whatever was asked before: another text, one that begins with it, the same again, one token."""
+    model, tokenizer = system(tiny_base)
+    asked = [prompt for _, _, prompt in questions(tokenizer, 2)]
+    asked += [asked[0], asked[0], asked[0][:20], asked[0][:21], [5], [5], [7], asked[-1]]
+    stops = stop_tokens(tokenizer)
+    fresh, kept = (Single(model, stops, LIMIT, 600) for _ in range(2))
+    expected = [fresh.answer(prompt).token_ids for prompt in asked]
+    read, forward = [], Single._forward
+    monkeypatch.setattr(Single, "_forward", lambda self, new, *rest: read.append(len(new)) or forward(self, new, *rest))
+    kept.keeps_prompt = True
+    tokens = []
+    for prompt, answer in zip(asked, expected, strict=True):
+        read.clear()
+        assert kept.answer(prompt).token_ids == answer
+        tokens.append(read[0])
+    assert tokens[0] == len(asked[0])
+    assert 1 < tokens[1] < 40 < len(asked[1]), "the question's own"
+    assert tokens[-7:] == [1, 1, 1, 1, 1, 1, len(asked[-1])], "a prompt has one token more than is kept, at least"
+
+
 # ---- end to end ------------------------------------------------------------------------------------------------------
 
 

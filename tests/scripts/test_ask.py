@@ -5,12 +5,13 @@ import json
 import runpy
 from types import SimpleNamespace
 
+from common.arguments import parser
 from common.config import Config, load
 from common.decode import single
 from common.decode.answers import Generation, Prediction
 from common.decode.hosted import Reply
 from common.errors import UserError
-from common.model.load import load_tokenizer
+from common.model.load import load_tokenizer, load_tokenizers
 from common.runs import adapters
 from scripts import ask
 from tests.decode.test_predict import system
@@ -20,6 +21,16 @@ import torch
 
 NOTE = "Note 1: the north gate is here, the otter, the chisel; the otter is not at the north gate."
 PLACE = "Which place is meant?"
+
+
+@pytest.fixture(autouse=True)
+def nothing_in_the_environment(monkeypatch):
+    for name in ("CONTEXT", "CONTEXT_FILE", "QUESTION", "QUESTIONS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def texts(*words: str):
+    return ask.given_texts(parser("ask").parse_args(["a model", *words]))
 
 
 def asked(capsys, *words: str) -> tuple[list[str], dict]:
@@ -42,6 +53,7 @@ def test_an_answer_is_told_with_its_place_probability_and_size(answering_config,
     assert found == {
         "system": "answering",
         "random_weights": False,
+        "question": PLACE,
         "answer": "north gate",
         "confidence": pytest.approx(probability, rel=1e-3),
         "tokens": 3,
@@ -54,35 +66,36 @@ def test_an_answer_is_told_with_its_place_probability_and_size(answering_config,
     assert NOTE[12:22] == "north gate"
     assert found["passes"] in (2, 3)
     about = f"characters 12 to 22 of the context; confidence {probability:.0%}; {took:.0f} ms, answering on {on}"
-    assert lines == ["north gate", about]
+    assert lines == ["north gate", NOTE.replace("north gate", "»north gate«", 1), about]
 
 
 @pytest.mark.parametrize(
     ("context", "answer", "span", "shown", "about"),
     [
-        ("the otter", "otter", [4, 9], "otter", "characters 4 to 9 of the context"),
-        ("otter and otter", "otter", [0, 5], "otter", "characters 0 to 5 of the context"),
-        ("the heron", "otter", None, "otter", "not a span of the context"),
-        ("the heron", "", None, "(nothing)", "not a span of the context"),
+        ("the otter", "otter", [4, 9], ["otter", "the »otter«"], "characters 4 to 9 of the context"),
+        ("otter and otter", "otter", [0, 5], ["otter", "»otter« and otter"], "characters 0 to 5 of the context"),
+        ("the heron", "otter", None, ["otter"], "not a span of the context"),
+        ("the heron", "", None, ["(nothing)"], "not a span of the context"),
     ],
 )
 def test_the_place_of_an_answer_is_its_first_in_the_context(
     answering_config, capsys, monkeypatch, context, answer, span, shown, about
 ):
     result = {"answer": answer, "confidence": 0.756, "context_cut": False, "milliseconds": 12.6, "on": "a machine"}
-    monkeypatch.setattr(ask, "ask_here", lambda *_: dict(result))
+    monkeypatch.setattr(ask, "ask_here", lambda *_: [dict(result)])
     lines, found = asked(capsys, answering_config, "lora=null", "--context", context, "--question", "Which?")
     assert found == {**result, "span": span}
-    assert lines == [shown, f"{about}; confidence 76%; 13 ms, answering on a machine"]
+    assert lines == [*shown, f"{about}; confidence 76%; 13 ms, answering on a machine"]
 
 
 def test_a_context_that_was_cut_and_a_confidence_that_nobody_said_are_told(answering_config, capsys, monkeypatch):
     result = {"answer": "otter", "confidence": None, "context_cut": True, "milliseconds": 1.0, "on": "a host"}
-    monkeypatch.setattr(ask, "ask_here", lambda *_: dict(result))
+    monkeypatch.setattr(ask, "ask_here", lambda *_: [dict(result)])
     words = ["lora=null", "window.context=300", "--context", "an otter", "--question", "Which?"]
     lines, _ = asked(capsys, answering_config, *words)
     assert lines == [
         "otter",
+        "an »otter«",
         "only the context's first 300 tokens were read; window.overflow=chunk reads all",
         "characters 3 to 8 of the context; 1 ms, answering on a host",
     ]
@@ -133,7 +146,8 @@ def test_the_second_query_is_timed_and_its_best_window_told(
 
     monkeypatch.setattr(ask.single, "ask", answered)
     config = load(str(answering_config), ["lora=null", f"window.overflow={overflow}", "prompt.order=both"])
-    result = ask.ask_here(config, adapters.Chosen(config, None), "a context", "a question")
+    chosen, tokenizers = adapters.Chosen(config, None), load_tokenizers(config)
+    (result,) = ask.ask_here(config, chosen, tokenizers, "a context", ["a question"])
     assert clock == ["query", "clock", "query", "clock"]
     assert result["milliseconds"] == 250
     assert {key: result[key] for key in expected} == expected
@@ -219,6 +233,7 @@ def test_a_hosted_model_is_asked_the_same_and_told_the_same(hosted, capsys):
     assert found == {
         "system": "hosted",
         "random_weights": False,
+        "question": "Which animal is meant?",
         "answer": "otter",
         "confidence": None,
         "tokens": 7,
@@ -229,7 +244,7 @@ def test_a_hosted_model_is_asked_the_same_and_told_the_same(hosted, capsys):
         "on": "http://host/v1",
         "span": [36, 41],
     }
-    assert lines[1].startswith("characters 36 to 41 of the context; 500 ms, hosted")
+    assert lines[2].startswith("characters 36 to 41 of the context; 500 ms, hosted")
 
 
 def test_a_hosted_models_context_is_cut_as_others_are(hosted, capsys, answering_base):
@@ -237,7 +252,7 @@ def test_a_hosted_models_context_is_cut_as_others_are(hosted, capsys, answering_
     window = ["window.context=40", "window.stride=40"]
     lines, found = asked(capsys, file, *window, "--context", NOTE * 3, "--question", "Which?")
     assert found["context_cut"]
-    assert "first 40 tokens" in lines[1]
+    assert "first 40 tokens" in lines[2]
     tokens = load_tokenizer(str(answering_base))(prompts[0].partition("\n\n")[0]).input_ids
     assert 36 < len(tokens) <= 40
 
@@ -247,9 +262,9 @@ def test_what_is_not_said_comes_from_the_environment(answering_config, capsys, m
     monkeypatch.setattr(
         ask,
         "ask_here",
-        lambda config, chosen, *texts: (
+        lambda config, chosen, tokenizers, *texts: (
             seen.append(texts)
-            or {"answer": "", "confidence": None, "context_cut": False, "milliseconds": 0.0, "on": ""}
+            or [{"answer": "", "confidence": None, "context_cut": False, "milliseconds": 0.0, "on": ""}]
         ),
     )
     monkeypatch.setenv("CONTEXT", " a context ")
@@ -257,7 +272,7 @@ def test_what_is_not_said_comes_from_the_environment(answering_config, capsys, m
     monkeypatch.setattr(ask.sys, "stdin", io.StringIO("neither"))
     asked(capsys, answering_config, "lora=null")
     asked(capsys, answering_config, "lora=null", "--question", "another")
-    assert seen == [("a context", "a question"), ("a context", "another")]
+    assert seen == [("a context", ["a question"]), ("a context", ["another"])]
     with pytest.raises(UserError, match=r"prompt\.earlier: a single question has no earlier ones"):
         ask.main([str(answering_config), "lora=null", "prompt.earlier=true"])
 
@@ -269,16 +284,16 @@ def test_the_question_is_the_last_line_of_stdin_and_nothing_need_be_in_the_envir
     monkeypatch.setattr(
         ask,
         "ask_here",
-        lambda config, chosen, *texts: (
+        lambda config, chosen, tokenizers, *texts: (
             seen.append(texts)
-            or {"answer": "Zürich", "confidence": None, "context_cut": False, "milliseconds": 0.0, "on": ""}
+            or [{"answer": "Zürich", "confidence": None, "context_cut": False, "milliseconds": 0.0, "on": ""}]
         ),
     )
     monkeypatch.delenv("CONTEXT", raising=False)
     monkeypatch.delenv("QUESTION", raising=False)
     monkeypatch.setattr(ask.sys, "stdin", io.StringIO("One line of Zürich.\nAnother.\n\n Which? \n\n"))
     ask.main([str(answering_config), "lora=null"])
-    assert seen == [("One line of Zürich.\nAnother.", "Which?")]
+    assert seen == [("One line of Zürich.\nAnother.", ["Which?"])]
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "Zürich"
     assert '"answer": "Zürich"' in out[-1]
@@ -299,13 +314,110 @@ def test_a_terminal_is_told_how_to_end(monkeypatch, capsys):
             return True
 
     monkeypatch.setattr(ask.sys, "stdin", Typed("a context\nq?"))
-    assert ask.given_texts("", "") == ("a context", "q?")
+    assert texts() == ("a context", ["q?"])
     assert capsys.readouterr().err == "context, then the question on the last line; end with Ctrl-D:\n"
-    assert ask.given_texts("c", "q") == ("c", "q")
+    assert texts("--context", "c", "--question", "q") == ("c", ["q"])
     assert capsys.readouterr().err == ""
+    monkeypatch.setattr(ask.sys, "stdin", Typed("a context"))
+    assert texts("--question", "q") == ("a context", ["q"])
+    assert capsys.readouterr().err == "the context; end with Ctrl-D:\n"
+    monkeypatch.setattr(ask.sys, "stdin", Typed("one?\n\n two?\n"))
+    context, questions = texts("--context", "c")
+    assert (context, next(questions)) == ("c", "one?"), "asked for one by one"
+    assert list(questions) == ["two?"]
+    assert capsys.readouterr().err == "question (Ctrl-D ends): " * 4 + "\n"
 
 
 def test_stdin_that_is_no_text_is_refused(monkeypatch):
     monkeypatch.setattr(ask.sys, "stdin", SimpleNamespace(isatty=lambda: False, read=lambda: b"\xff".decode()))
     with pytest.raises(UserError, match="stdin must be UTF-8 text"):
-        ask.given_texts("", "")
+        texts()
+
+
+# ---- many questions about one text -----------------------------------------------------------------------------------
+
+
+def test_questions_come_from_a_file_and_the_context_too(tmp_path, monkeypatch):
+    notes, questions = tmp_path / "notes.txt", tmp_path / "asked.txt"
+    notes.write_text("\ufeffFirst line.\nSecond.\n")
+    questions.write_text("One?\n\n  Two? \n")
+    expected = ("First line.\nSecond.", ["One?", "Two?"])
+    assert texts("--context-file", str(notes), "--questions", str(questions)) == expected
+    monkeypatch.setenv("CONTEXT_FILE", str(notes))
+    monkeypatch.setenv("QUESTIONS", str(questions))
+    assert texts() == expected
+    with pytest.raises(UserError, match="CONTEXT and CONTEXT_FILE: give one of the two"):
+        texts("--context", "c")
+    with pytest.raises(UserError, match="QUESTION and QUESTIONS: give one of the two"):
+        texts("--question", "q")
+    with pytest.raises(UserError, match=r"absent\.txt: no such file"):
+        texts("--questions", str(tmp_path / "absent.txt"))
+    notes.write_bytes("Zürich".encode("latin-1"))
+    with pytest.raises(UserError, match=r"notes\.txt: byte 1 \(0xfc\) is not UTF-8"):
+        texts("--questions", str(questions))
+
+
+def test_lines_of_stdin_are_questions_where_the_context_is_given(monkeypatch):
+    monkeypatch.setattr(ask.sys, "stdin", io.StringIO("One?\n\nTwo?\n"))
+    assert texts("--context", "c") == ("c", ["One?", "Two?"])
+    monkeypatch.setattr(ask.sys, "stdin", io.StringIO(" \n"))
+    with pytest.raises(UserError, match="no question: make ask"):
+        texts("--context", "c")
+
+
+@pytest.mark.parametrize(("context", "question"), [("?! …", "Which?"), ("a context", "??")])
+def test_a_text_without_a_word_is_refused(context, question):
+    with pytest.raises(UserError, match="no word is in"):
+        texts("--context", context, "--question", question)
+
+
+def test_a_question_longer_than_its_window_is_refused_before_anything_is_loaded(answering_config, monkeypatch, capsys):
+    monkeypatch.setattr(ask, "load_system", lambda *_: pytest.fail("too early"))
+    long = "Which otter is it, " * 20 + "then?"
+    with pytest.raises(UserError, match=r'^"Which otter is it.*…" takes more than the 64 tokens of window\.question'):
+        ask.main([str(answering_config), "lora=null", "--context", NOTE, "--question", long])
+    config = load(str(answering_config), ["lora=null"])
+    typed = iter([PLACE, long, "Which animal is meant?"])
+    assert list(ask.checked(typed, config, load_tokenizers(config))) == [PLACE, "Which animal is meant?"]
+    assert capsys.readouterr().err.startswith('error: "Which otter')
+
+
+@pytest.mark.parametrize("spans", ["false", "true"])
+def test_the_context_is_read_once_and_answers_are_as_if_it_were_not(answering_config, capsys, monkeypatch, spans):
+    """The first answer is timed from nothing; from the second question on a pass has the question's tokens alone."""
+    read, forward = [], single.Single._forward
+    monkeypatch.setattr(
+        single.Single, "_forward", lambda self, new, *rest: read.append(len(new)) or forward(self, new, *rest)
+    )
+    words = [str(answering_config), "lora=null", f"decode.spans={spans}", "--context", NOTE]
+    questions = [PLACE, "Which animal is meant?", "Which tool is meant?"]
+    alone, sizes = [], []
+    for question in questions:
+        ask.main([*words, "--question", question])
+        alone.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+        sizes.append(read[0])
+        assert read.count(read[0]) == 2, "the first answer is not timed, the second reads the whole prompt too"
+        read.clear()
+    monkeypatch.setattr(ask.sys, "stdin", io.StringIO("\n".join(questions)))
+    ask.main(words)
+    together = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [found["answer"] for found in together] == [found["answer"] for found in alone]
+    for found, other in zip(together, alone, strict=True):
+        assert found["confidence"] == pytest.approx(other["confidence"], rel=1e-4)
+    assert [n for n in read if n > 20] == [sizes[0]] * 2, "of the other questions their own tokens alone are read"
+
+
+@pytest.mark.parametrize(
+    ("context", "span", "shown"),
+    [
+        ("One. The otter swims. Two.", (9, 14), "The »otter« swims."),
+        ("The otter", (0, 3), "»The« otter"),
+        ("A line\nan otter\nanother", (10, 15), "an »otter«"),
+        ("It is 3.5 m, or 2! So", (6, 9), "It is »3.5« m, or 2!"),
+        ("Yes! No. Both.", (5, 13), "»No. Both«."),
+    ],
+)
+def test_an_answer_is_marked_in_its_sentence(context, span, shown, monkeypatch):
+    assert ask.in_sentence(context, span) == shown
+    monkeypatch.setattr(ask.sys.stdout, "isatty", lambda: True, raising=False)
+    assert ask.in_sentence(context, span) == shown.replace("»", "\033[1m").replace("«", "\033[0m")
