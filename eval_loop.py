@@ -19,8 +19,8 @@ from common.arguments import parse
 from common.config import Config
 from common.data import cache, squad
 from common.data.tokens import holds_special
-from common.data.trees import prompt_texts
-from common.decode import hosted, predict
+from common.data.trees import parts_read, prompt_texts
+from common.decode import hosted, predict, snap
 from common.decode.answers import Prediction, stop_tokens
 from common.device import describe_device, pick_device
 from common.errors import UserError, one_line_errors
@@ -112,6 +112,7 @@ def main(argv: list[str]) -> None:
         "truncated_share": found.truncated / n,
         "hit_limit_share": sum(answer.hit_limit for answer in answers.values()) / n,
         "empty_share": sum(not answer.text for answer in answers.values()) / n,
+        "mean_words": sum(len(answer.text.split()) for answer in answers.values()) / n,
         "seconds": round(found.seconds, 2) if found.seconds else None,
         "questions_per_s": round(n / found.seconds, 2) if found.seconds else None,
         **found.result,
@@ -201,6 +202,9 @@ def answer_hosted(config: Config, dev: squad.Dataset, run: Path | None, replay: 
     }
     made_by = {"engine": "api", **sources(None, tokenizers)}
     answers = {id_: Prediction(id_, r.text, [], None, r.hit_limit) for id_, r in replies.items()}
+    if config.decode.snap:
+        read = parts_read(dev.examples, tokenizers.window, config.window, config.prompt)
+        answers = {id_: snap.of(answer, read[id_]) for id_, answer in answers.items()}
     device, folder_or_none = {"name": config.api.url}, None if replay else folder
     notes = hosted.notes(client, dict(prompts), replies)
     return Answered(answers, counts["truncated"], seconds, device, made_by, result, folder_or_none, notes)

@@ -193,10 +193,14 @@ class Decode:  # what an answer may be; every other choice than these defaults m
     spans: bool = later(False)  # only what stands in the context that was read, by construction
     whole_words: bool = later(False)  # with spans: from the beginning of a word to the end of one
     max_tokens: int | None = later(None)  # of an answer, where fewer than window.answer; 1 to a million
+    stop: Literal["line", "eos"] = later("line")  # an answer ends at a line break too, or at EOS alone
+    snap: bool = later(False)  # afterwards: an answer becomes the span of the context that is most like it
 
     def __post_init__(self) -> None:
         between(self, max_tokens=(1, 10**6))
         need(self.spans or not self.whole_words, "whole_words", "needs decode.spans=true")
+        need(not self.spans or self.stop == "line", "stop", "with decode.spans a line break is text like any other")
+        need(not self.spans or not self.snap, "snap", "with decode.spans every answer is a span already")
 
 
 @dataclass(frozen=True)
@@ -285,7 +289,11 @@ class Config:
             self.api is None or self.window.tokenizer is not None, "window.tokenizer", "an api needs one to cut text by"
         )
         need(self.api is None or self.window.overflow == "truncate", "window.overflow", "an api reads one window")
-        need(self.api is None or not self.decode.spans, "decode.spans", "a hosted model chooses its tokens itself")
+        hosted, decode = self.api is not None, self.decode
+        need(
+            not hosted or not decode.spans, "decode.spans", "a hosted model chooses its tokens itself; decode.snap can"
+        )
+        need(not hosted or decode.stop == "line", "decode.stop", "a hosted model is asked to stop at a line break")
         asked = self.prompt
         need(not asked.earlier or self.window.overflow == "truncate", "prompt.earlier", "reads one window: truncate")
         plain = not (asked.chat or asked.shots or asked.earlier or asked.before)

@@ -27,9 +27,9 @@ from common.data import prompt
 from common.data.prompt import QUESTION
 from common.data.squad import Example
 from common.data.tokens import Span, Tokenizers
-from common.data.trees import prompt_texts
+from common.data.trees import parts_read, prompt_texts
 from common.data.window import fit
-from common.decode import hosted, single
+from common.decode import hosted, single, snap
 from common.decode.answers import stop_tokens
 from common.device import describe_device, out_of_memory, pick_device
 from common.errors import UserError, one_line_errors
@@ -104,11 +104,16 @@ def ask_api(config: Config, tokenizers: Tokenizers, context: str, questions: Ite
         client = hosted.Client(config, Path(folder) / "transcript.jsonl", count=hosted.counter(tokenizers.window))
         for question in checked(questions, config, tokenizers):
             example = Example("asked", "", context, question, ())
-            ((_, text),), counts = prompt_texts([example], tokenizers.window, config.window, config.prompt)
-            reply = client.ask(text)
-            for note in hosted.notes(client, {example.id: text}, {example.id: reply}):
+            ((_, asked),), counts = prompt_texts([example], tokenizers.window, config.window, config.prompt)
+            reply = client.ask(asked)
+            for note in hosted.notes(client, {example.id: asked}, {example.id: reply}):
                 print(note)
-            result = {"system": config.system, "random_weights": False, "question": question, "answer": reply.text}
+            text, span = reply.text, None
+            if config.decode.snap:
+                read = parts_read([example], tokenizers.window, config.window, config.prompt)
+                text, span = snap.nearest(read[example.id], text) or (text, None)
+            result = {"system": config.system, "random_weights": False, "question": question}
+            result |= {"answer": text, "span": span}
             result |= {"confidence": None, "tokens": reply.written, "windows": 1}
             result |= {"ended_by_itself": not reply.hit_limit, "context_cut": bool(counts["truncated"])}
             yield result | {"milliseconds": 1000 * reply.total, "on": config.api.url}

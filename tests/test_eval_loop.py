@@ -105,6 +105,7 @@ def test_every_figure_of_the_result(scored):
         "truncated_share": 0.25,
         "hit_limit_share": 0.375,
         "empty_share": 0.125,
+        "mean_words": 1.5,
         "seconds": 3.14,
         "questions_per_s": 2.55,
         "adapter": None,
@@ -686,6 +687,14 @@ def test_a_hosted_model_is_asked_once_for_each_question_and_paid_by_its_tokens(
     result = last_json(capsys)
     eval_loop.main(["api8b", *words, "--replay", result["run"]])
     again = last_json(capsys)
+    eval_loop.main(["api8b", *words, "decode.snap=true", "--replay", result["run"]])
+    snapped = [
+        json.loads(line) for line in (Path(last_json(capsys)["run"]) / "questions.jsonl").read_text().splitlines()
+    ]
+    contexts = {e.id: e.context for e in squad.load(load("api8b", words).data, "dev").examples}
+    spans = [row for row in snapped if "span" in row]
+    assert spans
+    assert all(contexts[row["id"]][slice(*row["span"])] == row["text"] for row in spans)
     host.shutdown()
     assert len(host.answered) == len(set(host.answered)) == 12
     assert (result["n"], result["requests"], result["tokens_read"], result["tokens_written"]) == (12, 12, 1200, 36)

@@ -101,6 +101,8 @@ EVALUATION = [
     ("decode.spans", "true", "", "decoding answers logprob"),
     ("decode.whole_words", "true", "decode.spans=true", "decoding answers logprob"),
     ("decode.max_tokens", "1", "", "decoding answers logprob"),
+    ("decode.stop", "eos", "", "decoding"),  # this model says nothing behind a line break: test_predict
+    ("decode.snap", "true", "", "decoding answers"),
     ("eval.engine", "plain", "", "engine"),
     ("eval.memory_budget_gib", "3", "", ""),
     ("eval.pass_tokens", "64", "", ""),

@@ -125,6 +125,16 @@ def prompt_texts(
     return [(row.id, row.prompt) for row in rows], dict(counts)
 
 
+def parts_read(
+    examples: Iterable[Example], tokenizer: Tokenizer, window: Window, options: Prompt = Prompt()
+) -> dict[str, list[tuple[str, int]]]:
+    """By question: what is read of its context, part by part, and the characters of the context before each."""
+    read: dict[str, list[tuple[str, int]]] = {}
+    for row in rows_of(list(examples), tokenizer, window, options, False, Counter()):
+        read.setdefault(row.id, []).append((row.context, row.offset))
+    return read
+
+
 def tree_of(branches: list[Branch], context: str = "") -> Tree:
     """The tree of branches that hold whole prompts: their longest common prefix, less a prompt's last token."""
     low, high = min(b.prompt_ids for b in branches), max(b.prompt_ids for b in branches)

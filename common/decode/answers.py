@@ -62,6 +62,7 @@ class Task(NamedTuple):
     forced: Mapping[str, Ids]
     round: str  # the name of this evaluation (`ranks.take`), the same on all ranks
     quotes: Callable[[Tree], Automaton | None] = lambda tree: None  # what answers may be, where they are quotes
+    decode: Decode = Decode()
 
 
 def stop_tokens(
@@ -69,11 +70,11 @@ def stop_tokens(
 ) -> list[int]:
     """EOS of the tokenizer and of the model's generation settings, and tokens with a line break; ascending.
 
-    In quotes a line break is text like any other.
+    In quotes a line break is text like any other, and so it is with `decode.stop=eos`.
     """
     settings = causal_of(model).generation_config if model else None
     ends = eos_ids(tokenizer.eos_token_id, settings)
-    return sorted(ends if options.spans else {*ends, *_line_breaks(tokenizer)})
+    return sorted(ends if options.spans or options.stop == "eos" else {*ends, *_line_breaks(tokenizer)})
 
 
 @functools.lru_cache(maxsize=4)
@@ -101,6 +102,7 @@ def to_prediction(
     branch: Branch,
     answer: Generation,
     stop_tokens: Collection[int],
+    decode: Decode = Decode(),
     quotes: Automaton | None = None,
     ties: bool = False,
 ) -> Prediction:
@@ -111,10 +113,11 @@ def to_prediction(
         text, (start, stop) = quotes.quote(ids if hit_limit else ids[:-1])
         span = start + branch.offset, stop + branch.offset
     else:
-        text = to_text(tokenizer, ids)
+        text = to_text(tokenizer, ids, whole=decode.stop == "eos")
     return Prediction(branch.id, text, ids, answer.logprob, hit_limit, answer.ties if ties else None, span)
 
 
-def to_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """The answer's first line, without special tokens and surrounding space."""
-    return tokenizer.decode(token_ids, skip_special_tokens=True).partition("\n")[0].strip()
+def to_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], whole: bool = False) -> str:
+    """The answer's first line, or the `whole` of it, without special tokens and surrounding space."""
+    text = tokenizer.decode(token_ids, skip_special_tokens=True)
+    return (text if whole else text.partition("\n")[0]).strip()

@@ -67,7 +67,7 @@ def answer_packs(model: Model, trees: Sequence[Tree], task: Task) -> Iterator[Pr
                     found[number].token_ids.append(token)
                     found[number].logprob += logprob
             for (branch, quotes), answer in zip(asked, found, strict=True):
-                yield to_prediction(task.tokenizer, branch, answer, task.stop_tokens, quotes)
+                yield to_prediction(task.tokenizer, branch, answer, task.stop_tokens, task.decode, quotes)
 
 
 class Plain:

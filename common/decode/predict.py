@@ -17,7 +17,7 @@ from common.data.squad import Example
 from common.data.tokens import Ids, Tokenizers
 from common.data.trees import Tree, build_trees
 from common.data.window import answer_limit
-from common.decode import batched, chunks, first_use, plain, spans
+from common.decode import batched, chunks, first_use, plain, snap, spans
 from common.decode.answers import Prediction, Task, need_finite, stop_tokens, to_prediction
 from common.decode.forward import Decoder
 from common.device import out_of_memory
@@ -69,9 +69,9 @@ def answer_trees(
     """Answers by id to the questions of `trees`, or to this rank's part of them. The model's mode is restored.
 
     Several ranks take trees from the same sequence as they go. Of a question that was read in several windows
-    (`overflow: chunk`) the most probable answer is kept. `check`, `forced` and `round_`: as in `Task`; of `decode`
-    whether answers are quotes. Raises `UserError` where the prompts do not fit the model's positions, memory is too
-    little, logits are not finite, or a context has no word and answers are quotes.
+    (`overflow: chunk`) the most probable answer is kept. `check`, `forced`, `round_` and `decode`: as in `Task`. Raises
+    `UserError` where the prompts do not fit the model's positions, memory is too little, logits are not finite, or a
+    context has no word and answers are quotes.
     """
     longest = max((tree.longest for tree in trees), default=0)
     check_positions(model, longest, max_new_tokens)
@@ -79,9 +79,8 @@ def answer_trees(
     if decode.spans:
         spans.need_words(trees)
     quotes = quotes_of(model, tokenizer, decode)
-    task = Task(
-        tokenizer, stops, max_new_tokens, options, check, forced or {}, round_, lambda tree: quotes(tree.context)
-    )
+    settings = tokenizer, stops, max_new_tokens, options, check, forced or {}, round_
+    task = Task(*settings, lambda tree: quotes(tree.context), decode)
     engine = plain.answer_packs if engine_of(model, options) == "plain" else _answer_batched
     total = sum(len(tree.branches) for tree in trees) if ranks.count() == 1 else None  # a rank's share is not known
     kind = QuestionBar if progress == DECODE else tqdm  # a training's own forecast covers its evaluations
@@ -89,9 +88,19 @@ def answer_trees(
     training = model.training
     model.eval()
     try:
-        return chunks.merge(_finite(bar, model.dtype))
+        found = chunks.merge(_finite(bar, model.dtype))
     finally:
         model.train(training)
+    return snapped(found, trees) if decode.snap else found
+
+
+def snapped(found: dict[str, Prediction], trees: Iterable[Tree]) -> dict[str, Prediction]:
+    """The answers as the spans that are most like them, of what was read; those with no word of it stay."""
+    windows: dict[str, list[tuple[str, int]]] = {}
+    for tree in trees:
+        for branch in tree.branches:
+            windows.setdefault(branch.id, []).append((tree.context, branch.offset))
+    return {id_: snap.of(answer, windows[id_]) for id_, answer in found.items()}
 
 
 def _finite(answers: Iterable[Prediction], dtype: torch.dtype) -> Iterator[Prediction]:
@@ -183,7 +192,7 @@ def _answer_stream(
             todo = _noted(itertools.chain(missing, source), taken)
             for a in batched.answers(decoder, todo, task, sizes.pass_tokens):
                 answered.add(id(a.branch))
-                yield to_prediction(task.tokenizer, a.branch, a, task.stop_tokens, a.quotes, ties=True)
+                yield to_prediction(task.tokenizer, a.branch, a, task.stop_tokens, task.decode, a.quotes, ties=True)
             return sizes
         except torch.OutOfMemoryError:
             if sizes == sizes.half():

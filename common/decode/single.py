@@ -176,7 +176,9 @@ def ask(
         found.append((answer, tree.branches[0], quotes))
     found.sort(key=lambda one: chunks.by_probability(one[0]), reverse=True)
     best, branch, quotes = found[0]
-    prediction = to_prediction(tokenizers.own, branch, best, engine.stop_tokens, quotes)
+    prediction = to_prediction(tokenizers.own, branch, best, engine.stop_tokens, config.decode, quotes)
+    if config.decode.snap:
+        (prediction,) = predict.snapped({branch.id: prediction}, built.trees).values()
     return prediction, [answer for answer, _, _ in found], bool(built.counts["truncated"])
 
 

@@ -66,6 +66,7 @@ class EvalResult(Accuracy, Common, total=False):
     truncated_share: float
     hit_limit_share: float
     empty_share: float  # answers without text
+    mean_words: float  # of an answer
     seconds: float | None
     questions_per_s: float | None
     adapter: str | None

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from common.config import Base, Eval, Window
+from common.config import Base, Decode, Eval, Window
 from common.data import plan, squad
 from common.data.squad import Example
 from common.data.trees import Branch, Tree, build_trees
 from common.decode import forward, plain, predict
-from common.decode.answers import Prediction, gold_ids, stop_tokens, to_text
+from common.decode.answers import Generation, Prediction, gold_ids, stop_tokens, to_prediction, to_text
 from common.decode.chunks import merge
 from common.decode.predict import answer_trees, check_positions
 from common.errors import UserError
@@ -165,6 +165,17 @@ def test_stops_are_eos_and_every_token_with_a_line_break(tiny_base):
     assert tokenizer.eos_token_id in stops
     assert set(tokenizer("\n", add_special_tokens=False).input_ids) <= set(stops)
     assert not set(tokenizer(" plain words", add_special_tokens=False).input_ids) & set(stops)
+
+
+def test_line_breaks_end_no_answer_that_ends_at_eos_alone(tiny_base):
+    tokenizer = load_tokenizer(str(tiny_base))
+    assert stop_tokens(tokenizer, None, Decode(stop="eos")) == [tokenizer.eos_token_id]
+    ids = tokenizer(" an answer \nmore", add_special_tokens=False).input_ids
+    whole, line = (
+        to_prediction(tokenizer, Branch("q", [5], []), Generation([*ids, 1]), [1], Decode(stop=stop)).text
+        for stop in ("eos", "line")
+    )
+    assert (whole, line) == ("an answer \nmore", "an answer")
 
 
 def test_text_is_the_first_line_without_special_tokens(tiny_base):
