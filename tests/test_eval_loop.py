@@ -670,6 +670,23 @@ def test_an_untrained_system_says_how_to_train_it(config_file):
         eval_loop.main([str(config_file), LORA])
 
 
+def test_a_hosted_models_answers_are_snapped_to_what_was_read(tmp_path, tiny_base, dev_file, monkeypatch, capsys):
+    """The host says a prompt's last word, which by this template is the context's."""
+    monkeypatch.setenv("API_KEY", KEY)
+    host = Host()
+    words = [f"api.url={host.url}", f"data.dev={dev_file}", f"window.tokenizer={tiny_base}", f"runs={tmp_path / 'r'}"]
+    words += ["decode.snap=true", 'prompt.template="{question} {context}"']
+    eval_loop.main(["api8b", *words])
+    host.shutdown()
+    run = Path(last_json(capsys)["run"])
+    rows = [json.loads(line) for line in (run / "questions.jsonl").read_text().splitlines()]
+    contexts = {e.id: e.context for e in squad.load(load("api8b", words).data, "dev").examples}
+    assert len(rows) == 12
+    for row in rows:
+        assert row["text"] == contexts[row["id"]].split()[-1] == contexts[row["id"]][slice(*row["span"])]
+    assert json.loads((run / "record.json").read_text())["must_match"]["decoding"] == {"snap": True}
+
+
 def test_a_hosted_model_is_asked_once_for_each_question_and_paid_by_its_tokens(
     tmp_path, tiny_base, dev_file, monkeypatch, capsys
 ):
@@ -687,14 +704,6 @@ def test_a_hosted_model_is_asked_once_for_each_question_and_paid_by_its_tokens(
     result = last_json(capsys)
     eval_loop.main(["api8b", *words, "--replay", result["run"]])
     again = last_json(capsys)
-    eval_loop.main(["api8b", *words, "decode.snap=true", "--replay", result["run"]])
-    snapped = [
-        json.loads(line) for line in (Path(last_json(capsys)["run"]) / "questions.jsonl").read_text().splitlines()
-    ]
-    contexts = {e.id: e.context for e in squad.load(load("api8b", words).data, "dev").examples}
-    spans = [row for row in snapped if "span" in row]
-    assert spans
-    assert all(contexts[row["id"]][slice(*row["span"])] == row["text"] for row in spans)
     host.shutdown()
     assert len(host.answered) == len(set(host.answered)) == 12
     assert (result["n"], result["requests"], result["tokens_read"], result["tokens_written"]) == (12, 12, 1200, 36)
