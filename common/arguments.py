@@ -1,9 +1,10 @@
 """The command lines of the scripts that take MODEL and `key=value` overrides. Imports no torch."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
-from common.config import Config, load
+from common.config import Config, Decode, load
 from common.config_file import given_keys
 from common.parser import Parser
 
@@ -23,6 +24,8 @@ def parse(script: str, argv: list[str]) -> tuple[Config, argparse.Namespace]:
     """
     args = parser(script).parse_intermixed_args(argv)
     config = load(args.model, args.overrides)
+    if script == "train_loop":
+        config = replace(config, decode=Decode())
     args.given = given_keys(args.overrides)
     return config, args
 

@@ -189,7 +189,7 @@ class EarlyStop:
 
 
 @dataclass(frozen=True)
-class Decode:  # what an answer may be; every other choice than these defaults makes another row of a table
+class Decode:  # what an answer may be, in evaluations, timings and questions; a training evaluates freely
     spans: bool = later(False)  # only what stands in the context that was read, by construction
     whole_words: bool = later(False)  # with spans: from the beginning of a word to the end of one
     max_tokens: int | None = later(None)  # of an answer, where fewer than window.answer; 1 to a million
@@ -328,6 +328,7 @@ class Config:
         if self.train.memory_budget_gib == "auto" and (kind != "train" or self.lora is None):
             decides["train"]["memory_budget_gib"] = None  # the default of before, and nothing depends on it
         if kind == "train":
+            decides.pop("decode", None)
             decides["train"] = apart_from_memory(decides["train"])
             for key in ("memory_budget_gib", "pass_tokens", "parts"):
                 del decides["eval"][key]

@@ -236,6 +236,38 @@ def mistake_rows(scored: Sequence[Line], tables: Sequence[error_analysis.Mistake
     return [(name, *(column[name] for column in columns)) for name in columns[0]]
 
 
+def decoded_as(r: Record) -> str:
+    """How answers were decoded, as overrides; "" where freely."""
+    return " ".join(f"decode.{key}={json.dumps(value)}" for key, value in r["must_match"].get("decoding", {}).items())
+
+
+def lengths(lines: Sequence[tuple[Line, error_analysis.Mistakes | None]]) -> Section | None:
+    """A table of lines of the same data that were decoded in several ways, and verdicts on each against free ones."""
+    ways = {decoded_as(line.evaluations[0]) for line, _ in lines}
+    if len(ways) < 2:
+        return None
+    rows, free = [], {line.name: line for line, _ in lines if not decoded_as(line.evaluations[0])}
+    for line, wrong in sorted(lines, key=lambda one: (one[0].name, decoded_as(one[0].evaluations[0]))):
+        answers = [row for of_seed in line.rows.values() for row in of_seed.values()]
+        row = {"system": line.name, "decoded": decoded_as(line.evaluations[0]) or "freely", "seeds": line.seeds}
+        row |= {"EM": f"{fmean(line.values('em')):.2f}", "F1": f"{fmean(line.values('f1')):.2f}"}
+        row["words"] = f"{fmean(len(answer['text'].split()) for answer in answers):.1f}"
+        row["cut by the limit"] = f"{fmean(answer['hit_limit'] for answer in answers):.1%}"
+        classes = wrong["by"]["answer"].items() if wrong else ()
+        row |= {f"EM, golds of {name}": f"{100 * right / n:.1f}" for name, (right, n) in classes if n}
+        rows.append(row)
+    columns = max(rows, key=len)
+    tests = [
+        (f"{line.name} {decoded_as(e)} (seed {e['seed']})", f"{line.name} freely", line.rows[e["folder"]], mate)
+        for line, _ in lines
+        if decoded_as(line.evaluations[0]) and line.name in free
+        for e in line.evaluations
+        for mate in [free[line.name].rows[x["folder"]] for x in free[line.name].evaluations if x["seed"] == e["seed"]]
+    ]
+    table = [list(columns), *([row.get(name, "–") for name in columns] for row in rows)]
+    return {"table": table, "sentences": [str(test) for test in compare(tests)]}
+
+
 def draw(lines: Sequence[Line], trainings: Sequence[Record]) -> dict[str, str]:
     """Title → SVG of the plots that these records have figures for."""
     names = [line.name for line in lines]
@@ -340,6 +372,7 @@ def main(argv: list[str]) -> None:
     # ---- one part for each group, the freshest last ----------------------------------------------------------------
     parts: list[Section] = []  # what the templates show
     out: list[Section] = []  # what the last line says
+    decoded: dict[str, list[tuple[Line, error_analysis.Mistakes | None]]] = {}  # by all that must match but decoding
     above: Record | None = None
     newest = {key: max(r["created"] for kinds in g.values() for r in kinds.values()) for key, g in groups.items()}
     for key in sorted(groups, key=lambda key: (newest[key], key)):
@@ -350,8 +383,8 @@ def main(argv: list[str]) -> None:
         must, window = shown[0]["must_match"], shown[0]["must_match"]["window"]
         same = f"data {must['data'][:12]}, prompt {must['prompt']}, scorer {must['scorer']}, window "
         same += f"{window['context']}+{window['question']}+{window['answer']} tokens"
-        decoding = ", ".join(f"decode.{key}={json.dumps(value)}" for key, value in must.get("decoding", {}).items())
-        same += f", decoded with {decoding}" if decoding else ""
+        decoding = decoded_as(shown[0])
+        same += f", {decoding}" if decoding else ""
         if above:
             same += f"; not comparable with the table above: {', '.join(record.mismatch(above, shown[0]))}"
         above = shown[0]
@@ -360,7 +393,7 @@ def main(argv: list[str]) -> None:
         tests, wrong = compare(pairs(scored)), mistaken(scored) if scored else []
         part: Section = {
             "title": f"{above['may_differ']['data_source']}, {must['questions']} questions"
-            + (decoding and f", {decoding}"),
+            + f", {decoding}".rstrip(", "),
             "same": same,
             "table": [columns, *(row.values() for row in rows)],
             "sentences": [*(text for line in scored for text in seeds(line)), *map(str, tests)],
@@ -368,13 +401,18 @@ def main(argv: list[str]) -> None:
             "plots": draw(lines, trainings),
             "provenance": [("run", "made", "code", "with", "again"), *map(provenance, (*trainings, *shown))],
         }
+        alike = json.dumps({**must, "decoding": None}, sort_keys=True)
+        decoded.setdefault(alike, []).extend((line, wrong[i] if wrong else None) for i, line in enumerate(scored))
         parts.append(part)
         out.append({"must_match": must, "rows": rows, "tests": [asdict(test) for test in tests], "mistakes": wrong})
+
+    by_length = [table for found_lines in decoded.values() if (table := lengths(found_lines))]
 
     # ---- write -----------------------------------------------------------------------------------------------------
     layouts = FileSystemLoader(ROOT / "common" / "metrics")
     pages = Environment(loader=layouts, autoescape=select_autoescape(), trim_blocks=True, keep_trailing_newline=True)
     shows = {"systems": sorted({r["system"] for r in records}), "missing": missing, "parts": parts, "snapshot": before}
+    shows["lengths"] = by_length
     shows["others"] = [list(others[0]), *(row.values() for row in others)] if others else []
     write_text(root / "report.html", pages.get_template("page.html").render(shows))
     write_text(root / "report.md", pages.get_template("page.md").render(shows, table=markdown_table))
@@ -384,9 +422,11 @@ def main(argv: list[str]) -> None:
         for row in part["table"]:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         print("\n".join([*part["sentences"], ""]))
+    for table in by_length:
+        print("\n".join([*map(" | ".join, table["table"]), *table["sentences"], ""]))
     apart = [f"runs that are not in the tables, listed below them in the report: {len(others)}"] if others else []
     print("\n".join([*missing, *apart, f"{root}/report.md, {root}/report.html"]))
-    last = {"report": str(root / "report.html"), "groups": out, "others": others}
+    last = {"report": str(root / "report.html"), "groups": out, "lengths": by_length, "others": others}
     print(json.dumps(last, ensure_ascii=False))
 
 

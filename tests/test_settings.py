@@ -15,6 +15,7 @@ import pytest
 EVERY = (None, "train", "eval", "bench")
 COMES_AFTER = (None, "bench")  # what only a timing reads
 NOT_TRAIN = (None, "eval", "bench")  # memory that a training goes on with
+ASKED = (None, "eval", "bench")  # how answers are decoded; a training evaluates freely
 NONE = ()
 
 # key: (another value, the kinds of run whose hash it changes, the adapter that answers where only this differs)
@@ -64,11 +65,11 @@ KEYS = {
     "prompt.earlier": ("true", EVERY, None),
     "prompt.before": ("before", EVERY, None),
     "prompt.template": ('"{context} {question}"', EVERY, "refused"),
-    "decode.spans": ("true", EVERY, "newest"),
-    "decode.whole_words": ("true", EVERY, None),
-    "decode.max_tokens": ("9", EVERY, "newest"),
-    "decode.stop": ("eos", EVERY, "newest"),
-    "decode.snap": ("true", EVERY, "newest"),
+    "decode.spans": ("true", ASKED, "newest"),
+    "decode.whole_words": ("true", ASKED, None),
+    "decode.max_tokens": ("9", ASKED, "newest"),
+    "decode.stop": ("eos", ASKED, "newest"),
+    "decode.snap": ("true", ASKED, "newest"),
     "train.lr": ("9", EVERY, "after"),
     "train.epochs": ("9", EVERY, "after"),
     "train.questions_per_step": ("9", EVERY, "after"),

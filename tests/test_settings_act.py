@@ -70,6 +70,7 @@ TRAINING = [  # key, another value, beside what else, what changes
     ("early_stop.split", "heldout", "", "order tokens loss norm weights window asked"),
     ("early_stop.heldout_share", "0.5", HELDOUT, "order tokens loss norm weights window asked"),
     ("early_stop.questions", "13", "", "asked"),
+    ("decode.max_tokens", "1", "", ""),
     ("eval.engine", "plain", "", ""),
     ("eval.memory_budget_gib", "3", "", ""),
     ("eval.pass_tokens", "64", "", ""),

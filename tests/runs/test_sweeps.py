@@ -202,7 +202,7 @@ def test_a_sweep_is_found_by_name_or_path(tmp_path):
         (tmp_path / name).touch()
         assert sweeps.find(str(tmp_path / name)) == tmp_path / name
     for name in ("sedes", str(tmp_path / "absent.yaml")):
-        with pytest.raises(UserError, match="known: orders, recipe, revalidate, seeds"):
+        with pytest.raises(UserError, match="known: lengths, orders, recipe, revalidate, seeds"):
             sweeps.find(name)
 
 

@@ -802,6 +802,35 @@ def test_tables_that_are_not_comparable_say_why_the_freshest_last(hand, capsys):
     assert capsys.readouterr().out.splitlines()[1] == same
 
 
+def test_answers_that_were_decoded_in_several_ways_have_tables_of_their_own_and_one_by_length(hand, capsys):
+    found, page, markdown = made(hand, capsys)
+    assert found["lengths"] == []
+    assert "Answers and their length" not in markdown
+    spans = {"decoding": {"spans": True, "whole_words": True}}
+    rows = dict.fromkeys(("p0", "p1", "p2", "q0"), (1, 1)) | {"q1": (0, 0.5)}
+    texts = ("stone bridge", "canal", "amber canal", "delta", "the ember forest")
+    change = {"words": ("decode.spans=true", "decode.whole_words=true"), "created": "2026-01-03"}
+    answered(hand, "smollm2-raw", rows=rows, texts=texts, must=spans, folder="spans", **change)
+    found, page, markdown = made(hand, capsys)
+    assert len(found["groups"]) == 2
+    (table,) = found["lengths"]
+    golds = ["EM, golds of 1 word", "EM, golds of 2 words"]
+    way = "decode.spans=true decode.whole_words=true"
+    assert table["table"] == [
+        ["system", "decoded", "seeds", "EM", "F1", "words", "cut by the limit", *golds],
+        ["smollm2-qlora", "freely", "0, 1", "60.00", "78.00", "1.4", "0.0%", "100.0", "66.7"],
+        # texts of 3, 0, 2, 1 and 2 words; of the golds canal and delta have one
+        ["smollm2-raw", "freely", "0", "20.00", "35.00", "1.6", "0.0%", "50.0", "0.0"],
+        ["smollm2-raw", way, "0", "80.00", "90.00", "1.8", "0.0%", "100.0", "66.7"],
+    ]
+    (sentence,) = table["sentences"]
+    assert sentence.startswith(f"smollm2-raw {way} (seed 0) and smollm2-raw freely cannot be told apart: +60.00 ")
+    assert piped(table["table"])[-1] in markdown
+    assert f"questions, {way}" in markdown
+    assert table["table"] in page.tables
+    assert sentence in page.items
+
+
 def test_trainings_are_those_of_the_adapters_that_are_shown(hand, capsys):
     stored(hand, "train", "smollm2-qlora", {"em": 1.0}, folder="of-another-adapter")
     _, page, _ = made(hand, capsys)
