@@ -35,7 +35,7 @@ from common.runs.results import BenchResult, Mode, Peak, Process, Query, Section
 import torch
 from tqdm import tqdm
 
-MODES = {"natural": "the answer ends by itself", "fixed": "always window.answer tokens"}
+MODES = {"natural": "the answer ends by itself", "fixed": "always as many tokens as an answer may have"}
 FIXED = 100  # queries of the fixed mode, the first of all: they take long and differ little
 PERCENTILES = (50, 90, 95, 99)
 APART = {"connect": "connecting", "server": "by the host's own clock", "waited": "waiting to try again"}  # of an API

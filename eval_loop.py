@@ -146,7 +146,8 @@ def answer_here(config: Config, dev: squad.Dataset, chosen: adapters.Chosen) -> 
     with ranks.local_first():  # the others read the trees from the cache
         built = cache.build_trees(dev, tokenizers, config.window, config.prompt, train=False)
     gauges.reset_peaks(device)
-    stop_tokens(tokenizers.own, model, config.decode)  # kept: its time is not the decoding's
+    stop_tokens(tokenizers.own, model, config.decode)  # kept, as is the vocabulary: their time is not the decoding's
+    predict.quotes_of(model, tokenizers.own, config.decode)
     began = gauges.now(device)
     answers = predict.by_all_ranks(model, tokenizers, built.trees, config)
     seconds = gauges.now(device) - began

@@ -20,7 +20,7 @@ from typing import TypedDict, final
 
 from benchmarks.child import last_line
 from benchmarks.records import DecodeJob, DecodeResult, DecodeRow, Question, markdown
-from common.config import Config, load
+from common.config import Config, Decode, load
 from common.data import cache, squad
 from common.decode.answers import gold_ids, stop_tokens, to_text
 from common.device import describe_device, pick_device
@@ -65,6 +65,8 @@ def main(argv: list[str]) -> None:
     kinds = args.scripts or (["a", "b", "c"] if config.base.random_weights else ["natural"])
     if config.base.random_weights and "natural" in kinds:
         raise UserError("random weights never end an answer: --scripts a, b or c")
+    if config.decode != Decode():
+        raise UserError("decode: the stacks are compared as they decode freely")
     preflight.check(config)
     with tempfile.TemporaryDirectory(prefix="decode-") as folder:
         job, examples = job_of(config, args, kinds, Path(folder))

@@ -1,6 +1,7 @@
 """The command lines of the scripts that take MODEL and `key=value` overrides. Imports no torch."""
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +25,10 @@ def parse(script: str, argv: list[str]) -> tuple[Config, argparse.Namespace]:
     """
     args = parser(script).parse_intermixed_args(argv)
     config = load(args.model, args.overrides)
-    if script == "train_loop":
-        config = replace(config, decode=Decode())
     args.given = given_keys(args.overrides)
+    if script in ("train_loop", "export") and config.decode != Decode():
+        print("note: decode is of evaluations, timings and questions; answers are decoded freely here", file=sys.stderr)
+        config = replace(config, decode=Decode()) if script == "export" else config
     return config, args
 
 

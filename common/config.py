@@ -191,8 +191,8 @@ class EarlyStop:
 @dataclass(frozen=True)
 class Decode:  # what an answer may be, in evaluations, timings and questions; a training evaluates freely
     spans: bool = later(False)  # only what stands in the context that was read, by construction
-    whole_words: bool = later(False)  # with spans: from the beginning of a word to the end of one
-    max_tokens: int | None = later(None)  # of an answer, where fewer than window.answer; 1 to a million
+    whole_words: bool = later(False)  # with spans: of whole words, as they are read: a window may cut its last one
+    max_tokens: int | None = later(None)  # of an answer, 1 to fewer than window.answer
     stop: Literal["line", "eos"] = later("line")  # an answer ends at a line break too, or at EOS alone
     snap: bool = later(False)  # afterwards: an answer becomes the span of the context that is most like it
 
@@ -290,6 +290,8 @@ class Config:
         )
         need(self.api is None or self.window.overflow == "truncate", "window.overflow", "an api reads one window")
         hosted, decode = self.api is not None, self.decode
+        fewer = (decode.max_tokens or 0) < self.window.answer
+        need(fewer, "decode.max_tokens", f"must be less than window.answer, which is {self.window.answer}")
         need(
             not hosted or not decode.spans, "decode.spans", "a hosted model chooses its tokens itself; decode.snap can"
         )

@@ -7,8 +7,8 @@
 
 What is not given is taken from the environment (CONTEXT or CONTEXT_FILE, QUESTION or QUESTIONS), and else from stdin:
 with a context its lines are questions, for which a terminal is asked one by one; with a question it is the context;
-with neither it is both, the question being the last line that is not empty. The context is read once, and from the
-second question on each takes the time of a branch.
+with neither it is both, the question being the last line that is not empty. With a paragraph-first prompt that fits one
+window, a Llama reads the context once, and from the second question on each takes the time of a branch.
 """
 
 import argparse
@@ -121,7 +121,8 @@ def ask_api(config: Config, tokenizers: Tokenizers, context: str, questions: Ite
 
 
 def need_room(question: str, config: Config, tokenizers: Tokenizers) -> None:
-    """Raises `UserError` for a question that its window would cut."""
+    """Raises `UserError` for a question that its window would cut, or that is none."""
+    need_text(question)
     (room,) = fit([question], QUESTION, config.window.question, tokenizers.window)
     if room < len(question):
         short = question if len(question) <= 60 else f"{question[:60]}…"
@@ -129,7 +130,7 @@ def need_room(question: str, config: Config, tokenizers: Tokenizers) -> None:
 
 
 def checked(questions: Iterable[str], config: Config, tokenizers: Tokenizers) -> Iterator[str]:
-    """The questions that have room; of those that are typed one by one the others are only told."""
+    """The questions that can be asked. What is wrong with another one is printed, and the next is asked."""
     for question in questions:
         try:
             need_room(question, config, tokenizers)
@@ -178,23 +179,31 @@ def given_texts(args: argparse.Namespace) -> tuple[str, list[str] | Iterator[str
 
 
 def one_of(name: str, text: str | None, file_name: str, file: str | None) -> str:
-    """What was typed, or else the environment's, or else what the file holds; "" where there is none."""
-    text = os.environ.get(name, "") if text is None else text
-    file = os.environ.get(file_name, "") if file is None else file
-    if text.strip() and file:
+    """What was typed, or what the typed file holds; else the same of the environment; "" where there is none."""
+    if text is None and file is None:
+        text, file = os.environ.get(name, ""), os.environ.get(file_name, "")
+    if text and text.strip() and file:
         raise UserError(f"{name} and {file_name}: give one of the two")
-    return (read_text(Path(file)) if file else text).strip()
+    if not file:
+        return (text or "").strip()
+    if not (found := read_text(Path(file)).strip()):
+        raise UserError(f"{file}: it holds no text")
+    return found
 
 
 def typed_lines() -> Iterator[str]:
     """Questions as they are typed, until Ctrl-D."""
     while True:
         print("question (Ctrl-D ends): ", end="", file=sys.stderr, flush=True)
-        if not (line := sys.stdin.readline()):
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise UserError("stdin must be UTF-8 text") from error
+        if not line:
             print(file=sys.stderr)
             return
         if line.strip():
-            yield need_text(line.strip())
+            yield line.strip()
 
 
 def need_text(text: str) -> str:

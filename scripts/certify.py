@@ -17,8 +17,8 @@ from common.config import Config, flat, load
 from common.config_file import of_dict
 from common.data import squad
 from common.data.tokens import Tokenizers
-from common.data.trees import prompt_texts
-from common.decode import hosted, predict
+from common.data.trees import parts_read, prompt_texts
+from common.decode import hosted, predict, snap
 from common.device import describe_device, pick_device
 from common.errors import UserError, one_line_errors
 from common.files import sha256
@@ -153,6 +153,9 @@ def replayed(
     prompts, _ = prompt_texts(examples, tokenizers.window, config.window, config.prompt)
     answers = {id_: reply.text for id_, reply in hosted.ask_all(client, dict(prompts), progress=None).items()}
     client.close()
+    if config.decode.snap:
+        read = parts_read(examples, tokenizers.window, config.window, config.prompt)
+        answers = {id_: (snap.nearest(read[id_], text) or (text, None))[0] for id_, text in answers.items()}
     return answers
 
 

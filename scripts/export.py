@@ -160,7 +160,7 @@ def write_card(
     quant, window, trained = config.base.quant, config.window, adapters.trained_with(adapter)
 
     def decides(must: Section, config: Section) -> list[object]:
-        return [must["data"], must["prompt"], config["window"], record.weights_of(config["base"])]
+        return [must["data"], must["prompt"], must.get("decoding"), config["window"], record.weights_of(config["base"])]
 
     mine = decides({"data": dev.sha256, "prompt": prompt.fingerprint(config.prompt)}, config.to_dict())
     alike = (r for r in record.read_all(Path(config.runs)) if decides(r["must_match"], r["config"]) == mine)

@@ -241,12 +241,20 @@ def decoded_as(r: Record) -> str:
     return " ".join(f"decode.{key}={json.dumps(value)}" for key, value in r["must_match"].get("decoding", {}).items())
 
 
+def by_adapter(line: Line) -> list[tuple[tuple[str, int, str | None], Rows]]:
+    """The rows of each evaluation by (name, seed, adapter)."""
+    return [
+        ((line.name, e["seed"], e["result"].get("adapter_sha256")), line.rows[e["folder"]]) for e in line.evaluations
+    ]
+
+
 def lengths(lines: Sequence[tuple[Line, error_analysis.Mistakes | None]]) -> Section | None:
     """A table of lines of the same data that were decoded in several ways, and verdicts on each against free ones."""
     ways = {decoded_as(line.evaluations[0]) for line, _ in lines}
     if len(ways) < 2:
         return None
-    rows, free = [], {line.name: line for line, _ in lines if not decoded_as(line.evaluations[0])}
+    rows = []
+    free = {key: row for line, _ in lines if not decoded_as(line.evaluations[0]) for key, row in by_adapter(line)}
     for line, wrong in sorted(lines, key=lambda one: (one[0].name, decoded_as(one[0].evaluations[0]))):
         answers = [row for of_seed in line.rows.values() for row in of_seed.values()]
         row = {"system": line.name, "decoded": decoded_as(line.evaluations[0]) or "freely", "seeds": line.seeds}
@@ -258,11 +266,11 @@ def lengths(lines: Sequence[tuple[Line, error_analysis.Mistakes | None]]) -> Sec
         rows.append(row)
     columns = max(rows, key=len)
     tests = [
-        (f"{line.name} {decoded_as(e)} (seed {e['seed']})", f"{line.name} freely", line.rows[e["folder"]], mate)
+        (f"{line.name} {way} (seed {key[1]})", f"{line.name} freely", row, free[key])
         for line, _ in lines
-        if decoded_as(line.evaluations[0]) and line.name in free
-        for e in line.evaluations
-        for mate in [free[line.name].rows[x["folder"]] for x in free[line.name].evaluations if x["seed"] == e["seed"]]
+        if (way := decoded_as(line.evaluations[0]))
+        for key, row in by_adapter(line)
+        if key in free
     ]
     table = [list(columns), *([row.get(name, "–") for name in columns] for row in rows)]
     return {"table": table, "sentences": [str(test) for test in compare(tests)]}

@@ -250,7 +250,7 @@ def test_what_is_printed_without_a_gpu(bench):
         "  first token                   20.0      50.0      60.0      70.0   [50.0, 70.0]",
         "  per token after it             5.0       6.0       7.0       8.0   ",
         "  p95 of each process: 300.0, 500.0, 400.0 (66.7% apart)",
-        "fixed, n = 101: always window.answer tokens; 5 tokens in 2 passes",
+        "fixed, n = 101: always as many tokens as an answer may have; 5 tokens in 2 passes",
         "  end to end                    95.0     311.0     401.0     451.0   [311.0, 451.0]",
         "  first token                   21.0      51.0      61.0      71.0   [51.0, 71.0]",
         "  per token after it             5.5       6.5       7.5       8.5   ",
@@ -350,7 +350,7 @@ def test_answers_of_random_weights_are_said_to_be_replayed(bench):
     assert out.startswith("one (random weights) on a cpu: ")
     said = "natural, n = 101: a gold answer and EOS are replayed, for random weights never end; 5 tokens in 3 passes, "
     assert said in out
-    assert "fixed, n = 101: always window.answer tokens; " in out
+    assert "fixed, n = 101: always as many tokens as an answer may have; " in out
     plain, _ = bench("base.random_weights=true", made={**MADE_BY, "engine": "plain"})
     assert "natural, n = 101: the answer ends by itself; " in plain
 

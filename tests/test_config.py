@@ -273,6 +273,10 @@ def test_an_unknown_model_names_the_nearest_and_all(name):
         (("window.stride=417",), "override window.stride=417: window.stride: must be between 1 and window.context"),
         (("window.stride=0",), "override window.stride=0: window.stride: must be between 1 and window.context"),
         (
+            ("decode.max_tokens=16", "window.answer=16"),
+            "overrides: decode.max_tokens: must be less than window.answer, which is 16",
+        ),
+        (
             ("window.context=83", "window.stride=9", "prompt.order=both"),
             "prompt: in this order 15 tokens are left for the context; raise window.context",
         ),
@@ -375,7 +379,12 @@ BOUNDS = {  # of each number the last value that is taken and the first that is 
     "window.question": ("16", "15", "1000000", "1000001"),
     "window.answer": ("16", "15", "1000000", "1000001"),
     "window.stride": ("1", "0", "416", "417"),
-    "decode.max_tokens": ("1", "0", "1000000", "1000001"),
+    "decode.max_tokens": (
+        "1",
+        "0",
+        "31",
+        "1000001",
+    ),  # of window.answer=32; from there on it is refused as it should be
     "prompt.shots": ("0", "-1", "1000", "1001"),
     "prompt.shots_seed": ("0", "-1", "4294967295", "4294967296"),
     "train.lr": ("1e-12", "9e-13", "100", "101"),

@@ -70,7 +70,6 @@ TRAINING = [  # key, another value, beside what else, what changes
     ("early_stop.split", "heldout", "", "order tokens loss norm weights window asked"),
     ("early_stop.heldout_share", "0.5", HELDOUT, "order tokens loss norm weights window asked"),
     ("early_stop.questions", "13", "", "asked"),
-    ("decode.max_tokens", "1", "", ""),
     ("eval.engine", "plain", "", ""),
     ("eval.memory_budget_gib", "3", "", ""),
     ("eval.pass_tokens", "64", "", ""),
@@ -147,6 +146,7 @@ def runs(tmp_path_factory, answering_base):
             {trained: train_loop, evaluated: eval_loop}[seen].main([str(config), *words, f"runs={where}"])
         return seen(*where.iterdir(), iter([id_ for p in packed for id_ in p.ids]))
 
+    of.config = config
     return of
 
 
@@ -218,6 +218,22 @@ def test_a_setting_changes_of_a_training_what_it_should(runs, key, value, beside
 @pytest.mark.parametrize(("key", "value", "beside", "parts"), EVALUATION, ids=lambda v: v)
 def test_a_setting_changes_of_an_evaluation_what_it_should(runs, key, value, beside, parts):
     assert changed(runs, evaluated, "lora=null", key, value, beside) == set(parts.split())
+
+
+def test_a_training_evaluates_freely_and_says_so(runs, capsys):
+    """It is the same training, and its answers are the same."""
+    folders = []
+    for words in ([], ["decode.max_tokens=1"]):
+        config = runs.config
+        train_loop.main([str(config), *TRAIN.split(), *words, f"runs={config.parent / f'free{len(words)}'}"])
+        folders += (config.parent / f"free{len(words)}").iterdir()
+    free, limited = folders
+    assert free.name == limited.name
+    assert (free / "predictions.json").read_text() == (limited / "predictions.json").read_text()
+    records = [json.loads((folder / "record.json").read_text()) for folder in folders]
+    assert records[0]["must_match"] == records[1]["must_match"]
+    assert records[1]["config"]["decode"]["max_tokens"] == 1, "what is asked of it later may be otherwise"
+    assert "note: decode is of evaluations" in capsys.readouterr().err
 
 
 def test_every_setting_is_in_a_table():

@@ -387,7 +387,7 @@ def notes(client: Client, wanted: Mapping[str, str], replies: Mapping[str, Reply
     if empty:
         fields = ", ".join(dict.fromkeys(field for r in empty for field in r.elsewhere.split(", ") if field))
         are = f"answer{'s' * (n > 1)} {'is' if len(empty) == 1 else 'are'} empty"
-        advice = "raise window.answer, or turn the model's thinking off at the host"
+        advice = "raise window.answer (or decode.max_tokens), or turn the model's thinking off at the host"
         advice += "" if chat else "; a model that only chats needs prompt.chat=true"
         out.append(f"{len(empty)} of {n} {are} although the host wrote tokens: it sent {fields or 'no text'}; {advice}")
     if not all(reply.streamed for reply in replies.values()):

@@ -23,12 +23,17 @@ CPU_PACK_TOKENS, GPU_PACK_TOKENS = 8192, 4096  # prompts of one pack: the logits
 
 @torch.inference_mode()
 def greedy(
-    model: Model, pack: Pack, stops: Tensor, max_new_tokens: int, automata: Sequence[Automaton] = ()
+    model: Model,
+    pack: Pack,
+    stops: Tensor,
+    max_new_tokens: int,
+    automata: Sequence[Automaton] = (),
+    to_the_limit: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Per step (branch numbers [L], token ids [L], log-probabilities [L]) of the L branches that have not ended.
 
-    `automata`: of each branch's context, where answers are quotes. New keys and values are appended to the pack's own
-    under the same tree mask, so nothing is copied per question.
+    `automata`: of each branch's context, where answers are quotes. `to_the_limit`: `stops` do not end them. New keys
+    and values are appended to the pack's own under the same tree mask, so nothing is copied per question.
     """
     # without the model's configuration, by which a layer with a sliding window would keep but the pack's last tokens
     cache, layout = DynamicCache(), pack.layout
@@ -39,7 +44,7 @@ def greedy(
         quotes = Quotes([automata[i] for i in live.tolist()], stops, state, before) if automata else None
         token, logprob, _, state = choose(out, None, quotes)
         yield live, token, logprob
-        open_ = ~torch.isin(token, stops)
+        open_ = ~torch.isin(token, stops[:0] if to_the_limit else stops)
         if step + 1 == max_new_tokens or not open_.any():
             return
         live, at, before = live[open_], at[open_].next(), open_.nonzero()[:, 0]
@@ -91,9 +96,9 @@ class Plain:
         """The greedy answer, as of `single.Single.answer`; tokens cannot be forced."""
         if forced:
             raise ValueError("the plain engine forces no tokens")
-        answer, stops = Generation(), self.stops[:0] if to_the_limit else self.stops
-        batch = build_pack([Tree(prompt_ids[:-1], (Branch("", prompt_ids[-1:], []),))]).to(stops.device)
-        for _, token, logprob in greedy(self.model, batch, stops, self.limit, [quotes] if quotes else []):
+        answer, automata = Generation(), [quotes] if quotes else []
+        batch = build_pack([Tree(prompt_ids[:-1], (Branch("", prompt_ids[-1:], []),))]).to(self.stops.device)
+        for _, token, logprob in greedy(self.model, batch, self.stops, self.limit, automata, to_the_limit):
             answer.token_ids += token.tolist()
             answer.logprob += logprob.item()
             answer.passes += 1

@@ -76,8 +76,7 @@ def answer_trees(
     longest = max((tree.longest for tree in trees), default=0)
     check_positions(model, longest, max_new_tokens)
     need_embedded(model.config, trees)
-    if decode.spans:
-        spans.need_words(trees)
+    trees = spans.with_words(trees) if decode.spans else trees
     quotes = quotes_of(model, tokenizer, decode)
     settings = tokenizer, stops, max_new_tokens, options, check, forced or {}, round_
     task = Task(*settings, lambda tree: quotes(tree.context), decode)
@@ -121,12 +120,13 @@ def by_all_ranks(
 
     `step`: of the training that this evaluation interrupts, whose memory budget then holds.
     """
-    own, tokenizer, stops = None, tokenizers.own, stop_tokens(tokenizers.own, model, config.decode)
-    limit = answer_limit(config.window, config.decode)
+    decode = config.decode if step is None else Decode()  # trainings are compared by what they say freely
+    own, tokenizer, stops = None, tokenizers.own, stop_tokens(tokenizers.own, model, decode)
+    limit = answer_limit(config.window, decode)
     options, progress = (config.eval, DECODE) if step is None else (config.eval_in_training, "evaluate")
     shown, name = progress if PartialState().is_main_process else None, f"evaluation at {step or 0}"
     with contextlib.suppress(signals.Stopped):
-        own = answer_trees(model, tokenizer, trees, stops, limit, options, shown, check, None, name, config.decode)
+        own = answer_trees(model, tokenizer, trees, stops, limit, options, shown, check, None, name, decode)
     parts = gather_object([own])
     return None if None in parts else chunks.merge(answer for part in parts for answer in part.values())
 
@@ -151,7 +151,7 @@ def quotes_of(
     if not options.spans:
         return lambda context: None
     vocabulary = spans.vocabulary(tokenizer, model.config.vocab_size)
-    return lambda context: spans.Automaton(vocabulary, context, options.whole_words)
+    return lambda context: spans.automaton(vocabulary, context, options.whole_words)
 
 
 def engine_of(model: Model, options: Eval) -> Literal["plain", "stream"]:

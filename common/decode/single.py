@@ -18,7 +18,7 @@ from common.decode import chunks, plain, predict
 from common.decode.answers import Generation, Prediction, Tick, need_finite, to_prediction
 from common.decode.drafts import draft_from
 from common.decode.forward import Batch, Decoder, NextTokens, Pass, choose
-from common.decode.spans import Automaton, Quotes, State, need_words
+from common.decode.spans import Automaton, Quotes, State, with_words
 from common.errors import UserError
 from common.model import varlen
 from common.model.llama import Model
@@ -46,10 +46,8 @@ class Single:
         self.model, self.decoder = model, Decoder(model, most_tokens + DRAFT_TOKENS + 1)
         self.stop_tokens, self.limit, self.most_prompt = set(stop_tokens), limit, most_tokens - limit
         self.spans = spans
-        self.keeps_prompt = (
-            False  # True: what two prompts begin with alike is read once, as of questions about one text
-        )
-        self.held = Ids()  # the prompt in the cache
+        self.keeps_prompt = False  # whether the cache keeps a prompt: what the next one shares is not read again
+        self.held = Ids()  # the prompt that it keeps
         # shortest first; both are empty without fused attention
         self.prompt_graphs, self.draft_graphs = list[_Captured](), list[_Captured]()
         if varlen.kernels(self.decoder.device, self.decoder.base.dtype):
@@ -147,7 +145,7 @@ def engine(
     if predict.engine_of(model, options) == "plain":
         return plain.Plain(model, stop_tokens, limit)
     # another window tokenizer counts its own tokens, of which this model's may need up to twice as many
-    most = window.tokens * (2 if window.tokenizer else 1) + overhead
+    most = (window.tokens - window.answer + limit) * (2 if window.tokenizer else 1) + overhead
     return Single(model, stop_tokens, limit, most, decode.spans)
 
 
@@ -164,10 +162,9 @@ def ask(
     built = build_trees([example], tokenizers, config.window, train=False, options=config.prompt)
     predict.check_positions(engine.model, max(map(len, built.trees)), answer_limit(config.window, config.decode))
     need_embedded(engine.model.config, built.trees)
-    if config.decode.spans:
-        need_words(built.trees)
+    trees = with_words(built.trees) if config.decode.spans else built.trees
     quotes_of = predict.quotes_of(engine.model, tokenizers.own, config.decode)
-    asked = [(tree, quotes_of(tree.context)) for tree in built.trees]
+    asked = [(tree, quotes_of(tree.context)) for tree in trees]
     found = []
     for tree, quotes in asked:
         prompt_ids = tree.prefix_ids + tree.branches[0].prompt_ids

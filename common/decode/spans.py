@@ -10,7 +10,7 @@ token one pass late.
 
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from common.data.tokens import Ids, Span, Tokenizer
@@ -24,7 +24,7 @@ from torch import Tensor
 # nodes: an answer without a token is at START and where it may begin, one that is a space at SPACE and there;
 # node FIRST + i: the first i bytes of the context are passed
 START, SPACE, FIRST = 0, 1, 2
-ELEMENTS = 2**22  # rows × edges that are looked at together, which bounds memory
+ELEMENTS = 2**20  # rows × edges that are looked at together: some 50 MiB, which the margins of memory hold
 Edges = np.ndarray  # [3, E] int: node, token, node
 State = np.ndarray  # [N] bool
 
@@ -45,9 +45,7 @@ class Vocabulary:
             keys.append(key)
             node[longer] = n + inverse
             n += len(key)
-        # a child of node and byte: its number is that of its key, for levels and keys both ascend
-        self.keys = np.concatenate(keys)
-        self.order = np.argsort(self.keys)
+        self.keys = np.concatenate(keys)  # ascending, by level and within it: the n-th is the way to node n + 1
         self.tokens = tokens[np.argsort(node, kind="stable")]  # by the node where they end
         self.count = np.bincount(node, minlength=n)
         self.first = np.cumsum(self.count) - self.count
@@ -55,9 +53,8 @@ class Vocabulary:
     def child(self, node: np.ndarray, byte: np.ndarray) -> np.ndarray:
         """The number of each node's child by a byte, 0 where there is none."""
         key = node * 256 + byte
-        place = np.searchsorted(self.keys, key, sorter=self.order)
-        found = self.order[np.minimum(place, len(self.keys) - 1)]
-        return np.where(self.keys[found] == key, found + 1, 0)
+        place = np.minimum(np.searchsorted(self.keys, key), len(self.keys) - 1)
+        return np.where(self.keys[place] == key, place + 1, 0)
 
     def tokens_at(self, node: int) -> np.ndarray:
         """The tokens that end at a node."""
@@ -92,7 +89,7 @@ class Automaton:
     """The quotes of one context."""
 
     def __init__(self, vocabulary: Vocabulary, context: str, whole_words: bool = False):
-        """Raises `ValueError` for a context without a word (`need_words`)."""
+        """Raises `ValueError` for a context without a word (`with_words`)."""
         self.vocabulary, self.context, self.data = vocabulary, context, context.encode()
         data = np.frombuffer(self.data, np.uint8)
         starts = (data & 0xC0) != 0x80  # of UTF-8's characters
@@ -166,7 +163,10 @@ class Quotes:
         sizes = torch.tensor([[x.shape[1] for x in part] for part in (edges, nodes)])
         of_row = [number[id(a)] for a in automata]
         self.longest, self.most = sizes[:, of_row].amax(1).tolist()
-        ranges = torch.stack([sizes.cumsum(1) - sizes, sizes])[:, :, of_row].to(device)
+        ranges = torch.stack([sizes.cumsum(1) - sizes, sizes])[:, :, of_row]
+        if device.type == "cuda":  # from pinned memory, or the host would wait for the pass in flight
+            ranges = ranges.pin_memory()
+        ranges = ranges.to(device, non_blocking=True)
         self.edge_start, self.node_start, self.edge_count, self.node_count = ranges.flatten(0, 1)  # [K] each
         self.state = self._of_nodes(0)
         if before is not None and row is not None:
@@ -184,7 +184,8 @@ class Quotes:
         may_end = (state & self._of_nodes(1)).any(1) & ~state[:, :FIRST].any(1)
         stopping = torch.where(may_end[:, None], logits[:, self.stops], -torch.inf)  # [K, S]
         found = []
-        for part in torch.arange(len(logits), device=logits.device).split(step):
+        for start in range(0, len(logits), step):
+            part = slice(start, start + step)
             place = torch.arange(self.longest, device=logits.device)
             index = (self.edge_start[part, None] + place).clamp_(max=self.edges.shape[1] - 1)
             source, token, target = (x[index].long() for x in self.edges)  # [k, E] each
@@ -199,7 +200,7 @@ class Quotes:
             chosen = torch.where(chosen == none, self.stops[0], chosen)
             if forced is not None:
                 chosen = torch.where(forced[part] >= 0, forced[part], chosen)
-            after = torch.zeros(len(part), state.shape[1], dtype=torch.int32, device=logits.device)
+            after = torch.zeros(state[part].shape, dtype=torch.int32, device=logits.device)
             after.scatter_add_(1, target, (open_ & (token == chosen[:, None])).int())
             found.append((chosen, others.any(0), after > 0))
         token, tie, after = (torch.cat(x) for x in zip(*found, strict=True))
@@ -211,11 +212,20 @@ class Quotes:
         return self.nodes[which][index] & (place < self.node_count[:, None])
 
 
-def need_words(trees: Iterable[Tree]) -> None:
-    """Raises `UserError` for a context without a word, of which there is nothing to quote."""
-    for tree in trees:
-        if not any(map(str.isalnum, tree.context)):
-            raise UserError(f"question {tree.branches[0].id}: no word is in its context, and decode.spans quotes words")
+def with_words(trees: Sequence[Tree]) -> list[Tree]:
+    """The trees whose context has a word. Raises `UserError` for a question of which none has."""
+    kept = [tree for tree in trees if any(map(str.isalnum, tree.context))]
+    quoted = {branch.id for tree in kept for branch in tree.branches}
+    for branch in (branch for tree in trees for branch in tree.branches):
+        if branch.id not in quoted:
+            raise UserError(f"question {branch.id}: no word is in what is read of its context, and decode.spans quotes")
+    return kept
+
+
+@functools.lru_cache(maxsize=512)  # a paragraph's questions may be in several trees, and asked one by one
+def automaton(vocabulary: Vocabulary, context: str, whole_words: bool) -> "Automaton":
+    """The automaton of a context, made once."""
+    return Automaton(vocabulary, context, whole_words)
 
 
 @functools.lru_cache(maxsize=4)
@@ -262,4 +272,8 @@ def _byte_level() -> dict[str, int]:
 
 def _places(data: bytes, found: bytes) -> list[int]:
     """Where `found` stands in `data`."""
-    return [i for i in range(len(data) - len(found) + 1) if data.startswith(found, i)] if found else []
+    places, at = list[int](), data.find(found) if found else -1
+    while at >= 0:
+        places.append(at)
+        at = data.find(found, at + 1)
+    return places

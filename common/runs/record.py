@@ -21,11 +21,12 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from common.config import Config, with_defaults, without_unset
+from common.config import Config, Decode, with_defaults, without_unset
 from common.data import prompt
 from common.data.squad import Dataset
 from common.errors import UserError
@@ -116,7 +117,7 @@ def write(
         "seed": config.seed,
         "folder": str(folder),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "must_match": must_match(config, data, made.pop("cutter", None)),
+        "must_match": must_match(decoded_by(config, kind), data, made.pop("cutter", None)),
         "may_differ": {
             "data_source": data.source,
             "fixed_offsets": data.fixed_offsets,
@@ -133,6 +134,11 @@ def write(
     }
     write_text(folder / "record.json", json.dumps(record, indent=1) + "\n")
     return record
+
+
+def decoded_by(config: Config, kind: str) -> Config:
+    """The configuration that a run of `kind` decodes by: a training evaluates freely."""
+    return replace(config, decode=Decode()) if kind == "train" else config
 
 
 def must_match(config: Config, data: Dataset, window_tokenizer_sha256: str | None) -> Section:

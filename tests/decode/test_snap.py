@@ -16,6 +16,7 @@ CONTEXT = "In 1856 the Otter (a barge) sank; the old otter of the canal swam to 
     [
         ("the canal", "the canal"),  # it stands there
         ("tter", "tter"),  # even within a word
+        ("In 18", "In 18"),
         ("The old Otter", "old otter"),  # articles count nothing, so the shorter one
         ("a north-gate", None),  # "northgate" is no word of the context
         ("It was the north gate!", "north gate"),
@@ -41,6 +42,7 @@ def test_the_span_that_is_most_like_an_answer_is_taken(answer, text):
 
 
 def test_of_several_windows_the_one_with_the_likest_span_is_taken():
+    assert snap.nearest([("the (cat) sat", 3)], "Cat") == ("cat", (8, 11))
     windows = [("the otter sleeps here", 0), ("a north otter, a gate", 7), ("the north gate", 40)]
     assert snap.nearest(windows, "North gate otter") == ("north otter, a gate", (9, 28))
     assert snap.nearest(windows, "North gate") == ("north gate", (44, 54))

@@ -2,18 +2,22 @@
 
 import json
 import random
+from dataclasses import replace
+from types import SimpleNamespace
 
-from common.config import Decode, Eval
+from common.config import Decode, Eval, Prompt, Window
+from common.data.squad import Example
 from common.data.trees import Branch, Tree
+from common.decode import single
 from common.decode.answers import stop_tokens
 from common.decode.forward import choose
 from common.decode.plain import Plain
-from common.decode.predict import answer_trees, quotes_of
+from common.decode.predict import answer_trees, answers, quotes_of
 from common.decode.single import Single
 from common.decode.spans import FIRST, Automaton, Quotes, Vocabulary, token_bytes, vocabulary
 from common.errors import UserError
 from common.model.load import load_tokenizer
-from tests.conftest import ROOT
+from tests.conftest import ROOT, same
 from tests.decode.test_predict import LIMIT, demo_trees, system
 
 import numpy as np
@@ -240,12 +244,43 @@ def test_every_engine_gives_the_same_quotes(tiny_base):
     assert all(answer.span is None for answer in free.values())
 
 
+@pytest.mark.parametrize("overflow", ["truncate", "chunk"])
+def test_places_are_of_the_whole_context_as_it_was_given(tiny_base, overflow):
+    """Space in front, and windows that begin behind it."""
+    model, tokenizer = system(tiny_base)
+    context = " \n " + " ".join(f"Stone {i} is naïve, as number {i * 7} is." for i in range(12))
+    examples = [Example(f"q{i}", "", context, f"Which {i}?", ()) for i in range(6)]
+    window = Window(context=48, stride=30, question=16, answer=16, overflow=overflow)
+    config = SimpleNamespace(window=window, prompt=Prompt(), decode=SPANS, eval=Eval())
+    found = answers(model, same(tokenizer), examples, config)
+    engine = single.engine(model, stop_tokens(tokenizer, model, SPANS), window, Eval(), 0, SPANS)
+    starts = set()
+    for example in examples:
+        alone, _, _ = single.ask(engine, same(tokenizer), example, config)
+        for answer in (found[example.id], alone):
+            assert answer.text == context[slice(*answer.span)] != ""
+            starts.add(answer.span[0])
+    assert max(starts) > (150 if overflow == "chunk" else 0)
+
+
+def test_the_fixed_number_of_tokens_of_a_timing_is_reached_by_both_engines(tiny_base):
+    """Behind the end of an answer nothing is left to quote, so it ends again and again."""
+    model, tokenizer = system(tiny_base)
+    (tree, *_), stops = demo_trees(tokenizer, 1), stop_tokens(tokenizer, model, SPANS)
+    quotes, prompt = quotes_of(model, tokenizer, SPANS)(tree.context), tree.prefix_ids + tree.branches[0].prompt_ids
+    for engine in (Single(model, stops, 40, 600, spans=True), Plain(model, stops, 40)):
+        assert len(engine.answer(prompt, to_the_limit=True, quotes=quotes).token_ids) == 40
+
+
 def test_a_context_without_a_word_is_an_error_that_names_its_question(tiny_base):
     model, tokenizer = system(tiny_base)
     trees = [Tree([5], (Branch("fine", [6], []),), "A word."), Tree([5], (Branch("odd", [6], []),), "?! …")]
-    with pytest.raises(UserError, match="question odd: no word is in its context"):
+    with pytest.raises(UserError, match="question odd: no word is in what is read of its context"):
         answer_trees(model, tokenizer, trees, [1], 4, progress=None, decode=SPANS)
     assert len(answer_trees(model, tokenizer, trees, [1], 4, progress=None)) == 2
+    windows = [*trees, replace(trees[1], context="A word, then.")]
+    found = answer_trees(model, tokenizer, windows, [1], 4, progress=None, decode=SPANS)
+    assert found["odd"].text, "of several windows one has a word"
 
 
 def test_forced_tokens_are_taken_and_followed(tiny_base):

@@ -347,11 +347,18 @@ def test_questions_come_from_a_file_and_the_context_too(tmp_path, monkeypatch):
     monkeypatch.setenv("QUESTIONS", str(questions))
     assert texts() == expected
     with pytest.raises(UserError, match="CONTEXT and CONTEXT_FILE: give one of the two"):
-        texts("--context", "c")
+        texts("--context", "c", "--context-file", str(notes))
+    monkeypatch.setenv("QUESTION", "q")
     with pytest.raises(UserError, match="QUESTION and QUESTIONS: give one of the two"):
+        texts()
+    monkeypatch.delenv("QUESTION")
+    monkeypatch.delenv("QUESTIONS")
+    assert texts("--context", "c", "--question", "q") == ("c", ["q"]), "what is typed wins"
+    notes.write_text(" \n")
+    with pytest.raises(UserError, match=r"notes\.txt: it holds no text"):
         texts("--question", "q")
     with pytest.raises(UserError, match=r"absent\.txt: no such file"):
-        texts("--questions", str(tmp_path / "absent.txt"))
+        texts("--context-file", str(tmp_path / "absent.txt"))
     notes.write_bytes("Zürich".encode("latin-1"))
     with pytest.raises(UserError, match=r"notes\.txt: byte 1 \(0xfc\) is not UTF-8"):
         texts("--questions", str(questions))
@@ -377,9 +384,11 @@ def test_a_question_longer_than_its_window_is_refused_before_anything_is_loaded(
     with pytest.raises(UserError, match=r'^"Which otter is it.*…" takes more than the 64 tokens of window\.question'):
         ask.main([str(answering_config), "lora=null", "--context", NOTE, "--question", long])
     config = load(str(answering_config), ["lora=null"])
-    typed = iter([PLACE, long, "Which animal is meant?"])
+    typed = iter([PLACE, long, "??", "Which animal is meant?"])
     assert list(ask.checked(typed, config, load_tokenizers(config))) == [PLACE, "Which animal is meant?"]
-    assert capsys.readouterr().err.startswith('error: "Which otter')
+    told = capsys.readouterr().err
+    assert told.startswith('error: "Which otter')
+    assert 'error: no word is in "??"' in told
 
 
 @pytest.mark.parametrize("spans", ["false", "true"])

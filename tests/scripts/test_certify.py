@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import eval_loop
 import train_loop
+from common.config import Decode
 from common.data import prompt
 from common.data.tokens import Tokenizers
 from common.errors import UserError
@@ -230,7 +231,7 @@ def test_a_hosted_models_answers_are_replayed_from_the_transcript_that_was_score
         return {id_: SimpleNamespace(text=text.upper()) for id_, text in prompts.items()}
 
     monkeypatch.setattr(certify.hosted, "ask_all", ask_all)
-    config = SimpleNamespace(window=None, prompt=None)
+    config = SimpleNamespace(window=None, prompt=None, decode=Decode())
     monkeypatch.setattr(certify.hosted, "Client", lambda c, *args, **kw: client("config", *args, **kw))
     for stated, misfit in ((sha256, None), ("other", f"sha256 {sha256}, was other")):
         result, found = {"replayed": str(other) if elsewhere else None, "transcript_sha256": stated}, {}
@@ -238,7 +239,11 @@ def test_a_hosted_models_answers_are_replayed_from_the_transcript_that_was_score
             "q": "PROMPT BY CUTTER"
         }
         assert found == {"transcript": misfit}
-    assert len(closed) == 2
+    config.decode = Decode(snap=True)
+    monkeypatch.setattr(certify, "parts_read", lambda *args: {"q": [("a prompt, it is said", 0)]})
+    snapped = certify.replayed(config, Tokenizers("own", "cutter"), run, result, ["example"], {})
+    assert snapped == {"q": "prompt"}, "as it was scored"
+    assert len(closed) == 3
     (folder / "transcript.jsonl").unlink()
     with pytest.raises(UserError, match=rf"{folder.name}/transcript\.jsonl: no such file"):
         certify.replayed(config, "cutter", run, result, [], {})
