@@ -15,8 +15,9 @@ import bench_latency
 import eval_loop
 import train_loop
 from benchmarks.card import FREE, card
-from common.config import Base, Eval, Lora, Train
+from common.config import Base, Decode, Eval, Lora, Train
 from common.data.trees import Branch, Tree
+from common.decode import predict
 from common.decode.answers import stop_tokens
 from common.decode.forward import Captured
 from common.decode.predict import answer_trees
@@ -541,6 +542,31 @@ def test_single_answers_hardly_differ_with_and_without_graphs(smollm2_base):
     assert same >= 0.8 * len(prompts)
     forced = prompts[0][20:30]
     assert with_graphs.answer(prompts[0], forced).token_ids[: len(forced)] == forced
+
+
+def test_quotes_stand_in_the_text_in_every_engine(base16):
+    """Captured passes and graphs of single ones, states on the device; and a prompt's beginning that is kept."""
+    tokenizer, spans = load_tokenizer(str(base16)), Decode(spans=True)
+    model = lora_model(base16, "nf4", "bf16", GPU).eval()
+    trees, stops = demo_trees(tokenizer, 24), stop_tokens(tokenizer, model, spans)
+    found, plain = (
+        answer_trees(model, tokenizer, trees, stops, LIMIT, Eval(engine, pass_tokens=600), progress=None, decode=spans)
+        for engine in ("auto", "plain")
+    )
+    engine, same = Single(model, stops, LIMIT, 512, spans=True), 0
+    assert engine.prompt_graphs
+    engine.keeps_prompt = True
+    quotes_of, asked = predict.quotes_of(model, tokenizer, spans), 0
+    for tree in trees:
+        for branch in tree.branches:
+            answer, quotes = found[branch.id], quotes_of(tree.context)
+            alone = engine.answer(tree.prefix_ids + branch.prompt_ids, quotes=quotes)
+            assert tree.context[slice(*answer.span)] == answer.text != ""
+            assert quotes.quote(alone.token_ids).text in tree.context
+            same += answer.token_ids == plain[branch.id].token_ids == alone.token_ids
+            asked += 1
+    print(f"{same} of {asked} quotes are the same by all three engines")
+    assert same >= 0.8 * asked
 
 
 def test_decoding_keeps_to_its_budget(tiny_base):

@@ -169,6 +169,7 @@ def test_a_card_has_the_newest_evaluation_of_this_adapter_and_of_nothing_else(tm
         evaluation(5, prompt="other"),
         evaluation(6, words=("window.answer=16",)),
         evaluation(7, words=("base.quant=fp4",)),
+        evaluation(8, decoding={"spans": True}),
     ]
     without, text = card(*others), card(evaluation(70.125), evaluation(71.256), *others)
     rows = [line for line in text.splitlines() if line.startswith("|")]
