@@ -144,8 +144,8 @@ def in_sentence(context: str, span: Span) -> str:
     """The sentence around an answer, which is marked: bold in a terminal."""
     start, stop = span
     before = [end.end() for end in re.finditer(r"[.!?]\s+|\n", context[:start])]
-    behind = re.search(r"[.!?](?=\s)|\n", context[stop:])
-    first, last = before[-1] if before else 0, stop + behind.end() if behind else len(context)
+    behind = re.search(r"[.!?](?=\s)|\n", context[stop - 1 :])  # the answer may hold the end itself
+    first, last = before[-1] if before else 0, stop - 1 + behind.end() if behind else len(context)
     marks = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("»", "«")
     return f"{context[first:start]}{marks[0]}{context[start:stop]}{marks[1]}{context[stop:last]}".strip()
 

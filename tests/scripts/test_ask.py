@@ -424,6 +424,7 @@ def test_the_context_is_read_once_and_answers_are_as_if_it_were_not(answering_co
         ("A line\nan otter\nanother", (10, 15), "an »otter«"),
         ("It is 3.5 m, or 2! So", (6, 9), "It is »3.5« m, or 2!"),
         ("Yes! No. Both.", (5, 13), "»No. Both«."),
+        ("Yes. No.", (0, 4), "»Yes.«"),
     ],
 )
 def test_an_answer_is_marked_in_its_sentence(context, span, shown, monkeypatch):
