@@ -154,7 +154,7 @@ def given_texts(args: argparse.Namespace) -> tuple[str, list[str] | Iterator[str
     """(context, questions), what is missing taken from the environment, and else from stdin."""
     context = one_of("CONTEXT", args.context, "CONTEXT_FILE", args.context_file)
     question = one_of("QUESTION", args.question, "QUESTIONS", args.questions)
-    by_line = not (args.question or os.environ.get("QUESTION", "").strip())
+    by_line = not (args.question or (args.questions is None and os.environ.get("QUESTION", "").strip()))
     typed = sys.stdin.isatty()
     if context and not question and typed:
         return need_text(context), typed_lines()

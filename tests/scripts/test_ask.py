@@ -351,6 +351,7 @@ def test_questions_come_from_a_file_and_the_context_too(tmp_path, monkeypatch):
     monkeypatch.setenv("QUESTION", "q")
     with pytest.raises(UserError, match="QUESTION and QUESTIONS: give one of the two"):
         texts()
+    assert texts("--questions", str(questions)) == expected
     monkeypatch.delenv("QUESTION")
     monkeypatch.delenv("QUESTIONS")
     assert texts("--context", "c", "--question", "q") == ("c", ["q"]), "what is typed wins"
