@@ -238,7 +238,8 @@ def mistake_rows(scored: Sequence[Line], tables: Sequence[error_analysis.Mistake
 
 def decoded_as(r: Record) -> str:
     """How answers were decoded, as overrides; "" where freely."""
-    return " ".join(f"decode.{key}={json.dumps(value)}" for key, value in r["must_match"].get("decoding", {}).items())
+    decoding = r["must_match"].get("decoding", {})
+    return " ".join(f"decode.{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in decoding.items())
 
 
 def by_adapter(line: Line) -> list[tuple[tuple[str, int, str | None], Rows]]:
