@@ -139,7 +139,7 @@ class Theirs:
             raise UserError(f"llguidance: {self.matcher.get_error()}")
 
     def followed(self, ids: Ids) -> Iterator[np.ndarray]:
-        """As `followed` of ours."""
+        """The tokens that may come next by llguidance, as `followed` yields ours."""
         self.matcher.reset()
         for token in [*ids, None]:
             with timed("llguidance, a token"):

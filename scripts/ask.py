@@ -130,7 +130,7 @@ def need_room(question: str, config: Config, tokenizers: Tokenizers) -> None:
 
 
 def checked(questions: Iterable[str], config: Config, tokenizers: Tokenizers) -> Iterator[str]:
-    """The questions that can be asked. What is wrong with another one is printed, and the next is asked."""
+    """The questions that can be asked; for every other one an error is printed."""
     for question in questions:
         try:
             need_room(question, config, tokenizers)
@@ -179,7 +179,7 @@ def given_texts(args: argparse.Namespace) -> tuple[str, list[str] | Iterator[str
 
 
 def one_of(name: str, text: str | None, file_name: str, file: str | None) -> str:
-    """What was typed, or what the typed file holds; else the same of the environment; "" where there is none."""
+    """The text that was typed or that the named file holds, else the environment's; "" where there is none."""
     if text is None and file is None:
         text, file = os.environ.get(name, ""), os.environ.get(file_name, "")
     if text and text.strip() and file:

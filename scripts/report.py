@@ -237,7 +237,7 @@ def mistake_rows(scored: Sequence[Line], tables: Sequence[error_analysis.Mistake
 
 
 def decoded_as(r: Record) -> str:
-    """How answers were decoded, as overrides; "" where freely."""
+    """The overrides that an evaluation's answers were decoded by; "" where they were decoded freely."""
     decoding = r["must_match"].get("decoding", {})
     return " ".join(f"decode.{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in decoding.items())
 
@@ -392,7 +392,7 @@ def main(argv: list[str]) -> None:
         must, window = shown[0]["must_match"], shown[0]["must_match"]["window"]
         same = f"data {must['data'][:12]}, prompt {must['prompt']}, scorer {must['scorer']}, window "
         same += f"{window['context']}+{window['question']}+{window['answer']} tokens"
-        decoding = decoded_as(shown[0])
+        questions, decoding = f"{must['questions']} questions", decoded_as(shown[0])
         same += f", {decoding}" if decoding else ""
         if above:
             same += f"; not comparable with the table above: {', '.join(record.mismatch(above, shown[0]))}"
@@ -401,8 +401,7 @@ def main(argv: list[str]) -> None:
         scored = [line for line in lines if line.scored]
         tests, wrong = compare(pairs(scored)), mistaken(scored) if scored else []
         part: Section = {
-            "title": f"{above['may_differ']['data_source']}, {must['questions']} questions"
-            + f", {decoding}".rstrip(", "),
+            "title": ", ".join(filter(None, (above["may_differ"]["data_source"], questions, decoding))),
             "same": same,
             "table": [columns, *(row.values() for row in rows)],
             "sentences": [*(text for line in scored for text in seeds(line)), *map(str, tests)],

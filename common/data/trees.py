@@ -128,7 +128,7 @@ def prompt_texts(
 def parts_read(
     examples: Iterable[Example], tokenizer: Tokenizer, window: Window, options: Prompt = Prompt()
 ) -> dict[str, list[tuple[str, int]]]:
-    """By question: what is read of its context, part by part, and the characters of the context before each."""
+    """The parts of its context that are read, by question id, each with its first character's place in the context."""
     read: dict[str, list[tuple[str, int]]] = {}
     for row in rows_of(list(examples), tokenizer, window, options, False, Counter()):
         read.setdefault(row.id, []).append((row.context, row.offset))

@@ -154,7 +154,7 @@ def build_batch(active: list[ActiveTree], new: list[ActiveTree]) -> tuple[list[A
 
 
 def quotes_of(rows: list[ActiveAnswer], new: Pass, before: NextTokens | None, stops: torch.Tensor) -> Quotes | None:
-    """What each row of a pass may answer, in its state behind the pass before; None where answers are no quotes."""
+    """The automata of a pass's rows in their states after the pass before; None where answers need not be quotes."""
     automata = [answer.quotes for answer in rows if answer.quotes]
     return Quotes(automata, stops, before and before.state, new.previous_row[new.keep]) if automata else None
 

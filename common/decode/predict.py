@@ -147,7 +147,7 @@ def check_positions(model: Model, prompt_tokens: int, answer_tokens: int) -> Non
 def quotes_of(
     model: Model, tokenizer: PreTrainedTokenizerBase, options: Decode
 ) -> Callable[[str], spans.Automaton | None]:
-    """A context's automaton, by its text; None where an answer need not be a quote."""
+    """The function from a context to its automaton, or to None where answers need not be quotes."""
     if not options.spans:
         return lambda context: None
     vocabulary = spans.vocabulary(tokenizer, model.config.vocab_size)

@@ -73,7 +73,7 @@ class Single:
         """
         if not 0 < (n := len(prompt_ids)) <= self.most_prompt:
             raise UserError(f"a prompt of {n} tokens; 1 to {self.most_prompt} can be asked: lower window.context")
-        both = zip(prompt_ids[:-1], self.held if self.keeps_prompt else (), strict=False)
+        both = zip(prompt_ids[:-1], self.held, strict=False)
         cached = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
         answer, new, draft_length, self.held = Generation(), prompt_ids[cached:], DRAFT_TOKENS, []
         if self.spans != bool(quotes):
@@ -196,7 +196,7 @@ class _Captured:
             self.out = of(new)
 
     def __call__(self, new: Ids, cached: int, forced: Ids) -> Out:
-        """Valid until the next call."""
+        """The output of the replayed pass, valid until the next call."""
         batch = _batch(new, cached, forced, self.length, self.asks, self.unused)
         self.flat.copy_(batch.flatten().pin_memory(), non_blocking=True)
         self.graph.replay()

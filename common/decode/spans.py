@@ -114,7 +114,7 @@ class Automaton:
         self._there: tuple[Tensor, Tensor] | None = None
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Edges [3, E] int32 and nodes [2, N] bool there, copied once."""
+        """The edges [3, E] int32 and the nodes [2, N] bool on a device, copied once."""
         if self._there is None:
             edges, nodes = torch.from_numpy(self.edges.astype(np.int32)), torch.from_numpy(self.nodes)
             if device.type == "cuda":  # from pinned memory, for which the host need not wait
@@ -230,7 +230,10 @@ def automaton(vocabulary: Vocabulary, context: str, whole_words: bool) -> "Autom
 
 @functools.lru_cache(maxsize=4)
 def vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
-    """Of the first `size` tokens, which a model has logits for; made once. Raises `UserError` as `token_bytes` does."""
+    """The vocabulary of a tokenizer's first `size` tokens, those that a model has logits for; made once.
+
+    Raises `UserError` as `token_bytes` does.
+    """
     return Vocabulary(token_bytes(tokenizer)[:size])
 
 
@@ -271,7 +274,7 @@ def _byte_level() -> dict[str, int]:
 
 
 def _places(data: bytes, found: bytes) -> list[int]:
-    """Where `found` stands in `data`."""
+    """The places where `found` stands in `data`, ascending."""
     places, at = list[int](), data.find(found) if found else -1
     while at >= 0:
         places.append(at)

@@ -89,7 +89,7 @@ def checksums(model: PreTrainedModel) -> list[int]:
 
 
 def _folder(base: Base, dtype: torch.dtype, device: torch.device) -> Path | None:
-    """Where a base's copy lies; None for one whose files are small."""
+    """The folder of a base's copy; None for a base whose files are small."""
     files = stored_files(base)
     if sum(file.stat().st_size for file in files) < LEAST_BYTES:
         return None
