@@ -9,10 +9,12 @@ answers mean nothing and never end. Loading, compiling, recording graphs and one
 
 import json
 import os
+import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -52,6 +54,11 @@ def script_of(question: Question, kind: str, eos: int) -> list[int] | None:
     return question["gold"] if kind == "a" else None
 
 
+def asked(question: Question, kind: str, eos: int) -> tuple[list[int], list[int] | None]:
+    """A question's prompt, and the tokens to generate."""
+    return question["prefix"] + question["prompt"], script_of(question, kind, eos)
+
+
 def limit_of(kind: str, job: DecodeJob) -> int:
     """Tokens of an answer at most."""
     return FIXED.get(kind, job["limit"])
@@ -72,7 +79,7 @@ def timed(work: Callable[P, T], *args: P.args, **more: P.kwargs) -> tuple[T, flo
     return result, time.perf_counter() - began, torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
 
 
-def row(kind: str, batch: int | None, seconds: list[float], n: int, allocated: float | None) -> DecodeRow:
+def row(kind: str, batch: int | None, seconds: Sequence[float], n: int, allocated: float | None) -> DecodeRow:
     """The figures of `n` questions; `seconds`: of each call."""
     found: DecodeRow = {
         "kind": kind,
@@ -92,10 +99,10 @@ def row(kind: str, batch: int | None, seconds: list[float], n: int, allocated: f
 
 def ours(job: DecodeJob) -> DecodeResult:
     began = time.perf_counter()
-    from common.config import Base, Eval, Lora
+    from common.config import Base, Decode, Eval, Lora
     from common.data.trees import Branch, Tree
     from common.decode import predict, single
-    from common.decode.answers import Generation
+    from common.decode.answers import Generation, stop_tokens
     from common.device import pick_device
     from common.model.adapter import add_lora, load_adapter
     from common.model.load import load_base, load_tokenizer
@@ -111,15 +118,21 @@ def ours(job: DecodeJob) -> DecodeResult:
     elif job["lora"]:
         model = add_lora(model, Lora(**job["lora"]), 0).eval()
     options, questions, eos = Eval(**job["eval"]), job["questions"], tokenizer.eos_token_id
-    trees: dict[tuple[int, ...], list[Branch]] = {}
+    trees: dict[tuple[str, tuple[int, ...]], list[Branch]] = {}
     for q in questions:
-        trees.setdefault(tuple(q["prefix"]), []).append(Branch(q["id"], q["prompt"], []))
-    paragraphs = [Tree(list(prefix), tuple(branches)) for prefix, branches in trees.items()]
+        trees.setdefault((q["context"], tuple(q["prefix"])), []).append(Branch(q["id"], q["prompt"], []))
+    paragraphs = [Tree(list(prefix), tuple(branches), context) for (context, prefix), branches in trees.items()]
+    of_paragraph: defaultdict[tuple[int, ...], list[Question]] = defaultdict(list)
+    for q in questions:
+        of_paragraph[tuple(q["prefix"])].append(q)
+    ways = {"": Decode(), "as spans": Decode(spans=True)}
 
-    def dev(kind: str, some: list[Tree]) -> "dict[str, Prediction]":
+    def dev(kind: str, some: list[Tree], way: str = "") -> "dict[str, Prediction]":
         scripts = {q["id"]: s for q in questions if (s := script_of(q, kind, eos))}
+        stops = stop_tokens(tokenizer, model, ways[way]) if way else job["stops"]
+        limit = limit_of(kind, job)
         return predict.answer_trees(
-            model, tokenizer, some, job["stops"], limit_of(kind, job), options, None, forced=scripts
+            model, tokenizer, some, stops, limit, options, None, forced=scripts, decode=ways[way]
         )
 
     start = {"load_s": time.perf_counter() - began}
@@ -130,32 +143,49 @@ def ours(job: DecodeJob) -> DecodeResult:
     answers_alone: dict[str, list[int]] = {}
     ties = 0
     for kind in job["kinds"]:
-        found, seconds, allocated = timed(dev, kind, paragraphs)
-        rows.append(row(kind, None, [seconds], len(found), allocated))
-        if kind == "natural":
-            answers = {id_: a.token_ids for id_, a in found.items()}
-            ties = sum(a.ties or 0 for a in found.values())
+        tries: dict[str, list[tuple[dict[str, Prediction], float, float]]] = {way: [] for way in ways}
+        for _ in range(job["rounds"]):
+            for way, done in tries.items():
+                done.append(timed(dev, kind, paragraphs, way))
+        for way, done in tries.items():
+            found, rounds = done[0][0], [took for _, took, _ in done]
+            rows.append(row(kind, None, [statistics.median(rounds)], len(found), max(peak for *_, peak in done)))
+            rows[-1] |= {"rounds_s": rounds, "tokens": statistics.mean(len(a.token_ids) for a in found.values())}
+            if way:
+                rows[-1]["way"] = way
+            elif kind == "natural":
+                answers = {id_: a.token_ids for id_, a in found.items()}
+                ties = sum(a.ties or 0 for a in found.values())
     if device.type == "cuda":
         torch.cuda.empty_cache()
     for kind in job["kinds"]:
         engine, seconds, _ = timed(single.Single, model, job["stops"], limit_of(kind, job), job["window"])
         start[f"record_s {kind}"] = seconds
-        alone: list[Generation] = []
-        allocated, took = 0.0, []
-        for q in job["alone"]:
-            prompt, script = q["prefix"] + q["prompt"], script_of(q, kind, eos)
+        for way in ("", "paragraph kept"):  # from the question before, where the prompt begins with it
+            alone: list[Generation] = []
+            allocated, took = 0.0, []
+            engine.keeps_prompt = bool(way)
+            for q in job["alone"]:
+                others = of_paragraph[tuple(q["prefix"])] if q["prefix"] else []
+                before = next((x for x in others if x["id"] != q["id"]), None)
+                if not alone or (way and before):  # the first one is a warm-up
+                    engine.answer(*asked(before or q, kind, eos))
+                if way and not before:
+                    continue
+                answer, seconds, peak = timed(engine.answer, *asked(q, kind, eos))
+                alone.append(answer)
+                took.append(seconds)
+                allocated = max(allocated, peak)
             if not alone:
-                engine.answer(prompt, script)  # a warm-up
-            answer, seconds, peak = timed(engine.answer, prompt, script)
-            alone.append(answer)
-            took.append(seconds)
-            allocated = max(allocated, peak)
-        drafted = sum(a.drafted for a in alone)
-        share = sum(a.accepted for a in alone) / drafted if drafted else None
-        passes = sum(a.passes for a in alone) / len(alone)
-        rows.append({**row(kind, 1, took, len(took), allocated), "drafts_accepted": share, "passes": passes})
-        if kind == "natural":
-            answers_alone = {q["id"]: a.token_ids for q, a in zip(job["alone"], alone, strict=True)}
+                continue
+            drafted = sum(a.drafted for a in alone)
+            share = sum(a.accepted for a in alone) / drafted if drafted else None
+            passes = sum(a.passes for a in alone) / len(alone)
+            rows.append({**row(kind, 1, took, len(took), allocated), "drafts_accepted": share, "passes": passes})
+            if way:
+                rows[-1]["way"] = way
+            elif kind == "natural":
+                answers_alone = {q["id"]: a.token_ids for q, a in zip(job["alone"], alone, strict=True)}
         del engine
     return {
         "rows": rows,

@@ -3,9 +3,10 @@
     python -m benchmarks.decode_throughput [MODEL] [key=value ...] [--scripts natural | a b c] [--out FILE]
 
 Each stack runs in a fresh process, one after the other, with the same base and adapter. Ours answers the whole dev set
-in a stream, and single questions one at a time; peers answer as many as takes them a while, at each of their batch
-sizes. Models with random weights follow scripts, the same for all: (a) each question's gold answer and EOS, (b) 8 and
-(c) 32 fixed tokens. One table, and one JSON object as the last line.
+in a stream, freely and as spans (`decode.spans`) by turns, and single questions one at a time, with and without their
+paragraph in the cache; peers answer as many as takes them a while, at each of their batch sizes. Models with random
+weights follow scripts, the same for all: (a) each question's gold answer and EOS, (b) 8 and (c) 32 fixed tokens. One
+table, and one JSON object as the last line.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def main(argv: list[str]) -> None:
 
     # ---- table -----------------------------------------------------------------------------------------------------
     rows: list[Row | Failure] = []
-    ours = {(r["kind"], r["batch"]): r for r in found.get("ours", DecodeResult()).get("rows", [])}
+    ours = {(r["kind"], r["batch"]): r for r in found.get("ours", DecodeResult()).get("rows", []) if "way" not in r}
     for system in args.systems:
         stack = found[system]
         if "failed" in stack:
@@ -91,7 +92,11 @@ def main(argv: list[str]) -> None:
                 {"system": system, "failed": stack["failed"], "ours_is_questions_per_s": None, "ours_is_p95_ms": None}
             )
         for row in stack.get("rows", []):
-            stream, alone = (ours.get((row["kind"], batch)) if system != "ours" else None for batch in (None, 1))
+            stream, alone = (ours.get((row["kind"], batch)) for batch in (None, 1))
+            if system == "ours":  # its other ways beside itself, a stream with a stream
+                stream, alone = (
+                    x if x and "way" in row and x["batch"] == row["batch"] else None for x in (stream, alone)
+                )
             rows.append(
                 {
                     "system": system,
@@ -136,6 +141,7 @@ def parser(gpu: bool) -> Parser:
     p.add_argument("--alone", type=int, default=100 if gpu else 200, help="of these, asked one at a time")
     p.add_argument("--peers-alone", type=int, help="how many of these a peer is asked (default: all)")
     p.add_argument("--peers-batched", type=int, default=256, help="questions a peer is asked at a larger batch size")
+    p.add_argument("--rounds", type=int, default=1, help="of our streams, freely and as spans by turns; their median")
     p.add_argument("--out", type=Path, help="keep every stack's figures here as they come")
     return p
 
@@ -153,7 +159,7 @@ def job_of(
     trees = cache.build_trees(dev, tokenizers, config.window, config.prompt, train=False).trees
     gold = {e.id: gold_ids(tokenizer, e.answers[0].text, config.window.answer) for e in dev.examples}
     questions: list[Question] = [
-        {"id": b.id, "prefix": t.prefix_ids, "prompt": b.prompt_ids, "gold": gold[b.id]}
+        {"id": b.id, "context": t.context, "prefix": t.prefix_ids, "prompt": b.prompt_ids, "gold": gold[b.id]}
         for t in trees
         for b in t.branches
     ]
@@ -175,6 +181,7 @@ def job_of(
         "kinds": kinds,
         "batches": args.batches,
         "counts": {str(b): (args.peers_alone or len(alone)) if b == 1 else args.peers_batched for b in args.batches},
+        "rounds": args.rounds,
         "questions": questions,
         "alone": alone,
         "batched": batched,
@@ -209,7 +216,7 @@ def cells(r: Row | Failure) -> list[str]:
         return [SYSTEMS[r["system"]], r["failed"], *[""] * (len(COLUMNS) - 2)]
     speed, latency = r["ours_is_questions_per_s"], r["ours_is_p95_ms"]
     return [
-        SYSTEMS[r["system"]],
+        ", ".join(filter(None, (SYSTEMS[r["system"]], r.get("way")))),
         WHAT[r["kind"]],
         str(r["batch"] or "stream"),
         f"{r['questions_per_s']:.4g}",

@@ -49,6 +49,7 @@ class PeerResult(TypedDict, total=False):
 
 class Question(TypedDict):
     id: str
+    context: str  # as it is read
     prefix: list[int]
     prompt: list[int]  # ids after the prefix
     gold: list[int]  # ids of the first gold answer, with EOS
@@ -67,6 +68,7 @@ class DecodeJob(TypedDict):
     kinds: list[str]
     batches: list[int]
     counts: dict[str, int]  # questions by batch size
+    rounds: int  # of the stream, freely and as spans by turns
     questions: list[Question]
     alone: list[Question]
     batched: list[Question]
@@ -74,11 +76,14 @@ class DecodeJob(TypedDict):
 
 class DecodeRow(TypedDict):
     kind: str
+    way: NotRequired[str]  # other than freely, each question with its paragraph
     batch: int | None  # None: a stream of all questions
     questions: int
-    seconds: float
+    seconds: float  # of several rounds: their median
     questions_per_s: float
     allocated_gib: float | None
+    tokens: NotRequired[float]  # of an answer
+    rounds_s: NotRequired[list[float]]
     p50_ms: NotRequired[float]  # latencies only where one question is asked at a time
     p95_ms: NotRequired[float]
     drafts_accepted: NotRequired[float | None]  # share

@@ -20,7 +20,7 @@ from common.config import load
 from common.data import cache, squad
 from common.data.tokens import Ids, Tokenizer
 from common.data.window import answer_limit
-from common.decode.spans import FIRST, Automaton, Quotes, State, vocabulary
+from common.decode.spans import FIRST, Automata, Automaton, Quotes, State, vocabulary
 from common.errors import UserError, one_line_errors
 from common.model.load import load_tokenizers
 from common.parser import Parser
@@ -54,11 +54,12 @@ def main(argv: list[str]) -> None:
     tokens, theirs = vocabulary(tokenizer, len(tokenizer)), None
     if args.beside:
         theirs = Theirs(tokenizer)
+    automata = Automata(tokens, [t.context for t in trees], config.decode.whole_words, torch.device("cpu"))
     golds = refused = steps = unlike = 0
     logits, stops = torch.randn(ROWS, len(tokenizer)), torch.tensor([eos])
     for number, tree in enumerate(trees):
         with timed("ours, a context"):
-            automaton = Automaton(tokens, tree.context, config.decode.whole_words)
+            automaton = automata(tree.context)
         compared = theirs is not None and number % args.beside == 0
         if theirs and compared:
             theirs.begin(tree.context)

@@ -22,6 +22,7 @@ from common.decode.answers import stop_tokens
 from common.decode.forward import Captured
 from common.decode.predict import answer_trees
 from common.decode.single import Single
+from common.decode.spans import automata, vocabulary
 from common.errors import UserError
 from common.model import attention, linears, tree_mask, varlen
 from common.model.adapter import add_lora
@@ -553,6 +554,10 @@ def test_quotes_stand_in_the_text_in_every_engine(base16):
         answer_trees(model, tokenizer, trees, stops, LIMIT, Eval(engine, pass_tokens=600), progress=None, decode=spans)
         for engine in ("auto", "plain")
     )
+    tokens, contexts = vocabulary(tokenizer, model.config.vocab_size), [tree.context for tree in trees]
+    for here, there in zip(*(automata(tokens, contexts, False, torch.device(d)) for d in ("cpu", "cuda")), strict=True):
+        assert (here.edges == there.edges).all()
+        assert (here.nodes == there.there[1].cpu().numpy()).all()
     engine, same = Single(model, stops, LIMIT, 512, spans=True), 0
     assert engine.prompt_graphs
     engine.keeps_prompt = True

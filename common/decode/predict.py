@@ -77,7 +77,7 @@ def answer_trees(
     check_positions(model, longest, max_new_tokens)
     need_embedded(model.config, trees)
     trees = spans.with_words(trees) if decode.spans else trees
-    quotes = quotes_of(model, tokenizer, decode)
+    quotes = quotes_of(model, tokenizer, decode, [tree.context for tree in _largest_first(trees)])
     settings = tokenizer, stops, max_new_tokens, options, check, forced or {}, round_
     task = Task(*settings, lambda tree: quotes(tree.context), decode)
     engine = plain.answer_packs if engine_of(model, options) == "plain" else _answer_batched
@@ -145,13 +145,18 @@ def check_positions(model: Model, prompt_tokens: int, answer_tokens: int) -> Non
 
 
 def quotes_of(
-    model: Model, tokenizer: PreTrainedTokenizerBase, options: Decode
+    model: Model, tokenizer: PreTrainedTokenizerBase, options: Decode, contexts: Sequence[str] | None = None
 ) -> Callable[[str], spans.Automaton | None]:
-    """The function from a context to its automaton, or to None where answers need not be quotes."""
+    """The function from a context to its automaton, or to None where answers need not be quotes.
+
+    `contexts`: those that it will be asked for, in about this order; None: any, one at a time.
+    """
     if not options.spans:
         return lambda context: None
     vocabulary = spans.vocabulary(tokenizer, model.config.vocab_size)
-    return lambda context: spans.automaton(vocabulary, context, options.whole_words)
+    if contexts is None:
+        return lambda context: spans.automaton_of(vocabulary, context, options.whole_words)
+    return spans.Automata(vocabulary, contexts, options.whole_words, next(model.parameters()).device)
 
 
 def engine_of(model: Model, options: Eval) -> Literal["plain", "stream"]:
@@ -216,8 +221,11 @@ def _streams(trees: Sequence[Tree], parts: int | None, round_: str) -> Iterator[
 
     A part is decoded by itself, so its passes do not depend on the number or speed of ranks.
     """
-    largest_first = sorted(trees, key=len, reverse=True)
     if parts is None:
-        yield ranks.take(largest_first, round_)
+        yield ranks.take(_largest_first(trees), round_)
     else:
-        yield from ranks.take(plan.share(largest_first, parts), round_)
+        yield from ranks.take(plan.share(_largest_first(trees), parts), round_)
+
+
+def _largest_first(trees: Sequence[Tree]) -> list[Tree]:
+    return sorted(trees, key=len, reverse=True)

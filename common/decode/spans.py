@@ -10,7 +10,8 @@ token one pass late.
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from common.data.tokens import Ids, Span, Tokenizer
@@ -25,7 +26,8 @@ from torch import Tensor
 # node FIRST + i: the first i bytes of the context are passed
 START, SPACE, FIRST = 0, 1, 2
 ELEMENTS = 2**20  # rows × edges that are looked at together: some 50 MiB, which the margins of memory hold
-Edges = np.ndarray  # [3, E] int: node, token, node
+BLOCK = 128  # contexts whose automata are made together: some 40 MiB
+BORDER = 0xFF  # behind each context's bytes: no byte of UTF-8
 State = np.ndarray  # [N] bool
 
 
@@ -45,39 +47,48 @@ class Vocabulary:
             keys.append(key)
             node[longer] = n + inverse
             n += len(key)
-        self.keys = np.concatenate(keys)  # ascending, by level and within it: the n-th is the way to node n + 1
-        self.tokens = tokens[np.argsort(node, kind="stable")]  # by the node where they end
-        self.count = np.bincount(node, minlength=n)
-        self.first = np.cumsum(self.count) - self.count
+        count = np.bincount(node, minlength=n)
+        parts = (
+            np.concatenate(keys),  # ascending, by level and within it: the n-th is the way to node n + 1
+            tokens[np.argsort(node, kind="stable")],  # by the node where they end: from the third on, by the fourth
+            np.cumsum(count) - count,
+            count,
+        )
+        self.trie = tuple(torch.from_numpy(part.astype(np.int32)) for part in parts)
+        self._there: dict[torch.device, tuple[Tensor, ...]] = {}
 
-    def child(self, node: np.ndarray, byte: np.ndarray) -> np.ndarray:
+    def on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The trie on a device, copied once: keys, tokens, and each node's first token and count of them."""
+        if device not in self._there:
+            self._there[device] = tuple(part.to(device) for part in self.trie)
+        return self._there[device]
+
+    def child(self, node: Tensor, byte: Tensor) -> Tensor:
         """The number of each node's child by a byte, 0 where there is none."""
+        keys, *_ = self.on(node.device)
         key = node * 256 + byte
-        place = np.minimum(np.searchsorted(self.keys, key), len(self.keys) - 1)
-        return np.where(self.keys[place] == key, place + 1, 0)
+        place = torch.searchsorted(keys, key, out_int32=True).clamp_(max=len(keys) - 1)
+        return torch.where(keys[place] == key, place + 1, 0)
 
-    def tokens_at(self, node: int) -> np.ndarray:
-        """The tokens that end at a node."""
-        return self.tokens[self.first[node] :][: self.count[node]]
+    def edges(self, data: Tensor, source: Tensor, at: Tensor, node: Tensor) -> Tensor:
+        """(source, token, place behind it) of every token that leads from a node along `data`; [3, E] int32.
 
-    def edges(self, data: np.ndarray, source: np.ndarray, at: np.ndarray, node: np.ndarray) -> Edges:
-        """(source, token, place behind it) of every token that leads from a node of the trie along `data`.
-
-        `source`, `at` and `node` [n]: what to call each beginning, the place in `data` where it reads on, and the node
-        of what it has read before.
+        `source`, `at` and `node` [n] int32: what to call each beginning, the place in `data` where it reads on, and the
+        node of what it has read before. No token leads across a `BORDER`, with which `data` [bytes] int32 ends.
         """
+        _, tokens, first, count = self.on(data.device)
         passed = [(source[node > 0], node[node > 0], at[node > 0])]
         while len(at):
-            inside = at < len(data)
-            source, at, node = source[inside], at[inside], node[inside]
-            node = self.child(node, data[at])
-            source, at, node = (x[node > 0] for x in (source, at + 1, node))
+            byte = data[at]
+            node = torch.where(byte == BORDER, 0, self.child(node, byte))
+            (kept,) = torch.nonzero(node, as_tuple=True)
+            source, node, at = source[kept], node[kept], at[kept] + 1
             passed.append((source, node, at))
-        source, node, at = (np.concatenate(parts) for parts in zip(*passed, strict=True))
-        count = self.count[node]
-        nth = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)  # of the node's tokens
-        tokens = self.tokens[np.repeat(self.first[node], count) + nth]
-        return np.stack([np.repeat(source, count), tokens, np.repeat(at, count)])
+        source, node, at = (torch.cat(parts) for parts in zip(*passed, strict=True))
+        counts = count[node]
+        of = torch.arange(len(node), device=data.device).repeat_interleave(counts)
+        nth = torch.arange(len(of), device=data.device) - (counts.cumsum(0) - counts)[of]  # of the node's tokens
+        return torch.stack([source[of], tokens[first[node[of]] + nth], at[of]])
 
 
 class Quote(NamedTuple):
@@ -85,42 +96,27 @@ class Quote(NamedTuple):
     span: Span  # characters of the context
 
 
+@dataclass
 class Automaton:
     """The quotes of one context."""
 
-    def __init__(self, vocabulary: Vocabulary, context: str, whole_words: bool = False):
-        """Raises `ValueError` for a context without a word (`with_words`)."""
-        self.vocabulary, self.context, self.data = vocabulary, context, context.encode()
-        data = np.frombuffer(self.data, np.uint8)
-        starts = (data & 0xC0) != 0x80  # of UTF-8's characters
-        self.char = np.append(np.cumsum(starts) - 1, len(context))  # that each byte is of
-        space, word = (np.array([test(c) for c in context], bool) for test in (str.isspace, str.isalnum))
-        if not word.any():
-            raise ValueError("a context without a word has no quote")
-        within = np.zeros(len(context) + 1, bool)  # places between two characters of a word
-        within[1:-1] = whole_words & word[:-1] & word[1:]
-        places, begins = np.arange(len(data)), np.flatnonzero(starts & ~(space | within[:-1])[self.char[:-1]])
-        blank = vocabulary.child(np.zeros(1, np.int64), np.array([ord(" ")]))
-        source = np.concatenate([places + FIRST, np.full_like(begins, START)])
-        node = np.concatenate([np.zeros_like(places), np.repeat(blank, len(begins))])
-        spaces = vocabulary.tokens_at(blank[0])
-        edges = vocabulary.edges(data, source, np.concatenate([places, begins]), node)
-        edges[2] += FIRST
-        self.edges = np.concatenate([edges, [[START] * len(spaces), spaces, [SPACE] * len(spaces)]], axis=1)
-        # those of the first state; those where an answer may end
-        self.nodes = np.zeros((2, len(data) + 1 + FIRST), bool)
-        self.nodes[0, [START, *(begins + FIRST)]] = True
-        self.nodes[1, FIRST + 1 :] = np.append(starts, True)[1:] & ~within[self.char[1:]]
-        self._there: tuple[Tensor, Tensor] | None = None
+    vocabulary: Vocabulary
+    context: str
+    data: bytes  # of the context
+    char: np.ndarray  # [bytes + 1] that each byte is of
+    nodes: np.ndarray  # [2, N] bool: those of the first state; those where an answer may end
+    there: tuple[Tensor, Tensor]  # the edges [3, E] int32, and the nodes, on some device
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The edges [3, E] int32 and the nodes [2, N] bool on a device, copied once."""
-        if self._there is None:
-            edges, nodes = torch.from_numpy(self.edges.astype(np.int32)), torch.from_numpy(self.nodes)
-            if device.type == "cuda":  # from pinned memory, for which the host need not wait
-                edges, nodes = (x.pin_memory().to(device, non_blocking=True) for x in (edges, nodes))
-            self._there = edges, nodes
-        return self._there
+        """The edges and the nodes on a device, copied once."""
+        if self.there[0].device != device:
+            self.there = self.there[0].to(device), self.there[1].to(device)
+        return self.there
+
+    @functools.cached_property
+    def edges(self) -> np.ndarray:
+        """[3, E]: node, token, node; on the host."""
+        return self.there[0].cpu().numpy()
 
     def advance(self, state: State, token: int) -> State:
         """The state behind a token, on the host."""
@@ -144,6 +140,87 @@ class Automaton:
         start = int(self.char[place])
         text = self.context[start : self.char[stop]].rstrip()
         return Quote(text, (start, start + len(text)))
+
+
+def automata(
+    vocabulary: Vocabulary, contexts: Sequence[str], whole_words: bool, device: torch.device
+) -> list[Automaton]:
+    """The automata of contexts, made together on a device.
+
+    Raises `ValueError` for a context without a word (`with_words`).
+    """
+    if not all(any(map(str.isalnum, context)) for context in contexts):
+        raise ValueError("a context without a word has no quote")
+    # ---- bytes, behind each context a border -----------------------------------------------------------------------
+    text = "".join(f"{context}\0" for context in contexts)
+    data = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    encoded = [context.encode() for context in contexts]
+    size = np.array([len(part) + 1 for part in encoded])
+    start = np.cumsum(size) - size
+    of, border = np.repeat(np.arange(len(size)), size), start + size - 1  # of each byte: its context
+    data[border] = BORDER
+    first_byte = (data & 0xC0) != 0x80  # of a character
+    char = np.cumsum(first_byte) - 1  # that each byte is of
+    space, word = (np.fromiter(map(test, text), bool, len(text)) for test in (str.isspace, str.isalnum))
+    within = np.zeros(len(text), bool)  # whether a character goes on with a word
+    within[1:] = whole_words & word[:-1] & word[1:]
+
+    # ---- nodes: FIRST, then one for each byte and the border, context after context --------------------------------
+    node, base = np.arange(len(data)) + FIRST * (of + 1), start + FIRST * np.arange(len(size))
+    begins, ends = first_byte & ~(space | within)[char], first_byte & ~within[char]
+    begins[border] = ends[start] = False
+    nodes = np.zeros((2, len(data) + FIRST * len(size)), bool)
+    nodes[0, node], nodes[1, node], nodes[0, base + START] = begins, ends, True
+
+    # ---- edges, on the device ---------------------------------------------------------------------------------------
+    def there(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array.astype(np.int32)).to(device)
+
+    places, beginnings, bases = np.delete(np.arange(len(data)), border), np.flatnonzero(begins), there(base)
+    root = torch.zeros(1, dtype=torch.int32, device=device)
+    blank = vocabulary.child(root, root + ord(" "))
+    edges = vocabulary.edges(
+        there(data),
+        there(np.concatenate([node[places], base[of[beginnings]] + START])),
+        there(np.concatenate([places, beginnings])),
+        torch.cat([root.expand(len(places)), blank.expand(len(beginnings))]),
+    )
+    context_of = there(of)[edges[2]]
+    edges[2] += FIRST * (context_of + 1)
+    _, tokens, first, count = vocabulary.on(device)
+    spaces = tokens[first[blank[0]] :][: count[blank[0]]]
+    blanks = torch.stack(torch.broadcast_tensors(bases[:, None] + START, spaces, bases[:, None] + SPACE))
+    edges = torch.cat([edges, blanks.flatten(1)], dim=1)
+    context_of = torch.cat([context_of, there(np.arange(len(size))).repeat_interleave(len(spaces))])
+    edges[::2] -= bases[context_of]
+    edges = edges[:, context_of.argsort(stable=True)]
+    by_context = edges.split(context_of.bincount(minlength=len(size)).tolist(), dim=1)
+    sizes = (size + FIRST).tolist()
+    nodes_there = torch.from_numpy(nodes).to(device).split(sizes, dim=1)
+    return [
+        Automaton(vocabulary, context, encoded[i], char[a:b] - char[a], nodes[:, c:d], (by_context[i], nodes_there[i]))
+        for i, (context, a, b, c, d) in enumerate(
+            zip(contexts, start, start + size, base, base + size + FIRST, strict=True)
+        )
+    ]
+
+
+class Automata:
+    """A function from a context to its automaton, which is made with those of the `BLOCK` contexts from it on."""
+
+    def __init__(self, vocabulary: Vocabulary, contexts: Iterable[str], whole_words: bool, device: torch.device):
+        """`contexts`: those that will be asked for, about in this order."""
+        self.vocabulary, self.whole_words, self.device = vocabulary, whole_words, device
+        self.contexts = list(dict.fromkeys(contexts))
+        self.number = {context: i for i, context in enumerate(self.contexts)}
+        self.kept: dict[str, Automaton] = {}
+
+    def __call__(self, context: str) -> Automaton:
+        if context not in self.kept:
+            block = self.contexts[self.number[context] :][:BLOCK]
+            made = automata(self.vocabulary, block, self.whole_words, self.device)
+            self.kept = dict(zip(block, made, strict=True))
+        return self.kept[context]
 
 
 class Quotes:
@@ -222,10 +299,10 @@ def with_words(trees: Sequence[Tree]) -> list[Tree]:
     return kept
 
 
-@functools.lru_cache(maxsize=512)  # a paragraph's questions may be in several trees, and asked one by one
-def automaton(vocabulary: Vocabulary, context: str, whole_words: bool) -> "Automaton":
-    """The automaton of a context, made once."""
-    return Automaton(vocabulary, context, whole_words)
+@functools.lru_cache(maxsize=512)  # of a paragraph's questions that are asked one by one
+def automaton_of(vocabulary: Vocabulary, context: str, whole_words: bool = False) -> Automaton:
+    """The automaton of one context, on the host, made once."""
+    return automata(vocabulary, [context], whole_words, torch.device("cpu"))[0]
 
 
 @functools.lru_cache(maxsize=4)

@@ -122,7 +122,7 @@ def test_decoding_stacks_answer_the_same_questions_alike(tiny_config, dev_file, 
         assert (both["n"], both["same"], both["same_alone"], both["em"]) == (4, 4, 4, both["em_generate"])
     else:
         assert both is None
-        (passes,) = [r["passes"] for r in ours["rows"] if (r["kind"], r["batch"]) == ("b", 1)]
+        (passes,) = {r["passes"] for r in ours["rows"] if (r["kind"], r["batch"]) == ("b", 1)}
         assert passes == 8, "no draft of such a script is right"
 
 

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 from common.config import Decode, Eval, Prompt, Window
 from common.data.squad import Example
 from common.data.trees import Branch, Tree
-from common.decode import single
+from common.decode import single, spans
 from common.decode.answers import stop_tokens
 from common.decode.forward import choose
 from common.decode.plain import Plain
 from common.decode.predict import answer_trees, answers, quotes_of
 from common.decode.single import Single
-from common.decode.spans import FIRST, Automaton, Quotes, Vocabulary, token_bytes, vocabulary
+from common.decode.spans import BORDER, FIRST, Quotes, Vocabulary, automata, automaton_of, token_bytes, vocabulary
 from common.errors import UserError
 from common.model.load import load_tokenizer
 from tests.conftest import ROOT, same
@@ -82,10 +82,10 @@ def test_the_most_probable_quote_is_chosen_token_by_token(context, whole_words, 
     tokens = vocabulary_of()
     if not any(c.isalnum() for c in context):
         with pytest.raises(ValueError, match="without a word"):
-            Automaton(tokens, context, whole_words)
+            automaton_of(tokens, context, whole_words)
         return
-    automaton, whole = Automaton(tokens, context, whole_words), quotes(context, whole_words)
-    other = Automaton(tokens, "a rather longer context beside it", whole_words)
+    automaton, whole = automaton_of(tokens, context, whole_words), quotes(context, whole_words)
+    other = automaton_of(tokens, "a rather longer context beside it", whole_words)
     draw = torch.Generator().manual_seed(seed)
     sofar, answer, state, host = b"", [], None, automaton.nodes[0]
     for step in range(12):
@@ -121,8 +121,9 @@ def before(state: torch.Tensor | None) -> torch.Tensor | None:
 @given(TEXT)
 def test_edges_are_where_tokens_stand(context):
     tokens, data = vocabulary_of(), context.encode()
-    places = np.arange(len(data))
-    found = tokens.edges(np.frombuffer(data, np.uint8), places, places, np.zeros_like(places))
+    bytes_ = torch.tensor([*data, BORDER], dtype=torch.int32)
+    places = torch.arange(len(data), dtype=torch.int32)
+    found = tokens.edges(bytes_, places, places, torch.zeros_like(places))
     expected = {
         (i, token, i + len(text))
         for token, text in enumerate(tokens.bytes)
@@ -130,6 +131,33 @@ def test_edges_are_where_tokens_stand(context):
         if text and data.startswith(text, i)
     }
     assert sorted(map(tuple, found.T.tolist())) == sorted(expected)
+
+
+@given(st.lists(TEXT.filter(lambda text: any(map(str.isalnum, text))), min_size=1, max_size=6), st.booleans())
+def test_automata_that_are_made_together_are_those_that_are_made_alone(contexts, whole_words):
+    """Nothing leads across the border between two contexts, though there is a token of its byte."""
+    tokens, device = vocabulary_of([*PIECES, bytes([BORDER]), bytes([ord("a"), BORDER])]), torch.device("cpu")
+    together = automata(tokens, contexts, whole_words, device)
+    for context, one in zip(contexts, together, strict=True):
+        (alone,) = automata(tokens, [context], whole_words, device)
+        assert sorted(one.edges.T.tolist()) == sorted(alone.edges.T.tolist())
+        assert (one.nodes == alone.nodes).all()
+        assert (one.char == alone.char).all()
+        assert (one.context, one.data) == (context, context.encode())
+
+
+def test_automata_are_made_ahead_of_their_contexts(monkeypatch):
+    """In whatever order they are asked for, each is of its context; made are those that come next."""
+    contexts, made = [f"number {i}" for i in range(10)], []
+    build = spans.automata
+    monkeypatch.setattr(
+        spans, "automata", lambda tokens, block, *more: made.append(block) or build(tokens, block, *more)
+    )
+    monkeypatch.setattr(spans, "BLOCK", 4)
+    of = spans.Automata(vocabulary_of(), [*contexts, *contexts], False, torch.device("cpu"))
+    for i in (0, 1, 3, 5, 0, 9):
+        assert of(contexts[i]).context == contexts[i]
+    assert [len(block) for block in made] == [4, 4, 4, 1]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +179,7 @@ def test_edges_are_where_tokens_stand(context):
 def test_a_quote_is_the_first_place_of_an_answer(answer, text, start, whole_words):
     context = "the then, the end café"
     pieces = [piece for piece in answer.split(b"|") if piece]
-    found = Automaton(Vocabulary([None, *pieces]), context, whole_words).quote(range(1, len(pieces) + 1))
+    found = automaton_of(Vocabulary([None, *pieces]), context, whole_words).quote(range(1, len(pieces) + 1))
     assert found == (text, (start, start + len(text)))
     assert context[slice(*found.span)] == text
 
@@ -201,7 +229,7 @@ def sentencepiece(folder) -> PreTrainedTokenizerFast:
 def by_masks(model, tokenizer, tree: Tree, branch: Branch, limit: int) -> list[int]:
     """Greedy tokens of one question alone, of those alone that the automaton allows, pass by pass without a cache."""
     tokens, eos = vocabulary(tokenizer, model.config.vocab_size), tokenizer.eos_token_id
-    automaton = Automaton(tokens, tree.context)
+    automaton = automaton_of(tokens, tree.context)
     state, answer, prompt = automaton.nodes[0], [], tree.prefix_ids + branch.prompt_ids
     while len(answer) < limit and eos not in answer:
         logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, -1]
@@ -229,13 +257,13 @@ def test_every_engine_gives_the_same_quotes(tiny_base):
     )
     free = answer_trees(model, tokenizer, trees, stops, LIMIT, progress=None)
     engines = Single(model, stops, LIMIT, 600, spans=True), Plain(model, stops, LIMIT)
-    automaton_of = quotes_of(model, tokenizer, SPANS)
+    quotes_in = quotes_of(model, tokenizer, SPANS)
     for tree in trees:
         for branch in tree.branches:
             answer, prompt = batched[branch.id], tree.prefix_ids + branch.prompt_ids
             assert answer.token_ids == plain[branch.id].token_ids == by_masks(model, tokenizer, tree, branch, LIMIT)
             for engine in engines:
-                alone = engine.answer(prompt, quotes=automaton_of(tree.context))
+                alone = engine.answer(prompt, quotes=quotes_in(tree.context))
                 assert alone.token_ids == answer.token_ids
                 assert alone.logprob == pytest.approx(answer.logprob, abs=1e-3)
             assert answer.text
@@ -303,9 +331,9 @@ def test_forced_tokens_are_taken_and_followed(tiny_base):
 def test_an_engine_for_quotes_takes_nothing_else(tiny_base):
     model, tokenizer = system(tiny_base)
     quotes = quotes_of(model, tokenizer, SPANS)("A canal.")
-    for spans, given_quotes in ((True, None), (False, quotes)):
+    for constrained, given_quotes in ((True, None), (False, quotes)):
         with pytest.raises(ValueError, match="made for spans"):
-            Single(model, [1], 4, 60, spans).answer([5, 6], quotes=given_quotes)
+            Single(model, [1], 4, 60, constrained).answer([5, 6], quotes=given_quotes)
 
 
 @pytest.mark.parametrize("whole_words", [False, True])
@@ -314,7 +342,7 @@ def test_every_gold_of_the_demo_can_be_given(tiny_base, whole_words):
     tokens, n = Vocabulary(token_bytes(tokenizer)), 0
     for article in json.loads((ROOT / "demo" / "dev.json").read_text())["data"]:
         for paragraph in article["paragraphs"]:
-            automaton = Automaton(tokens, paragraph["context"], whole_words)
+            automaton = automaton_of(tokens, paragraph["context"], whole_words)
             for answer in (a["text"] for question in paragraph["qas"] for a in question["answers"]):
                 ids, state = tokenizer(" " + answer, add_special_tokens=False).input_ids, automaton.nodes[0]
                 for token in ids:
@@ -328,9 +356,9 @@ def test_every_gold_of_the_demo_can_be_given(tiny_base, whole_words):
 def test_many_rows_are_looked_at_in_parts(monkeypatch):
     """The result does not depend on how many rows fit `ELEMENTS`."""
     tokens, rng = vocabulary_of(), random.Random(0)
-    automata = [Automaton(tokens, "".join(rng.choices("ab \né", k=rng.randrange(3, 40))) + "a") for _ in range(7)]
+    those = [automaton_of(tokens, "".join(rng.choices("ab \né", k=rng.randrange(3, 40))) + "a") for _ in range(7)]
     logits = torch.randn(7, len(tokens.bytes), generator=torch.Generator().manual_seed(0))
-    whole = Quotes(automata, torch.tensor([EOS])).choose(logits)
+    whole = Quotes(those, torch.tensor([EOS])).choose(logits)
     monkeypatch.setattr("common.decode.spans.ELEMENTS", 1)
-    for a, b in zip(whole, Quotes(automata, torch.tensor([EOS])).choose(logits), strict=True):
+    for a, b in zip(whole, Quotes(those, torch.tensor([EOS])).choose(logits), strict=True):
         assert torch.equal(a, b)
