@@ -10,12 +10,14 @@ token one pass late.
 
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 from common.data.tokens import Ids, Span, Tokenizer
 from common.data.trees import Tree
+from common.decode import spans_rows
 from common.errors import UserError
 
 import numpy as np
@@ -25,7 +27,6 @@ from torch import Tensor
 # nodes: an answer without a token is at START and where it may begin, one that is a space at SPACE and there;
 # node FIRST + i: the first i bytes of the context are passed
 START, SPACE, FIRST = 0, 1, 2
-ELEMENTS = 2**20  # rows × edges that are looked at together: some 50 MiB, which the margins of memory hold
 BLOCK = 128  # contexts whose automata are made together: some 40 MiB
 BORDER = 0xFF  # behind each context's bytes: no byte of UTF-8
 State = np.ndarray  # [N] bool
@@ -161,7 +162,7 @@ def automata(
     data[border] = BORDER
     first_byte = (data & 0xC0) != 0x80  # of a character
     char = np.cumsum(first_byte) - 1  # that each byte is of
-    space, word = (np.fromiter(map(test, text), bool, len(text)) for test in (str.isspace, str.isalnum))
+    space, word = (_true_of(test, text) for test in (str.isspace, str.isalnum))
     within = np.zeros(len(text), bool)  # whether a character goes on with a word
     within[1:] = whole_words & word[:-1] & word[1:]
 
@@ -205,6 +206,15 @@ def automata(
     ]
 
 
+def _true_of(test: Callable[[str], bool], text: str) -> np.ndarray:
+    """[characters] bool; of ASCII by a table."""
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    found = np.array([test(chr(code)) for code in range(128)])[np.minimum(codes, 127)]
+    for i in np.flatnonzero(codes > 127).tolist():
+        found[i] = test(text[i])
+    return found
+
+
 class Automata:
     """A function from a context to its automaton, which is made with those of the `BLOCK` contexts from it on."""
 
@@ -239,7 +249,7 @@ class Quotes:
         self.edges, self.nodes = torch.cat(edges, dim=1), torch.cat(nodes, dim=1)
         sizes = torch.tensor([[x.shape[1] for x in part] for part in (edges, nodes)])
         of_row = [number[id(a)] for a in automata]
-        self.longest, self.most = sizes[:, of_row].amax(1).tolist()
+        self.most = int(sizes[1].max())
         ranges = torch.stack([sizes.cumsum(1) - sizes, sizes])[:, :, of_row]
         if device.type == "cuda":  # from pinned memory, or the host would wait for the pass in flight
             ranges = ranges.pin_memory()
@@ -257,31 +267,23 @@ class Quotes:
         Of the tokens on edges out of a state, and of the stop tokens where an answer may end, the most probable one; of
         equal ones the least. Where no edge leaves a state, the answer ends. `forced` [K]: token to take instead, or -1.
         """
-        step, state = max(1, ELEMENTS // self.longest), self.state
-        may_end = (state & self._of_nodes(1)).any(1) & ~state[:, :FIRST].any(1)
+        of_rows: ModuleType = spans_rows
+        if logits.is_cuda:
+            from common.decode import spans_kernels as of_rows  # torch for a CPU comes without Triton
+        mine = self.edges, self.edge_start, self.edge_count, self.state
+        may_end = (self.state & self._of_nodes(1)).any(1) & ~self.state[:, :FIRST].any(1)
         stopping = torch.where(may_end[:, None], logits[:, self.stops], -torch.inf)  # [K, S]
-        found = []
-        for start in range(0, len(logits), step):
-            part = slice(start, start + step)
-            place = torch.arange(self.longest, device=logits.device)
-            index = (self.edge_start[part, None] + place).clamp_(max=self.edges.shape[1] - 1)
-            source, token, target = (x[index].long() for x in self.edges)  # [k, E] each
-            open_ = (place < self.edge_count[part, None]) & state[part].gather(1, source)
-            scores = torch.where(open_, logits[part].gather(1, token), -torch.inf)
-            best = torch.maximum(scores.amax(1), stopping[part].amax(1))[:, None]
-            none = logits.shape[1]
-            equal = torch.where(open_ & (scores == best), token, none)
-            stops = torch.where(may_end[part, None] & (stopping[part] == best), self.stops, none)
-            chosen = torch.minimum(equal.amin(1), stops.amin(1))
-            others = torch.stack([((x != none) & (x != chosen[:, None])).any(1) for x in (equal, stops)])
-            chosen = torch.where(chosen == none, self.stops[0], chosen)
-            if forced is not None:
-                chosen = torch.where(forced[part] >= 0, forced[part], chosen)
-            after = torch.zeros(state[part].shape, dtype=torch.int32, device=logits.device)
-            after.scatter_add_(1, target, (open_ & (token == chosen[:, None])).int())
-            found.append((chosen, others.any(0), after > 0))
-        token, tie, after = (torch.cat(x) for x in zip(*found, strict=True))
-        return token, tie, after
+        score, least, greatest = of_rows.best(logits, *mine)
+        best = torch.maximum(score, stopping.amax(1))
+        going, ending = (score == best) & (greatest >= 0), may_end[:, None] & (stopping == best[:, None])
+        none = logits.shape[1]
+        ends = torch.where(ending, self.stops, none)
+        token = torch.minimum(torch.where(going, least.long(), none), ends.amin(1))
+        tie = (going & (greatest != token)) | (ending & (ends != token[:, None])).any(1)
+        token = torch.where(token == none, self.stops[0], token)
+        if forced is not None:
+            token = torch.where(forced >= 0, forced, token)
+        return token, tie, of_rows.advance(*mine, token)
 
     def _of_nodes(self, which: int) -> Tensor:
         place = torch.arange(self.most, device=self.nodes.device)

@@ -85,7 +85,7 @@ def checksums(model: PreTrainedModel) -> list[int]:
         data = tensor.detach().clone().view(-1).view(torch.uint8)
         whole = len(data) // 8 * 8
         sums.append(data[:whole].view(torch.int64).sum() + data[whole:].sum(dtype=torch.int64))
-    return torch.stack(sums).tolist()
+    return [total.item() for total in sums]  # of several devices: constants of a base on a GPU are on the host too
 
 
 def _folder(base: Base, dtype: torch.dtype, device: torch.device) -> Path | None:

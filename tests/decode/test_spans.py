@@ -1,7 +1,6 @@
 """A constrained answer is the greedy one among all substrings of its context, whatever tokens are made of."""
 
 import json
-import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -351,14 +350,3 @@ def test_every_gold_of_the_demo_can_be_given(tiny_base, whole_words):
                 assert automaton.quote(ids).text == answer
                 n += 1
     assert n > 100
-
-
-def test_many_rows_are_looked_at_in_parts(monkeypatch):
-    """The result does not depend on how many rows fit `ELEMENTS`."""
-    tokens, rng = vocabulary_of(), random.Random(0)
-    those = [automaton_of(tokens, "".join(rng.choices("ab \né", k=rng.randrange(3, 40))) + "a") for _ in range(7)]
-    logits = torch.randn(7, len(tokens.bytes), generator=torch.Generator().manual_seed(0))
-    whole = Quotes(those, torch.tensor([EOS])).choose(logits)
-    monkeypatch.setattr("common.decode.spans.ELEMENTS", 1)
-    for a, b in zip(whole, Quotes(those, torch.tensor([EOS])).choose(logits), strict=True):
-        assert torch.equal(a, b)
