@@ -24,7 +24,7 @@ from common.decode.predict import answer_trees
 from common.decode.single import Single
 from common.decode.spans import automata, vocabulary
 from common.errors import UserError
-from common.model import attention, linears, tree_mask, varlen
+from common.model import attention, linears, quantised, tree_mask, varlen
 from common.model.adapter import add_lora
 from common.model.linears import MergedLinear
 from common.model.load import load_base, load_tokenizer, parameter_counts
@@ -341,6 +341,14 @@ def test_training_leaves_the_nf4_bytes_as_they_were(smollm2_base):
     first, last = train_a_little(model, trees)
     assert last < first
     assert all(torch.equal(a, b) for a, b in zip(before, four_bit_bytes(model), strict=True))
+
+
+def test_a_copy_of_the_quantised_base_is_kept_and_read(smollm2_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantised, "FOLDER", tmp_path)
+    base = Base(str(smollm2_base), quant="nf4", dtype="bf16")
+    made = load_base(base, GPU)
+    assert quantised.find(base, torch.bfloat16, GPU), "and so the second one is read from it"
+    assert quantised.checksums(load_base(base, GPU)) == quantised.checksums(made)
 
 
 def test_checkpointing_changes_no_gradient_and_takes_less_memory(smollm2_base):
