@@ -13,6 +13,7 @@ from common.config import CONFIGS, Config, Kind, Sweep, load
 from common.config_file import given_keys, read
 from common.errors import UserError
 from common.runs import adapters, preflight, record
+from common.words import nearest
 
 TRAINED = ("train.", "lora.", "early_stop.")  # keys that change nothing about a system without an adapter
 
@@ -29,19 +30,24 @@ class Job:
         return f"{self.system} {self.variant} seed={self.config.seed}".replace("  ", " ")
 
 
-def find(name: str) -> Path:
-    """A sweep of `configs/sweeps/`, or a YAML file."""
-    folder = CONFIGS / "sweeps"
+def find(name: str, what: str = "sweep") -> Path:
+    """A sweep of `configs/sweeps/` (a family of `configs/ablations/`), or a YAML file."""
+    folder = CONFIGS / {"sweep": "sweeps", "family": "ablations"}[what]
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        raise UserError(f'unknown sweep "{name}"; known: {known}, or a .yaml file')
+        known = sorted(file.stem for file in folder.glob("*.yaml"))
+        raise UserError(f'unknown {what} "{name}"{nearest(name, known)}; known: {", ".join(known)}, or a .yaml file')
     return path
 
 
 def plan(path: Path, overrides: Iterable[str] = ()) -> tuple[list[Job], Sweep]:
+    """The jobs of a sweep's file, and the sweep."""
+    sweep = read(Sweep, path)
+    return jobs_of(sweep, overrides), sweep
+
+
+def jobs_of(sweep: Sweep, overrides: Iterable[str] = ()) -> list[Job]:
     """All jobs, seed by seed. A system without an adapter has no seeds, and only variants that change it."""
-    sweep: Sweep = read(Sweep, path)
     jobs: dict[str, Job] = {}
     for seed in sweep.seeds:
         for variant in sweep.variants:
@@ -64,7 +70,7 @@ def plan(path: Path, overrides: Iterable[str] = ()) -> tuple[list[Job], Sweep]:
                 if config.adapter:
                     config = adapters.choose(config, given_keys(given)).config
                 jobs.setdefault(config.hash(), Job(system, " ".join(own), given, config))
-    return list(jobs.values()), sweep
+    return list(jobs.values())
 
 
 def _of(system: str, words: Iterable[str], systems: Sequence[str]) -> list[str]:

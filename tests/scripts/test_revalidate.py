@@ -214,7 +214,7 @@ def test_a_second_one_at_a_time_says_so_and_does_nothing(again, tmp_path):
 
 def test_mistakes_are_named(again, tmp_path):
     for words, message in (
-        (["absent"], 'unknown sweep "absent"; known: lengths, orders'),
+        (["wxyz"], 'unknown sweep "wxyz"; known: lengths, orders'),
         (["orders", "seeds"], "name one sweep"),
         (["--accept", "why"], "no finished revalidation is there"),
     ):

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from common.errors import UserError
-from common.runs import sweeps
+from common.runs import pool, sweeps
 from scripts import sweep
 from tests.conftest import ROOT
 
@@ -51,10 +51,10 @@ def file(tmp_path, monkeypatch):
     (tmp_path / "fake.py").write_text(FAKE.format(root=str(ROOT)))
     wrapper = "import runpy, sys; sys.argv[1:1] = [{!r}]; runpy.run_path({!r}, run_name='__main__')"
     scripts = {}
-    for kind in sweep.SCRIPTS:
+    for kind in pool.SCRIPTS:
         (tmp_path / f"{kind}.py").write_text(wrapper.format(kind, str(tmp_path / "fake.py")))
         scripts[kind] = str(tmp_path / f"{kind}.py")
-    monkeypatch.setattr(sweep, "SCRIPTS", scripts)
+    monkeypatch.setattr(pool, "SCRIPTS", scripts)
 
     def make(*names: str, seeds: str = "[0]"):
         for name in names:
@@ -204,48 +204,9 @@ def test_settings_of_a_cluster_are_numbers_where_they_look_like_it():
     assert [type(value) for value in found[:4]] == [int, float, bool, bool]
 
 
-@pytest.mark.parametrize(
-    ("visible", "gpus"),
-    [("0,2", ["0", "2"]), ("", []), ("-1", []), ("GPU-a,MIG-b", ["GPU-a", "MIG-b"]), (None, ["0", "1"])],
-)
-def test_gpus_are_those_that_are_visible_else_all(monkeypatch, visible, gpus):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr(sweep.pynvml, "nvmlInit", lambda: None)
-    monkeypatch.setattr(sweep.pynvml, "nvmlDeviceGetCount", lambda: 2)
-    assert sweep.visible_gpus() == gpus
-
-
-def test_without_a_driver_there_are_no_gpus(monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-    def absent():
-        raise sweep.pynvml.NVMLError(sweep.pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
-
-    monkeypatch.setattr(sweep.pynvml, "nvmlInit", absent)
-    assert sweep.visible_gpus() == []
-
-
-@pytest.mark.parametrize(
-    ("line", "shown"),
-    [
-        ('{"em": 70.126, "f1": 80.4}', "EM 70.13 F1 80.40"),
-        ('{"em": 0, "f1": 0}', "EM 0.00 F1 0.00"),
-        ('{"em": null, "f1": null}', "done"),
-        ('{"p50": 3}', "done"),
-        ("finished", "done"),
-    ],
-)
-def test_figures_are_those_of_a_result_that_has_them(line, shown):
-    assert sweep.figures(line) == shown
-
-
 def test_being_told_to_stop_is_passed_on_and_the_exit_code_says_it(file, tmp_path):
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from scripts import sweep; sweep.SCRIPTS = {sweep.SCRIPTS!r}; "
-    )
-    code += f"sweep.main([{str(file('waits', 'tuned'))!r}])"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from common.runs import pool; from scripts import sweep; "
+    code += f"pool.SCRIPTS = {pool.SCRIPTS!r}; sweep.main([{str(file('waits', 'tuned'))!r}])"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     until = time.monotonic() + 30
     while not (tmp_path / "runs" / "waiting").exists() and time.monotonic() < until:
