@@ -10,7 +10,6 @@ starts a new run. SIGTERM, SIGINT and SIGHUP save at the end of the step and exi
 import contextlib
 import json
 import math
-import random
 import sys
 import time
 from pathlib import Path
@@ -154,8 +153,7 @@ def main(argv: list[str]) -> None:
             step_began = gauges.now(device)
             trees, packs = upcoming or engine.prepare(step)
             branches = [branch for tree in trees for branch in tree.branches]
-            if lora.dropout:
-                torch.manual_seed(random.Random(f"{config.seed} {step} {rank}").getrandbits(63))
+            engine.seed_modules(step)
             # the mean over the whole step's answer tokens (or questions), however it is packed and shared out
             answer_tokens = sum(len(branch.answer_ids) for branch in branches)
             weight = 1 / (answer_tokens if train.loss == "token" else len(branches))

@@ -78,7 +78,7 @@ class Base:
 class Lora:
     rank: int = 16  # columns of B and rows of A, 1 to 4,096
     alpha: float = 16.0  # the update is scaled by alpha / rank; 0.001 to a million
-    dropout: float = 0.0  # on the adapter's input, [0, 1); above 0 shared prefixes are no longer exact
+    dropout: float = 0.0  # on the adapter's input, [0, 1); above 0 branches share their prefix's mask: not as rows
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     def __post_init__(self) -> None:

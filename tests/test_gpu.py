@@ -33,6 +33,7 @@ from common.model.nf4 import MATMUL_TOKENS
 from common.model.pack import IGNORED, PadSizes, build_pack
 from common.runs import gauges, ranks
 from common.train.cuda_graphs import CapturedPacks
+from common.train.dropout import drop, group_keys, pack_key
 from common.train.fused import Fused
 from tests.conftest import ROOT
 from tests.decode.test_predict import LIMIT, demo_trees, generated
@@ -195,13 +196,58 @@ def test_a_graph_computes_what_was_captured_for_any_pack_that_fits(smollm2_base)
     assert torch.equal(fused.flat.grad, replays[-1]), "captured again, to the bit"
 
 
-@pytest.mark.parametrize(("budget", "flash", "dtype"), [(8, True, "bf16"), (24, True, "bf16"), (12, False, "fp16")])
-def test_a_budget_is_kept_and_its_count_is_right(monkeypatch, budget, flash, dtype):
+def test_masks_of_compiled_code_are_those_of_a_cpu():
+    """Of all groups, in rows that are compiled once, at several rates in one process."""
+    for rate in (0.1, 0.3, 0.5, 0.05):
+        for rows, columns in ((4096, 4096), (777, 11008), (1, 576)):
+            keys = group_keys(pack_key(0, 1, 2, 3), 3)
+            found = group_keys(pack_key(0, 1, 2, 3).to(GPU), 3)
+            assert torch.equal(found.cpu(), keys)
+            for key in keys[2]:
+                expected = drop(torch.ones(rows, columns, dtype=torch.bfloat16), key, rate)
+                x = torch.ones(rows, columns, dtype=torch.bfloat16, device=GPU)
+                assert torch.equal(drop(x, key.to(GPU), rate).cpu(), expected)
+
+
+@pytest.mark.parametrize("keep_layers", [0, 8, 30])
+def test_a_graph_drops_by_the_key_of_its_pack(smollm2_base, keep_layers):
+    trees, _ = trees_of(smollm2_base, 8)
+    fused = Fused(lora_model(smollm2_base, "nf4", "bf16", GPU, dropout=0.1), keep_layers, hold_layers=30)
+    work = worker(fused)
+    batch = build_pack(trees)
+    sizes = PadSizes.of([batch], 2048)
+    packs = [replace(sizes.pad(batch), dropout_key=pack_key(0, step, 0, 0)) for step in (0, 1, 0)]
+    plain = replace(packs[0], dropout_key=None)
+    graphed = CapturedPacks(work, [fused.flat], sizes, replace(batch, dropout_key=pack_key(0, 9, 0, 0)))
+    found = []
+    for compute in (graphed, lambda pack, share: work(pack.to(GPU), torch.tensor(share, device=GPU))):
+        for pack in packs:
+            fused.flat.grad.zero_()
+            found.append((compute(pack, 0.5).item(), fused.flat.grad.clone()))
+    fused.flat.grad.zero_()
+    undropped = work(plain.to(GPU), torch.tensor(0.5, device=GPU)).item()
+    assert off(found[0][1], fused.flat.grad) > 0.05
+    for (loss, gradient_), (expected, truth) in zip(found[:3], found[3:], strict=True):
+        assert loss == pytest.approx(expected, rel=2e-3)
+        assert off(gradient_, truth) < 0.02
+        assert loss == pytest.approx(undropped, rel=0.5)
+    for first, other, again in (found[:3], found[3:]):
+        assert first[0] != other[0]
+        assert off(first[1], other[1]) > 0.05
+        assert off(first[1], again[1]) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("budget", "flash", "dtype", "dropout"),
+    [(8, True, "bf16", 0.0), (24, True, "bf16", 0.0), (12, False, "fp16", 0.0), (8, True, "bf16", 0.1)],
+)
+def test_a_budget_is_kept_and_its_count_is_right(monkeypatch, budget, flash, dtype, dropout):
     """Llama-2-7B's shapes, and packs of invented ids that fill them."""
     if not flash:
         as_on_a_t4(monkeypatch)
     shapes = ROOT / "configs" / "shapes" / "llama-2-7b"
-    model = add_lora(load_base(Base(str(shapes), random_weights=True, dtype=dtype), GPU), Lora(), seed=0)
+    base = load_base(Base(str(shapes), random_weights=True, dtype=dtype), GPU)
+    model = add_lora(base, Lora(dropout=dropout), seed=0)
     counts = Shapes.of(model, parameter_counts(model)[0])
     choice = choose(Train(), counts, GPU, step_tokens=4126, answer_share=0.1, limit=budget * GIB)
     print(choice.description)
@@ -219,7 +265,8 @@ def test_a_budget_is_kept_and_its_count_is_right(monkeypatch, budget, flash, dty
     torch.cuda.empty_cache()
     gauges.reset_peaks(GPU)
     work = worker(fused)
-    packs = [build_pack(some(n)) for n in (full, full // 2)]
+    key = pack_key(0, 0, 0, 0) if dropout else None
+    packs = [replace(build_pack(some(n)), dropout_key=key) for n in (full, full // 2)]
     sizes = PadSizes.of(packs, choice.pack_tokens)
     compute = CapturedPacks(work, [fused.flat], sizes, packs[1])
     for batch in packs:

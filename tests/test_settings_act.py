@@ -40,6 +40,7 @@ TRAINING = [  # key, another value, beside what else, what changes
     ("base.revision", "other", "", ""),  # of a folder there is one alone
     ("lora.rank", "8", "", "norm weights"),
     ("lora.alpha", "16", "", "norm weights"),
+    ("lora.dropout", "0.3", "", "norm weights"),
     ("lora.dropout", "0.3", MODULES, "norm weights"),
     ("lora.targets", "[q_proj, v_proj]", MODULES, "norm weights"),
     ("data.train_paragraphs", "9", "", "order tokens loss norm weights window"),

@@ -98,12 +98,20 @@ def test_evaluation_scores_the_kept_adapter_as_training_did(tiny_config, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "how", ["lora.dropout=0.5", "train.fused=false", "train.fused=true", "train.average=0.7", "seed=1"]
+    "how",
+    [
+        "lora.dropout=0.1",
+        "lora.dropout=0.5 train.fused=false",
+        "train.fused=false",
+        "train.fused=true",
+        "train.average=0.7",
+        "seed=1",
+    ],
 )
 def test_an_interrupted_run_goes_on_to_the_same_end(tiny_config, tmp_path, monkeypatch, how):
     often = how == "seed=1"  # saved after every step, not only with evaluations
     monkeypatch.setattr(train_loop, "SAVE_SECONDS", -1 if often else 600)
-    arguments = [str(tiny_config), how, "train.epochs=2"]
+    arguments = [str(tiny_config), *how.split(), "train.epochs=2"]
     train_loop.main([*arguments, f"runs={tmp_path / 'whole'}"])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at_evaluation(patch, 3)  # steps 5 and 6 are done, and lost
@@ -449,9 +457,9 @@ def test_fused_layers_take_the_steps_of_the_modules(tiny_config, tmp_path, capsy
 
 def test_a_budget_that_nothing_would_heed_is_refused(tiny_config):
     with pytest.raises(
-        UserError, match=r"memory_budget_gib needs the fused layers; not with lora.dropout > 0: set .*=null"
+        UserError, match=r"memory_budget_gib needs the fused layers; not with train.fused=false: set .*=null"
     ):
-        train_loop.main([str(tiny_config), "train.memory_budget_gib=8", "lora.dropout=0.1"])
+        train_loop.main([str(tiny_config), "train.memory_budget_gib=8", "train.fused=false"])
 
 
 def test_a_finished_run_is_not_trained_twice_unless_fresh(tiny_config, tmp_path, capsys):
@@ -850,11 +858,19 @@ def test_dropout_is_drawn_by_seed_step_and_rank_and_is_said(tiny_config, monkeyp
     seeds, seed = [], torch.manual_seed
     monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
     words = [str(tiny_config), "seed=3", "train.max_steps=2", "train.eval_every=2"]
-    train_loop.main([*words, "lora.dropout=0.1"])
-    assert "branches share one dropout mask" in capsys.readouterr().out
+    train_loop.main([*words, "lora.dropout=0.1", "train.fused=false"])
+    said = capsys.readouterr().out
+    assert "branches share one dropout mask" in said
+    assert "linears that share an input" not in said
     assert [random.Random(f"3 {step} 0").getrandbits(63) for step in range(2)] == [n for n in seeds if n > 2**32]
+    train_loop.main([*words, "lora.dropout=0.1"])
+    said = capsys.readouterr().out
+    assert "fused layers, " in said
+    assert "branches share one dropout mask" in said
+    assert "linears that share an input share its dropout mask" in said
     train_loop.main(words)
     assert "dropout mask" not in capsys.readouterr().out
+    assert len([n for n in seeds if n > 2**32]) == 2, "the fused layers' masks have keys"
 
 
 def test_a_record_says_which_tokenizers_and_a_crash_costs_ten_minutes_at_most(tiny_config, tmp_path):

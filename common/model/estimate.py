@@ -30,7 +30,8 @@ def shapes_of(c: PreTrainedConfig, lora: Lora, item: int) -> Shapes:
     plain = h * (c.vocab_size * (1 if c.tie_word_embeddings else 2) + 2 * layers + 1)
     trained = sum(sum(sides[name.removesuffix("_proj")]) for name in lora.targets)
     sizes = layers, h, i, q, k, c.vocab_size
-    return Shapes(weights // 2 + constants + item * plain, layers * lora.rank * trained, *sizes, item)
+    base = weights // 2 + constants + item * plain
+    return Shapes(base, layers * lora.rank * trained, *sizes, item, lora.dropout > 0)
 
 
 def training(config: Config, device: torch.device) -> tuple[Choice, float]:

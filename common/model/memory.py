@@ -65,6 +65,7 @@ class Shapes:
     key: int  # key heads × head width
     vocabulary: int
     item: int  # bytes of a number in the compute dtype
+    dropout: bool = False  # of the adapter's input
 
     @classmethod
     def of(cls, model: Model, lora: int = 0) -> "Shapes":
@@ -76,7 +77,8 @@ class Shapes:
         constants = [t for s in states for t in (s.absmax, *((s.state2.absmax,) if s.nested else ()))]
         base = sum(x.nbytes for x in (*constants, *(p for p in model.parameters() if not p.requires_grad)))
         sizes = c.num_hidden_layers, c.hidden_size, c.intermediate_size, heads * width, key, c.vocab_size
-        return cls(base, lora, *sizes, model.dtype.itemsize)
+        dropout = any(adapter.lora_dropout for adapter in getattr(model, "peft_config", {}).values())
+        return cls(base, lora, *sizes, model.dtype.itemsize, dropout)
 
     @property
     def layer_matrices(self) -> int:
@@ -97,6 +99,8 @@ class Shapes:
         """Peak bytes by purpose, with packs of `tokens`, `answers` of which have logits; `keep` and `hold` layers."""
         # of one layer's backward: its product, gate and up with two gradients; gradients around attention and MLP
         work = self.item * (4 * self.intermediate + 4 * self.hidden) * tokens
+        # a linear's input after dropout, at its largest that of the last product
+        work += self.item * max(self.intermediate, self.hidden, self.query) * tokens if self.dropout else 0
         work += 0 if hold == self.layers else self.layer_matrices
         work += 0 if keep == self.layers else self.kept_per_token * tokens
         inputs, kept = self.item * self.hidden * tokens * self.layers, self.kept_per_token * tokens * keep

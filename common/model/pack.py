@@ -62,6 +62,7 @@ class Pack:
     target_ids: Tensor  # [A] the answer tokens
     target_share: Tensor  # [A] fp32: 1 / tokens of the answer
     ids: list[str]  # [B] question ids
+    dropout_key: Tensor | None = None  # [2] int32, of the fused layers' masks; None: nothing is dropped
 
     @property
     def n_tokens(self) -> int:

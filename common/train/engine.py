@@ -1,7 +1,9 @@
 """Forward and backward of packs: by fused layers within a memory budget, or by transformers' and PEFT's modules."""
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from common.config import Config, Train
 from common.data.plan import Plan
@@ -12,7 +14,7 @@ from common.model import llama, load, memory, tree_mask, varlen
 from common.model.llama import Model
 from common.model.pack import IGNORED, Pack, PadSizes, build_pack
 from common.runs.results import Sizes
-from common.train import first_use
+from common.train import dropout, first_use
 from common.train.cuda_graphs import CapturedPacks
 from common.train.fused import Fused, untrainable_reason
 
@@ -49,6 +51,7 @@ class Engine:
         self.pads: PadSizes | None = None  # packs are padded where CUDA graphs replay
         self.planned: memory.Planned | None = None  # on a GPU, by the fused layers
         self._captured: CapturedPacks | None = None
+        self.dropout = 0.0  # of the fused layers
         self.trained_weights, self.frozen_weights = load.parameter_counts(model)
         tree_mask.need_embedded(model.config, plan.trees)
         if reason := "train.fused=false" if not self.train.fused else untrainable_reason(model):
@@ -65,8 +68,12 @@ class Engine:
 
     def prepare(self, step: int) -> tuple[list[Tree], list[Pack]]:
         """(all trees of a step, this rank's share of them in packs on the host). Pure, so it may run ahead."""
-        trees = self.plan.step(step)
-        return trees, self._packs(trees, self.rank)
+        return self.plan.step(step), self._packs(step, self.rank)
+
+    def seed_modules(self, step: int) -> None:
+        """Seed the dropout of PEFT's modules for a step. The fused layers' packs have keys."""
+        if self.config.lora and self.config.lora.dropout and not self.dropout:
+            torch.manual_seed(random.Random(f"{self.config.seed} {step} {self.rank}").getrandbits(63))
 
     def __call__(self, pack: Pack, weight: float) -> Tensor:
         """The pack's loss [] on the device, each answer token (or question) times `weight`; adds to the gradients."""
@@ -85,9 +92,13 @@ class Engine:
             "frozen_weights": self.frozen_weights,
         }
 
-    def _packs(self, trees: list[Tree], rank: int) -> list[Pack]:
-        parts = self.plan.share(trees, rank, self.ranks, self.pack_tokens)
-        return [pack for part in parts for pack in (self.pads.packs(part) if self.pads else [build_pack(part)])]
+    def _packs(self, step: int, rank: int) -> list[Pack]:
+        parts = self.plan.share(self.plan.step(step), rank, self.ranks, self.pack_tokens)
+        packs = [pack for part in parts for pack in (self.pads.packs(part) if self.pads else [build_pack(part)])]
+        if not self.dropout:
+            return packs
+        keys = (dropout.pack_key(self.config.seed, step, rank, number) for number in range(len(packs)))
+        return [replace(pack, dropout_key=key) for pack, key in zip(packs, keys, strict=True)]
 
     def _use_modules(self, model: Model, reason: str) -> None:
         train = self.train
@@ -125,6 +136,9 @@ class Engine:
         self.memory_advice = f"lower train.pack_tokens (now {self.pack_tokens}), or {how} train.memory_budget_gib"
         layers = Fused(model, choice.keep_layers, choice.hold_layers)
         self.weights, self._logits, self.recomputed = [layers.flat], layers.logits, layers.recomputed
+        self.dropout = layers.dropout
+        if self.dropout:
+            self.description += ", linears that share an input share its dropout mask (PEFT: a mask each)"
         if graphs:
             self.description += ", CUDA graphs"
             self._capture()
@@ -147,9 +161,9 @@ class Engine:
 
     def _capture(self) -> None:
         """Captures one graph per padded size, from the packs of the first steps."""
-        steps = [self.plan.step(i) for i in range(min(SAMPLE_STEPS, self.plan.steps_per_epoch))]
-        packs = [pack for trees in steps for pack in self._packs(trees, self.rank)]
-        packs = packs or [pack for trees in steps for pack in self._packs(trees, 0)]  # rank 0 always has a share
+        steps = range(min(SAMPLE_STEPS, self.plan.steps_per_epoch))
+        packs = [pack for step in steps for pack in self._packs(step, self.rank)]
+        packs = packs or [pack for step in steps for pack in self._packs(step, 0)]  # rank 0 always has a share
         self.pads = PadSizes.of(packs, self.pack_tokens)
         smallest = min(packs, key=lambda pack: pack.n_tokens)
         with out_of_memory(self.memory_advice):

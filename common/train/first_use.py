@@ -31,11 +31,14 @@ def mismatch(model: PeftModel, trees: Sequence[Tree]) -> str | None:
 
 
 def compare(model: PeftModel, tree: Tree) -> Found:
-    """`tree` by the fused layers, and its questions as rows by the modules. The model stays as it is."""
+    """`tree` by the fused layers, its questions as rows by the modules, without dropout. The model stays as it is."""
     groups = [group for layer in llama.layers_of(model) for group in llama.adapter_of(layer)[1]]
     weights = [p for a, b in groups for p in (*a, *b) if p.numel()]  # in the order of `Fused.flat`
     before, generator, expected = [p.detach().clone() for p in weights], torch.Generator().manual_seed(0), 0.0
+    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.training]
     try:
+        for module in dropouts:
+            module.eval()
         with torch.no_grad():
             for p in (p for _, b in groups for p in b):  # a new B is zero, and then A has no gradient
                 p.copy_(torch.randn(p.shape, generator=generator) * SIZE_OF_B)
@@ -51,6 +54,8 @@ def compare(model: PeftModel, tree: Tree) -> Found:
         far = math.nan if math.isnan(distance) else max(distance, abs(loss - expected) / expected)
         return Found("loss and gradient: loss", loss, expected, far, FAR[model.dtype.itemsize])
     finally:
+        for module in dropouts:
+            module.train()
         for p, values in zip(weights, before, strict=True):
             p.data, p.grad = values, None
             p.requires_grad_(True)

@@ -6,12 +6,16 @@ They compute what the layer modules of transformers and PEFT compute, with a bac
 - A layer keeps all that its backward pass needs, or its input alone (https://arxiv.org/abs/1604.06174); then its
   backward pass computes all but the last product again.
 - All LoRA weights are one fp32 tensor (`flatten`): one cast, one gradient, one optimizer call.
+- Linears that share an input share its dropout mask (`common.train.dropout`); PEFT draws one for each linear.
 
 T tokens; x [T, K] is the input of a group of linears with merged weights w [N, K] and stacked As [R, K]:
     h = scale * x @ A.T,    y = x @ w.T + h @ B.T
     d_h = scale * d_y @ B,    d_x = d_y @ w + d_h @ A,    d_A = d_h.T @ x,    d_B = d_y.T @ h
+With dropout:
+    h = scale * drop(x) @ A.T,    d_x = d_y @ w + drop(d_h @ A),    d_A = d_h.T @ drop(x)
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from common.model import attention, llama
@@ -19,6 +23,7 @@ from common.model.attention import Spans
 from common.model.compiled import compiled
 from common.model.llama import DOWN, GATE_UP, OUT, QKV, Adapter, Lora, Rope
 from common.model.pack import Pack
+from common.train import dropout
 
 import torch
 from peft import PeftModel
@@ -29,8 +34,6 @@ def untrainable_reason(model: PeftModel) -> str | None:
     """Why transformers' and PEFT's modules must train this model; None if these layers compute the same."""
     if reason := llama.unsupported_reason(model):
         return reason
-    if any(adapter.lora_dropout for adapter in model.peft_config.values()):
-        return "lora.dropout > 0"
     more = any(p.requires_grad != ("lora_" in name) for name, p in model.named_parameters())
     return "something else than the seven projections is trained" if more else None
 
@@ -53,6 +56,7 @@ class Call(NamedTuple):
     rope: Rope
     spans: Spans
     weights: list[list[Tensor]]  # per group, of each linear [N, K] in the compute dtype
+    keys: Tensor | None  # [groups, WORDS] of this layer's dropout masks; None: nothing is dropped
 
 
 class Kept(NamedTuple):
@@ -74,15 +78,15 @@ class Kept(NamedTuple):
 class Layer(llama.Layer):
     """One decoder layer. Its weights and norms are frozen; its LoRA weights come with each call."""
 
-    def __init__(self, module: llama.LlamaDecoderLayer, adapter: Adapter, dtype: torch.dtype):
+    def __init__(self, module: llama.LlamaDecoderLayer, adapter: Adapter, dtype: torch.dtype, rate: float):
         super().__init__(module, dtype)
-        self.adapter = adapter
+        self.adapter, self.rate = adapter, rate
         self.held: list[list[Tensor]] | None = None  # dequantised weights, if they are held
 
-    def call(self, lora: Tensor, rope: Rope, spans: Spans) -> Call:
+    def call(self, lora: Tensor, rope: Rope, spans: Spans, keys: Tensor | None) -> Call:
         """`lora`: this layer's part of the flat tensor."""
         weights = self.held or [linear.split() for linear in self.linears]
-        return Call(self.adapter.views(lora), rope, spans, weights)
+        return Call(self.adapter.views(lora), rope, spans, weights, keys)
 
     def begin(self, x: Tensor, call: Call) -> Kept:
         """Attention, and the MLP up to its last product: x [T, hidden]."""
@@ -109,7 +113,7 @@ class Layer(llama.Layer):
 
         def back_a(g: int, d_h: Tensor | None, x: Tensor) -> None:
             if d_h is not None:
-                torch.mm(d_h.T, x, out=gradients[g][0])
+                torch.mm(d_h.T, self._dropped(g, x, call), out=gradients[g][0])
 
         d_product, d_h = self._project_back(DOWN, h_down, call, gradients, d)
         product, d_gate, d_up = _swiglu_back(kept.gate, kept.up, d_product)
@@ -136,7 +140,7 @@ class Layer(llama.Layer):
         weights, lora = call.weights[g], call.lora[g]
         if not lora:
             return None, *(x @ w.T for w in weights)
-        h = _scaled(x @ lora[0].T, self.adapter.scale)
+        h = _scaled(self._dropped(g, x, call) @ lora[0].T, self.adapter.scale)
         parts = zip(weights, lora[1:], h.split([b.shape[1] for b in lora[1:]], dim=1), strict=True)
         return h, *((part @ b.T).addmm_(x, w.T) if b.shape[1] else x @ w.T for w, b, part in parts)
 
@@ -154,10 +158,14 @@ class Layer(llama.Layer):
                 torch.mm(d.T, h_part, out=d_b)
                 torch.mm(d, b, out=d_part)
             d_h = _scaled(d_h, self.adapter.scale)
-            d_x = (d_h @ lora[0]).addmm_(d_out[0], weights[0])
+            d_x = self._dropped(g, d_h @ lora[0], call).addmm_(d_out[0], weights[0])
         for d, w in zip(d_out[1:], weights[1:], strict=True):
             d_x.addmm_(d, w)
         return d_x, d_h
+
+    def _dropped(self, g: int, x: Tensor, call: Call) -> Tensor:
+        """x [T, K] under the dropout mask of group `g`; x itself without dropout."""
+        return x if call.keys is None else dropout.drop(x, call.keys[g], self.rate)
 
 
 def _scaled(x: Tensor, scale: float) -> Tensor:
@@ -189,22 +197,24 @@ def _swiglu_back(gate: Tensor, up: Tensor, d: Tensor) -> tuple[Tensor, Tensor, T
 
 class _LayerFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lora: Tensor, layer: Layer, rope: Rope, spans: Spans, keep: bool) -> Tensor:
-        call = layer.call(lora, rope, spans)
+    def forward(
+        ctx: Any, x: Tensor, lora: Tensor, layer: Layer, rope: Rope, spans: Spans, keys: Tensor | None, keep: bool
+    ) -> Tensor:
+        call = layer.call(lora, rope, spans, keys)
         kept = layer.begin(x, call)
         h, y = layer.end(kept, call)
-        ctx.save_for_backward(x, lora, *rope, h, *(kept if keep else ()))
+        ctx.save_for_backward(x, lora, *rope, keys, h, *(kept if keep else ()))
         ctx.layer, ctx.spans = layer, spans
         return y
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora, cos, sin, h, *saved = ctx.saved_tensors
+        x, lora, cos, sin, keys, h, *saved = ctx.saved_tensors
         layer, gradient = ctx.layer, torch.empty_like(lora)
-        call = layer.call(lora, (cos, sin), ctx.spans)
+        call = layer.call(lora, (cos, sin), ctx.spans, keys)
         kept = Kept(*saved) if saved else layer.begin(x, call)
         d_x = layer.backward(d, x, kept, h, call, gradient, ctx.needs_input_grad[0])
-        return d_x, gradient, None, None, None, None
+        return d_x, gradient, None, None, None, None, None
 
 
 class Fused:
@@ -217,9 +227,10 @@ class Fused:
     def __init__(self, model: PeftModel, keep_layers: int = 0, hold_layers: int = 0):
         assert not untrainable_reason(model)
         self.base, self.keep_layers = llama.causal_of(model), keep_layers
+        self.dropout = next(iter(model.peft_config.values())).lora_dropout
         self.flat, self.adapters = flatten(model)
         modules = zip(llama.layers_of(model), self.adapters, strict=True)
-        self.layers = [Layer(module, adapter, self.base.dtype) for module, adapter in modules]
+        self.layers = [Layer(module, adapter, self.base.dtype, self.dropout) for module, adapter in modules]
         for layer in self.layers[:hold_layers]:
             layer.held = [linear.split() for linear in layer.linears]
 
@@ -230,9 +241,15 @@ class Fused:
         return sum(again) / (sum(again) + last) * (1 - self.keep_layers / len(self.layers))
 
     def logits(self, pack: Pack, keep: Tensor) -> Tensor:
-        """Logits [K, V] of a pack at its indices `keep` [K], as `tree_mask.pack_logits` returns them."""
+        """Logits [K, V] of a pack at its indices `keep` [K], as `tree_mask.pack_logits` returns them.
+
+        Nothing is dropped if the pack has no key.
+        """
         x, rope = llama.begin(self.base.model, pack.input_ids, pack.layout.position)
         parts = self.flat.to(x.dtype).split([sum(adapter.sizes) for adapter in self.adapters])
-        for i, (layer, part) in enumerate(zip(self.layers, parts, strict=True), self.keep_layers):
-            x = _LayerFunction.apply(x, part, layer, rope, pack.spans, i >= len(self.layers))
+        keys: Sequence[Tensor | None] = [None] * len(self.layers)
+        if self.dropout and pack.dropout_key is not None:
+            keys = dropout.group_keys(pack.dropout_key, len(self.layers)).unbind()
+        for i, (layer, part, key) in enumerate(zip(self.layers, parts, keys, strict=True), self.keep_layers):
+            x = _LayerFunction.apply(x, part, layer, rope, pack.spans, key, i >= len(self.layers))
         return self.base.lm_head(self.base.model.norm(x.index_select(0, keep)))

@@ -18,12 +18,12 @@ from transformers import AutoConfig
 GPU = torch.device("cuda")
 
 
-@pytest.mark.parametrize("fixture", ["tiny_base", "smollm2_base"])
-def test_shapes_without_a_model_are_those_of_the_model(request, fixture):
+@pytest.mark.parametrize(("fixture", "dropout"), [("tiny_base", 0.0), ("tiny_base", 0.1), ("smollm2_base", 0.0)])
+def test_shapes_without_a_model_are_those_of_the_model(request, fixture, dropout):
     """But for absmaxes of blocks that are not whole, and their tables."""
     folder = request.getfixturevalue(fixture)
-    model = lora_model(folder, "nf4")
-    expected, lora = Shapes.of(model, adapter_size(model)), Lora(rank=4)
+    model = lora_model(folder, "nf4", dropout=dropout)
+    expected, lora = Shapes.of(model, adapter_size(model)), Lora(rank=4, dropout=dropout)
     found = estimate.shapes_of(AutoConfig.from_pretrained(folder), lora, 4)
     assert asdict(found) | {"base_bytes": 0} == asdict(expected) | {"base_bytes": 0}
     assert found.base_bytes == pytest.approx(expected.base_bytes, rel=0.01)

@@ -165,6 +165,8 @@ def test_shapes_are_those_of_the_model(tiny_base, base, constants):
     model = add_lora(model, Lora(2, targets=("q_proj",)), seed=0)
     assert parameter_counts(model)[0] == 2 * 2 * (64 + 64)
     assert Shapes.of(model, 512) == Shapes(bytes_, 512, 2, 64, 128, 64, 32, vocabulary, item)
+    model.peft_config["default"].lora_dropout = 0.1
+    assert Shapes.of(model, 512) == Shapes(bytes_, 512, 2, 64, 128, 64, 32, vocabulary, item, dropout=True)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +234,17 @@ def test_every_term_of_training_is_as_counted_by_hand(answers, keep, hold, avera
     found = SMALL.training_bytes(100, answers, keep, hold, average)
     assert found == plain | changed
     assert all(type(n) is int for n in found.values())
+
+
+@pytest.mark.parametrize(("hidden", "intermediate", "query"), [(7, 11, 13), (7, 17, 13), (19, 17, 13)])
+def test_dropout_adds_a_groups_largest_input_to_a_layers_work(hidden, intermediate, query):
+    plain = replace(SMALL, hidden=hidden, intermediate=intermediate, query=query)
+    found = replace(plain, dropout=True).training_bytes(100, 9, 1, 2)
+    expected = plain.training_bytes(100, 9, 1, 2)
+    expected["logits or one layer's work"] += 100 * 2 * max(hidden, intermediate, query)
+    assert found == expected
+    assert all(type(n) is int for n in found.values())
+    assert replace(plain, dropout=True).decoding_bytes(8, 20, True) == plain.decoding_bytes(8, 20, True)
 
 
 @pytest.mark.parametrize(

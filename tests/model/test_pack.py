@@ -49,9 +49,10 @@ def short_trees(base, paragraphs: int) -> tuple[list[Tree], object]:
     return build_trees(examples, same(tokenizer), Window(), train=True).trees, tokenizer
 
 
-def lora_model(base, quant: str = "none", dtype: str = "fp32", device: torch.device = CPU):
+def lora_model(base, quant: str = "none", dtype: str = "fp32", device: torch.device = CPU, dropout: float = 0.0):
     """A model whose adapter already does something: B is not zero."""
-    model = add_lora(load_base(Base(str(base), quant=quant, dtype=dtype), device), Lora(rank=4), seed=0)
+    lora = Lora(rank=4, dropout=dropout)
+    model = add_lora(load_base(Base(str(base), quant=quant, dtype=dtype), device), lora, seed=0)
     torch.manual_seed(1)
     for name, weight in model.named_parameters():
         if "lora_B" in name:

@@ -1,9 +1,11 @@
 """The engine chooses layers, packs and graphs once, and each pack's gradient is the loss's. GPUs are made up."""
 
 import functools
+import random
+from dataclasses import replace
 from types import SimpleNamespace
 
-from common.config import Base, Config, Eval, Train
+from common.config import Base, Config, Eval, Lora, Train
 from common.data.plan import Plan
 from common.data.trees import Branch, Tree
 from common.errors import UserError
@@ -11,6 +13,7 @@ from common.model import memory
 from common.model.pack import IGNORED
 from common.model.tree_mask import pack_logits
 from common.train import engine as module
+from common.train.dropout import pack_key
 from common.train.engine import Engine
 from tests.model.test_pack import CPU, lora_model, trees_of
 
@@ -45,7 +48,15 @@ def make(tiny_base, monkeypatch):
     trees, _ = trees_of(tiny_base, 8)
 
     def make(
-        free: int | None = None, kernels: bool = True, rank: int = 0, ranks: int = 1, dev=(), pass_tokens=None, **train
+        free: int | None = None,
+        kernels: bool = True,
+        rank: int = 0,
+        ranks: int = 1,
+        dev=(),
+        pass_tokens=None,
+        dropout: float = 0.0,
+        seed: int = 0,
+        **train,
     ) -> Engine:
         monkeypatch.setattr(module, "_limit", lambda train, device: free if device == CPU else pytest.fail("which?"))
         gpu = free is not None and kernels
@@ -53,9 +64,10 @@ def make(tiny_base, monkeypatch):
         monkeypatch.setattr(module, "varlen", found)
         monkeypatch.setattr(module, "CapturedPacks", Captured)
         options = Train(**{"questions_per_step": 8, **train})
-        config = Config("some", Base("tiny"), train=options, eval=Eval(pass_tokens=pass_tokens))
-        plan = Plan(trees, options, 0)
-        return Engine(lora_model(tiny_base), plan, config, dev, torch.Tensor.backward, rank, ranks)
+        evaluation, lora = Eval(pass_tokens=pass_tokens), Lora(rank=4, dropout=dropout)
+        config = Config("some", Base("tiny"), seed=seed, train=options, eval=evaluation, lora=lora)
+        plan, model = Plan(trees, options, 0), lora_model(tiny_base, dropout=dropout)
+        return Engine(model, plan, config, dev, torch.Tensor.backward, rank, ranks)
 
     return make
 
@@ -160,6 +172,45 @@ def test_the_advice_names_the_setting_that_holds_the_memory(make):
     assert make().memory_advice == f"lower train.pack_tokens (now {tokens}), or set train.memory_budget_gib"
     budgeted = make(memory_budget_gib=8.0).memory_advice
     assert budgeted == f"lower train.pack_tokens (now {tokens}), or lower train.memory_budget_gib"
+
+
+@pytest.mark.parametrize("free", [None, 8 * GIB])
+def test_every_pack_has_a_key_of_its_own_by_seed_step_rank_and_number(make, free):
+    made = make(free=free, dropout=0.1, rank=1, ranks=2, seed=5, pack_tokens=300)
+    assert "linears that share an input share its dropout mask (PEFT: a mask each)" in made.description
+    for step in (0, 1):
+        packs = made.prepare(step)[1]
+        assert len(packs) > 1
+        assert [p.dropout_key.tolist() for p in packs] == [pack_key(5, step, 1, i).tolist() for i in range(len(packs))]
+    if free:
+        assert made._captured.example.dropout_key is not None, "a graph's input"
+    plain = make(free=free)
+    assert all(pack.dropout_key is None for pack in plain.prepare(0)[1])
+    assert "dropout" not in plain.description
+    assert all(pack.dropout_key is None for pack in make(fused=False, dropout=0.1).prepare(0)[1])
+
+
+def test_a_packs_key_decides_its_loss_and_gradient(make):
+    found = []
+    for step in (0, 0, 1):
+        made = make(dropout=0.3)
+        pack, other = made.prepare(0)[1][0], made.prepare(step)[1][0]
+        loss = made(replace(pack, dropout_key=other.dropout_key), 1.0)
+        found.append((loss.item(), made.weights[0].grad))
+    assert found[0][0] == found[1][0] != found[2][0]
+    assert torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(found[0][1], found[2][1])
+
+
+def test_modules_alone_are_seeded_and_only_for_dropout(make, monkeypatch):
+    seeds = []
+    modules, *others = make(fused=False, dropout=0.1, seed=5, rank=1, ranks=2), make(dropout=0.1), make(fused=False)
+    bare = make(fused=False)
+    bare.config = replace(bare.config, lora=None)
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    for made in (modules, *others, bare):
+        made.seed_modules(7)
+    assert seeds == [random.Random("5 7 1").getrandbits(63)]
 
 
 def test_the_record_gets_what_was_chosen(make):

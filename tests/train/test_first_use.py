@@ -31,6 +31,24 @@ def test_layers_that_agree_are_near_and_the_model_is_left_as_it_was(tiny_base, t
     assert first_use.compare(lora_model(tiny_base, quant, "bf16"), trees[0]).most == 0.3
 
 
+def test_nothing_is_dropped_on_either_side_and_dropout_is_on_again_afterwards(tiny_base, trees, monkeypatch):
+    model = lora_model(tiny_base, dropout=0.5).train()
+    model.get_base_model().model.layers[1].mlp.down_proj.lora_dropout.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    found = first_use.compare(model, trees[0])
+    assert found.distance < 1e-4
+    assert found.ours == first_use.compare(lora_model(tiny_base), trees[0]).ours
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+    def fail(*args):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(fused, "_swiglu_back", fail)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        first_use.compare(model, trees[0])
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 def test_gradients_of_both_matrices_are_compared_though_a_new_b_is_zero(tiny_base, trees, monkeypatch):
     model = lora_model(tiny_base)
     for name, p in model.named_parameters():

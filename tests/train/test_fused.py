@@ -170,10 +170,16 @@ def test_micro_batches_add_up(tiny_base):
     assert off(fused.flat.grad, whole) < 1e-5
 
 
+def test_dropout_is_trained_too(tiny_base):
+    model = lora_model(tiny_base, dropout=0.3)
+    assert untrainable_reason(model) is None
+    assert Fused(model).dropout == 0.3
+    assert Fused(lora_model(tiny_base)).dropout == 0
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda m: setattr(m.peft_config["default"], "lora_dropout", 0.1), "dropout"),
         (lambda m: setattr(m.peft_config["default"], "use_dora", True), "its LoRA has use_dora"),
         (lambda m: setattr(m.config, "model_type", "gemma"), "gemma"),
         (lambda m: m.config.rope_parameters.update(rope_type="dynamic"), "rotary"),
