@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
         return
     if first and run:
         checkpoint.claim(run)  # before anything in it is touched
-    chosen, stop_on = squad.selection(train_set, dev_set, config.early_stop)
+    chosen, stop_on = squad.selection(train_set, dev_set, config.data, config.early_stop)
     tokenizers = load_tokenizers(config)
     with ranks.local_first():  # the others read the trees from the cache
         built = cache.build_trees(chosen, tokenizers, config.window, config.prompt, train=True)
@@ -96,7 +96,8 @@ def main(argv: list[str]) -> None:
     optimizer = bnb.optim.PagedAdamW8bit(engine.weights, lr=train.lr, weight_decay=train.weight_decay)
     optimizer = accelerator.prepare(optimizer)
     ema = EMA(engine.weights, train.average) if train.average else None
-    settings = adapters.settings_of(config, train_set.sha256, identify(config.base), tokenizer_sha256(tokenizers.own))
+    sha256 = (chosen if config.data.train_share < 1 else train_set).sha256
+    settings = adapters.settings_of(config, sha256, identify(config.base), tokenizer_sha256(tokenizers.own))
     training = {"optimizer": optimizer, "scaler": accelerator.scaler, "average": ema}
 
     # ---- resume, or start ------------------------------------------------------------------------------------------

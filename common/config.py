@@ -97,9 +97,13 @@ class Data:
     train_paragraphs: int | None = None  # only the first N paragraphs, 1 to a billion; null: all
     dev_questions: int | None = None  # only a fixed, article-stratified N, 1 to a billion; null: all
     fix_offsets: bool = False  # repair an answer_start that is off, and count it
+    # share of the train questions that train_paragraphs and early_stop.split leave, (0, 1]; the same ones for all seeds
+    train_share: float = later(1.0)
+    train_unit: Literal["article", "question"] = later("article")  # what the share takes: whole articles, or questions
 
     def __post_init__(self) -> None:
         plain_words(self, "train", "dev")
+        need(0 < self.train_share <= 1, "train_share", "must be in (0, 1]")
         between(self, train_paragraphs=(1, MANY), dev_questions=(1, MANY))
 
 

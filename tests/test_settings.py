@@ -52,6 +52,8 @@ KEYS = {
     "data.train_paragraphs": ("9", EVERY, "after"),
     "data.dev_questions": ("9", EVERY, "newest"),
     "data.fix_offsets": ("true", EVERY, "after"),
+    "data.train_share": ("0.5", EVERY, "after"),
+    "data.train_unit": ("question", EVERY, "after"),
     "window.context": ("300", EVERY, "after"),
     "window.question": ("32", EVERY, "after"),
     "window.answer": ("48", EVERY, "after"),
@@ -123,6 +125,8 @@ DEFAULTS = {
         "train_paragraphs": None,
         "dev_questions": None,
         "fix_offsets": False,
+        "train_share": 1.0,
+        "train_unit": "article",
     },
     "window": {"context": 416, "question": 64, "answer": 32, "overflow": "truncate", "stride": 208, "tokenizer": None},
     "prompt": {

@@ -44,6 +44,8 @@ TRAINING = [  # key, another value, beside what else, what changes
     ("lora.targets", "[q_proj, v_proj]", MODULES, "norm weights"),
     ("data.train_paragraphs", "9", "", "order tokens loss norm weights window"),
     ("data.dev_questions", "9", "", "asked"),
+    ("data.train_share", "0.5", "", "order tokens loss norm weights window"),
+    ("data.train_unit", "question", "data.train_share=0.5", "order tokens loss norm weights"),
     ("window.context", "24", "window.stride=20", "order tokens loss norm weights window"),
     ("window.question", "16", ALL, "tokens weights"),
     ("window.answer", "16", ALL, "order tokens loss norm weights window"),

@@ -707,6 +707,21 @@ def test_held_out_articles_are_neither_trained_on_nor_taken_from_dev(tiny_config
     assert len(json.loads((run / "predictions.json").read_text())) == result["n"]
 
 
+@pytest.mark.parametrize("unit", ["article", "question"])
+def test_a_share_of_the_questions_is_trained_on_and_named_beside_the_weights(tiny_config, tmp_path, capsys, unit):
+    words = [str(tiny_config), "data.train_share=0.3", f"data.train_unit={unit}", "train.max_steps=1"]
+    train_loop.main(words)
+    result, run = last_json(capsys), only_run(tmp_path)
+    data = load(str(tiny_config)).data
+    whole = squad.load(data, "train")
+    some = replace(whole, examples=squad.part(whole.examples, 0.3, unit))
+    assert result["window_counts"]["questions"] == len(some.examples) == {"article": 12, "question": 10}[unit]
+    assert result["identity"]["train"] == whole.sha256
+    settings = json.loads((run / "best" / "trained_with.json").read_text())
+    assert settings["data_sha256"] == some.sha256 != whole.sha256
+    assert (settings["data"]["train_share"], settings["data"]["train_unit"]) == (0.3, unit)
+
+
 def test_another_seed_trains_another_adapter_and_the_same_seed_the_same(tiny_config, tmp_path):
     for seed, runs in ((0, "a"), (0, "b"), (1, "c")):
         train_loop.main([str(tiny_config), f"seed={seed}", "train.max_steps=2", f"runs={tmp_path / runs}"])
