@@ -183,10 +183,13 @@ class Train:
 @dataclass(frozen=True)
 class EarlyStop:
     patience: int = 4  # evaluations without a gain before training stops, 1 to a billion
-    min_delta: float = 0.1  # smallest gain in EM points that counts, [0, 100]
+    min_delta: float = 0.1  # smallest gain in EM points that counts, [0, 100]; by loss any decrease does
     split: Literal["dev", "heldout"] = "dev"  # heldout: whole articles taken out of train
     heldout_share: float = 0.05  # heldout: share of the train questions, [0.0001, 0.5]
     questions: int | None = None  # a fixed, article-stratified N of that split, 1 to a billion; null: all of it
+    # the weights that are kept: of the highest EM; of the least loss per answer token (teacher-forced, unsmoothed, of
+    # first golds that the window holds); none: the last, without evaluations and early stopping
+    by: Literal["em", "loss", "none"] = later("em")
 
     def __post_init__(self) -> None:
         between(self, patience=(1, MANY), min_delta=(0, 100), heldout_share=(1e-4, 0.5), questions=(1, MANY))

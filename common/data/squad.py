@@ -146,7 +146,7 @@ def part(examples: list[Example], share: float, unit: Literal["article", "questi
 
 
 def selection(train: Dataset, dev: Dataset, data: Data, options: EarlyStop) -> tuple[Dataset, Dataset]:
-    """(questions to train on, questions whose EM stops the training), as `data` and `early_stop` say.
+    """(questions to train on, questions whose EM or loss stops the training), as `data` and `early_stop` say.
 
     Articles are held out first, so the held-out set is the same for every `data.train_share`, which is of the rest.
     """
@@ -155,6 +155,8 @@ def selection(train: Dataset, dev: Dataset, data: Data, options: EarlyStop) -> t
         train, dev = replace(train, examples=rest), replace(train, examples=held)
     if data.train_share < 1:
         train = replace(train, examples=part(train.examples, data.train_share, data.train_unit))
+    if options.by == "none":
+        dev = replace(dev, examples=[])
     if options.questions:
         dev = replace(dev, examples=stratified(dev.examples, options.questions))
     return train, dev
