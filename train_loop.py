@@ -1,4 +1,4 @@
-"""Train one system's LoRA adapter on SQuAD, stop early on exact match, keep `best/` and `last/`.
+"""Train one system's LoRA adapter on SQuAD, stop early on exact match or loss, keep `best/` and `last/`.
 
     python train_loop.py qlora7b [key=value ...] [--fresh]
 
@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from common.arguments import parse
@@ -19,23 +20,22 @@ from common.config import Config
 from common.data import cache, squad
 from common.data.plan import Plan
 from common.data.squad import Dataset
-from common.data.trees import Branch
+from common.data.tokens import Tokenizers
 from common.decode import predict
-from common.decode.answers import Prediction
 from common.device import describe_device, out_of_memory, pick_device
 from common.errors import UserError, one_line_errors
 from common.files import write_text
-from common.metrics.score import Score, score
+from common.metrics.score import score
 from common.model.adapter import add_lora, load_weights
 from common.model.identity import identify
 from common.model.load import compute_dtype, load_base, load_tokenizers, sources, tokenizer_sha256
-from common.model.memory import GIB
 from common.runs import adapters, checkpoint, gauges, preflight, ranks, record, signals
 from common.runs.progress import Bar
 from common.runs.results import Section, TrainResult
-from common.train.early_stopping import EarlyStopping
+from common.train.early_stopping import EarlyStopping, Evaluation
 from common.train.ema import EMA
 from common.train.engine import Engine
+from common.train.messages import ending, evaluated, not_finite
 
 import bitsandbytes as bnb
 import torch
@@ -45,7 +45,6 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 SAVE_SECONDS = 600  # between two saves at most: what a crash costs
-ENDLESS = 0.5  # share of answers that run into the limit, above which an evaluation says so
 
 
 def learning_rate(step: int, total: int, warmup: float, peak: float) -> float:
@@ -60,7 +59,7 @@ def main(argv: list[str]) -> None:
     # ---- settings --------------------------------------------------------------------------------------------------
     started = time.perf_counter()
     config, args = parse("train_loop", argv)
-    train, lora = config.train, preflight.trainable(config)
+    train, stop, lora = config.train, config.early_stop, preflight.trainable(config)
     preflight.check(config)
     process = ranks.join(at_most=train.questions_per_step)
     first, rank, n_ranks = process.is_main_process, process.process_index, process.num_processes
@@ -79,11 +78,11 @@ def main(argv: list[str]) -> None:
         return
     if first and run:
         checkpoint.claim(run)  # before anything in it is touched
-    chosen, stop_on = squad.selection(train_set, dev_set, config.early_stop)
+    chosen, stop_on = squad.selection(train_set, dev_set, config.data, stop)
     tokenizers = load_tokenizers(config)
     with ranks.local_first():  # the others read the trees from the cache
         built = cache.build_trees(chosen, tokenizers, config.window, config.prompt, train=True)
-        dev_trees = cache.build_trees(stop_on, tokenizers, config.window, config.prompt, train=False).trees
+        dev_trees = cache.build_trees(stop_on, tokenizers, config.window, config.prompt, train=stop.by == "loss").trees
     if not built.trees:
         raise UserError(f"{train_set.source}: no question is left to train on ({built.counts})")
     plan = Plan(built.trees, train, config.seed)
@@ -95,7 +94,8 @@ def main(argv: list[str]) -> None:
     optimizer = bnb.optim.PagedAdamW8bit(engine.weights, lr=train.lr, weight_decay=train.weight_decay)
     optimizer = accelerator.prepare(optimizer)
     ema = EMA(engine.weights, train.average) if train.average else None
-    settings = adapters.settings_of(config, train_set.sha256, identify(config.base), tokenizer_sha256(tokenizers.own))
+    sha256 = (chosen if config.data.train_share < 1 else train_set).sha256
+    settings = adapters.settings_of(config, sha256, identify(config.base), tokenizer_sha256(tokenizers.own))
     training = {"optimizer": optimizer, "scaler": accelerator.scaler, "average": ema}
 
     # ---- resume, or start ------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
         checkpoint.claim(run)
         record.cut_metrics(run, state.step, state.evaluated)
     ranks.start_tracker(accelerator, config, run)
-    announce(config, run, train_set, built.counts, plan, engine, len(stop_on.examples))
+    announce(config, run, train_set, built.counts, plan, engine)
 
     # ---- loop ------------------------------------------------------------------------------------------------------
     def save_last() -> float:
@@ -116,34 +116,33 @@ def main(argv: list[str]) -> None:
 
     # Connects the ranks: who is ready first waits here, not in a step.
     ranks.sum_gradients(engine.weights, 0.0).tolist()
-    stopping = EarlyStopping(config.early_stop, state.best_em, state.waited)
-    bar = Bar(state, plan, dev_trees, disable=not first)
+    stopping = EarlyStopping(stop, state.best, state.waited)
+    bar = Bar(state, plan, dev_trees or None, disable=not first)
     began, seconds_before, signalled, upcoming = gauges.now(device), state.seconds, False, None
     stepping, busy, saved = 0.0, 0.0, time.monotonic()  # seconds of steps alone; of these, with this GPU at work
     with bar, signals.listen() as request, record.Metrics(run, first, accelerator.log) as metrics:
         while not signalled:
             step = state.step
-            if step > state.evaluated and (step % train.eval_every == 0 or step == total):
+            if step > state.evaluated and stopping.due(step, total, train.eval_every):
                 evaluation_began = gauges.now(device)
                 with engine.released():  # until what was found is saved
                     with ema.in_place() if ema else contextlib.nullcontext():
-                        answers = predict.by_all_ranks(model, tokenizers, dev_trees, config, request.check, step)
+                        scored = evaluate(engine, tokenizers, stop_on, request.check, step)
                         state.evaluation_seconds += gauges.now(device) - evaluation_began
-                        if signalled := answers is None:
+                        if signalled := scored is None:
                             continue
-                        texts = {id_: answer.text for id_, answer in answers.items()}
-                        scored = score(stop_on.examples, texts)
-                        em, f1 = (None, None) if config.base.random_weights else (scored.em, scored.f1)
-                        better = stopping.update(em, replace=step == lost_best)
+                        better = stopping.update(scored.value, replace=step == lost_best)
                         state.evaluated, state.waited = step, stopping.waited
                         if better:
-                            state.best_em, state.best_f1, state.best_step = em, f1, step
+                            state.keep(step, scored.row)
                         if better and first:
                             checkpoint.save(run / "best", model, state, settings)
-                            write_text(run / "predictions.json", json.dumps(texts, ensure_ascii=False, indent=0) + "\n")
-                    if first and em is not None:
-                        tqdm.write(evaluated(step, scored, answers, config.early_stop.split, better), file=sys.stderr)
-                    metrics.log({"step": step, "em": em, "f1": f1, "n": len(texts)})
+                            if scored.predictions:
+                                write_text(run / "predictions.json", scored.predictions)
+                    if first and scored.value is not None:
+                        tqdm.write(evaluated(step, scored, stop.split, better), file=sys.stderr)
+                    if scored.row:
+                        metrics.log({"step": step, **scored.row})
                     saved = save_last()
             elif first and time.monotonic() - saved > SAVE_SECONDS:
                 saved = save_last()
@@ -186,7 +185,7 @@ def main(argv: list[str]) -> None:
             state.step, signalled = step + 1, n_signals > 0
             row = {"step": state.step, "loss": loss, "lr": rate, "grad_norm": grad_norm, "questions": len(branches)}
             metrics.log(row | {"tokens": int(tokens), "seconds": round(seconds_before + now - began, 3)})
-            bar.set_postfix(loss=f"{loss:.3f}", best_em=state.best_em, refresh=False)
+            bar.set_postfix(loss=f"{loss:.3f}", **stopping.shown, refresh=False)
             bar.update()
         if signalled:
             save_last()
@@ -200,8 +199,8 @@ def main(argv: list[str]) -> None:
     result: TrainResult = {
         "run": str(run),
         "random_weights": config.base.random_weights,
-        "selected_on": config.early_stop.split,
-        "n": len(stop_on.examples),
+        "selected_on": None if stop.by == "none" else stop.split,
+        "n": engine.n_dev,
         "window_counts": built.counts,
         "stopped_early": state.step < total,
         "processes": n_ranks,
@@ -238,52 +237,49 @@ def resume(
     return state, lost_best
 
 
-def not_finite(
-    step: int, loss: float, grad_norm: float, run: Path, branches: list[Branch], dtype: torch.dtype
-) -> UserError:
-    # no learning rate is to blame before the first update
-    advice = ["set base.dtype=bf16 or fp32, for fp16 overflows"] * (dtype == torch.float16)
-    advice += ["lower train.lr"] * (step > 1)
-    advice += [f"look at these questions: {', '.join(branch.id for branch in branches)}"]
-    return UserError(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped, and what {run} holds is whole, from before it; "
-        f"{', or '.join(advice)}"
-    )
+def evaluate(
+    engine: Engine, tokenizers: Tokenizers, data: Dataset, check: Callable[[], None], step: int
+) -> Evaluation | None:
+    """What `early_stop.by` selects the model's weights by; None where a signal stopped a rank (`signals.Stopped`)."""
+    config = engine.config
+    if config.early_stop.by == "none":
+        return Evaluation(None, {})
+    if config.early_stop.by == "loss":
+        loss = engine.loss(check)
+        return None if loss is None else Evaluation(loss, {"dev_loss": loss, "n": engine.n_dev})
+    answers = predict.by_all_ranks(engine.model, tokenizers, engine.dev, config, check, step)
+    if answers is None:
+        return None
+    texts = {id_: answer.text for id_, answer in answers.items()}
+    scored = score(data.examples, texts)
+    em, f1 = (None, None) if config.base.random_weights else (scored.em, scored.f1)
+    cut = sum(answer.hit_limit for answer in answers.values()) / len(answers)
+    predictions = json.dumps(texts, ensure_ascii=False, indent=0) + "\n"
+    return Evaluation(em, {"em": em, "f1": f1, "n": len(texts)}, predictions, cut)
 
 
 def announce(
-    config: Config, run: Path, data: Dataset, window_counts: dict[str, int], plan: Plan, engine: Engine, n_dev: int
+    config: Config, run: Path, data: Dataset, window_counts: dict[str, int], plan: Plan, engine: Engine
 ) -> None:
     trained, frozen = engine.trained_weights, engine.frozen_weights
     processes = f"{engine.ranks} × " if engine.ranks > 1 else ""
-    what = "no accuracy (random weights), but its time and memory" if config.base.random_weights else "EM"
+    options, what = config.early_stop, "EM"
+    if options.by == "loss":
+        what = "the loss"
+    elif config.base.random_weights:
+        what = "no accuracy (random weights), but its time and memory"
+    evaluations = f"every {config.train.eval_every} steps {what} on {engine.n_dev} questions of {options.split}"
+    if options.by == "none":
+        evaluations = "no evaluation, the last weights are kept"
     print(
         f"{config.title} on {processes}{describe_device(engine.device)['name']}, {engine.dtype}: trains {trained:,} "
         f"weights beside {frozen:,} frozen ones ({trained / frozen:.3%})\n"
         f"{data.source}: {window_counts}, {data.fixed_offsets} offsets fixed, {sum(map(len, plan.trees)):,} tokens\n"
-        f"{plan.total_steps} steps of ~{config.train.questions_per_step} questions; every {config.train.eval_every} "
-        f"steps {what} on {n_dev} questions of {config.early_stop.split}; run {run}\n{engine.description}"
+        f"{plan.total_steps} steps of ~{config.train.questions_per_step} questions; {evaluations}; run {run}\n"
+        f"{engine.description}"
     )
     if config.lora and config.lora.dropout:
         print("lora.dropout > 0: branches share one dropout mask on their prefix; valid training, not equal to rows")
-
-
-def evaluated(step: int, scored: Score, answers: dict[str, Prediction], split: str, better: bool) -> str:
-    cut = sum(answer.hit_limit for answer in answers.values()) / len(answers)
-    endless = f"; {cut:.0%} of the answers never stop by themselves" if cut > ENDLESS else ""
-    best = ", best so far" if better else ""
-    return f"step {step}: EM {scored.em:.2f} F1 {scored.f1:.2f} on {len(answers)} ({split}){best}{endless}"
-
-
-def ending(state: checkpoint.State, result: TrainResult) -> str:
-    best = "no accuracy" if state.best_em is None else f"best EM {state.best_em:.2f} F1 {state.best_f1:.2f}"
-    planned, took = result["planned_bytes"], result["gpu_bytes"]
-    memory = f"{took / GIB:.2f} GiB of the GPU at the peak, {planned / GIB:.2f} planned; " if planned and took else ""
-    return (
-        f"{best} at step {state.best_step}; {result['questions_per_s']} questions/s; evaluations took "
-        f"{state.evaluation_seconds / state.seconds:.0%} of {state.seconds:.0f} s; {memory}adapter in "
-        f"{result['run']}/best"
-    )
 
 
 if __name__ == "__main__":

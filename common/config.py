@@ -97,9 +97,13 @@ class Data:
     train_paragraphs: int | None = None  # only the first N paragraphs, 1 to a billion; null: all
     dev_questions: int | None = None  # only a fixed, article-stratified N, 1 to a billion; null: all
     fix_offsets: bool = False  # repair an answer_start that is off, and count it
+    # share of the train questions that train_paragraphs and early_stop.split leave, (0, 1]; the same ones for all seeds
+    train_share: float = later(1.0)
+    train_unit: Literal["article", "question"] = later("article")  # what the share takes: whole articles, or questions
 
     def __post_init__(self) -> None:
         plain_words(self, "train", "dev")
+        need(0 < self.train_share <= 1, "train_share", "must be in (0, 1]")
         between(self, train_paragraphs=(1, MANY), dev_questions=(1, MANY))
 
 
@@ -179,10 +183,13 @@ class Train:
 @dataclass(frozen=True)
 class EarlyStop:
     patience: int = 4  # evaluations without a gain before training stops, 1 to a billion
-    min_delta: float = 0.1  # smallest gain in EM points that counts, [0, 100]
+    min_delta: float = 0.1  # smallest gain in EM points that counts, [0, 100]; by loss any decrease does
     split: Literal["dev", "heldout"] = "dev"  # heldout: whole articles taken out of train
     heldout_share: float = 0.05  # heldout: share of the train questions, [0.0001, 0.5]
     questions: int | None = None  # a fixed, article-stratified N of that split, 1 to a billion; null: all of it
+    # the weights that are kept: of the highest EM; of the least loss per answer token (teacher-forced, unsmoothed, of
+    # first golds that the window holds); none: the last, without evaluations and early stopping
+    by: Literal["em", "loss", "none"] = later("em")
 
     def __post_init__(self) -> None:
         between(self, patience=(1, MANY), min_delta=(0, 100), heldout_share=(1e-4, 0.5), questions=(1, MANY))

@@ -172,8 +172,11 @@ def write_card(
     cut = window.context + window.question  # tokens
     base_id, data = hub_id(config.base), "data that is not known here"
     if trained:
-        data, first = data_name(trained["data"]["train"], "train"), trained["data"]["train_paragraphs"]
+        asked = trained["data"]
+        data, first = data_name(asked["train"], "train"), asked["train_paragraphs"]
         data = f"the first {first} paragraphs of {data}" if first else data
+        if asked["train_share"] < 1:
+            data = f"{asked['train_share']:g} of the questions ({asked['train_unit']}s at random) of {data}"
     base = base_id or shapes_of(config.base)
     tag, licence = LICENCES.get(base_id or "", (None, f"see {base}" if base_id else "not known here"))
     on_squad = data.endswith(SQUAD)

@@ -375,6 +375,7 @@ BOUNDS = {  # of each number the last value that is taken and the first that is 
     "api.max_cost_usd": ("0", "-1e-9", "1e9", "1000000001"),
     "data.train_paragraphs": ("1", "0", "1000000000", "1000000001"),
     "data.dev_questions": ("1", "0", "1000000000", "1000000001"),
+    "data.train_share": ("1e-9", "0", "1", "1.001"),
     "window.context": ("208", "15", "1000000", "1000001"),
     "window.question": ("16", "15", "1000000", "1000001"),
     "window.answer": ("16", "15", "1000000", "1000001"),
@@ -444,6 +445,7 @@ def test_bounds_are_told_as_they_are(config):
         ("early_stop.min_delta=101", "early_stop.min_delta: must be between 0 and 100"),
         ("prompt.shots_seed=-1", "prompt.shots_seed: must be in [0, 2^32)"),
         ("train.average=1", "train.average: must be in [0, 1)"),
+        ("data.train_share=0", "data.train_share: must be in (0, 1]"),
         ("train.label_smoothing=1", "train.label_smoothing: must be in [0, 1)"),
         ("eval.parts=10000000", "eval.parts: must be between 1 and 1,024"),
     ):

@@ -15,7 +15,7 @@ import bench_latency
 import eval_loop
 import train_loop
 from benchmarks.card import FREE, card
-from common.config import Base, Decode, Eval, Lora, Train
+from common.config import Base, Decode, Eval, Lora, Train, load
 from common.data.trees import Branch, Tree
 from common.decode import predict
 from common.decode.answers import stop_tokens
@@ -41,7 +41,7 @@ from tests.model.test_attention import reach_of
 from tests.model.test_attention import trees_of as attention_trees
 from tests.model.test_load import four_bit_bytes, train_a_little
 from tests.model.test_pack import gradient, lora_model, packed_loss, rows_loss, trees_of
-from tests.test_train_loop import interrupt_at_evaluation, metrics
+from tests.test_train_loop import interrupt_at_evaluation, loss_of, metrics
 from tests.train.test_fused import adapter_weights, fused_gradient, off
 
 import bitsandbytes as bnb
@@ -428,6 +428,17 @@ def test_an_interrupted_run_goes_on_with_the_same_steps_in_the_same_order(tiny_c
         assert {key: ours.get(key) for key in exact} == {key: theirs.get(key) for key in exact}
         if "loss" in ours:
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_loss_that_selects_is_taken_between_graphs_and_near_that_in_32_bits(tiny_config, tmp_path, capsys, dtype):
+    words = ["early_stop.by=loss", f"base.dtype={dtype}", f"runs={tmp_path / 'runs'}"]
+    train_loop.main([str(tiny_config), *words])
+    out, (run,) = capsys.readouterr().out, (tmp_path / "runs").iterdir()
+    assert ", CUDA graphs" in out
+    losses = [row["dev_loss"] for row in metrics(run) if "dev_loss" in row]
+    assert json.loads(out.splitlines()[-1])["dev_loss"] == min(losses) < losses[0]
+    assert min(losses) == pytest.approx(loss_of(load(str(tiny_config)), run, "best"), rel=0.02)
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])

@@ -45,6 +45,8 @@ TRAINING = [  # key, another value, beside what else, what changes
     ("lora.targets", "[q_proj, v_proj]", MODULES, "norm weights"),
     ("data.train_paragraphs", "9", "", "order tokens loss norm weights window"),
     ("data.dev_questions", "9", "", "asked"),
+    ("data.train_share", "0.5", "", "order tokens loss norm weights window"),
+    ("data.train_unit", "question", "data.train_share=0.5", "order tokens loss norm weights"),
     ("window.context", "24", "window.stride=20", "order tokens loss norm weights window"),
     ("window.question", "16", ALL, "tokens weights"),
     ("window.answer", "16", ALL, "order tokens loss norm weights window"),
@@ -71,6 +73,8 @@ TRAINING = [  # key, another value, beside what else, what changes
     ("early_stop.split", "heldout", "", "order tokens loss norm weights window asked"),
     ("early_stop.heldout_share", "0.5", HELDOUT, "order tokens loss norm weights window asked"),
     ("early_stop.questions", "13", "", "asked"),
+    ("early_stop.by", "loss", "", "asked evaluations"),
+    ("early_stop.by", "none", "", "asked evaluations"),
     ("eval.engine", "plain", "", ""),
     ("eval.memory_budget_gib", "3", "", ""),
     ("eval.pass_tokens", "64", "", ""),
@@ -166,6 +170,7 @@ def _spoil(file) -> None:
 def trained(run, ids) -> dict:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps, result = [row for row in rows if "loss" in row], json.loads((run / "record.json").read_text())["result"]
+    answers = run / "predictions.json"  # there is none where EM does not select
     last, best = (load_file(run / name / "adapter_model.safetensors") for name in ("last", "best"))
     return {
         "order": [sorted(itertools.islice(ids, row["questions"])) for row in steps],
@@ -174,7 +179,7 @@ def trained(run, ids) -> dict:
         "norm": steps[0]["grad_norm"],
         "rates": [row["lr"] for row in steps],
         "evaluations": [row["step"] for row in rows if "em" in row],
-        "asked": sorted(json.loads((run / "predictions.json").read_text())),
+        "asked": sorted(json.loads(answers.read_text())) if answers.exists() else None,
         "window": result["window_counts"],
         "weights": last,
         "kept": all(torch.equal(last[key], best[key]) for key in last),

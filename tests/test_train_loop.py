@@ -23,12 +23,13 @@ from common.decode import plain, predict
 from common.decode.answers import stop_tokens
 from common.errors import UserError
 from common.files import SUMS, sha256
-from common.model.adapter import add_lora
+from common.model.adapter import add_lora, load_weights
 from common.model.identity import identify
 from common.model.load import load_base, load_tokenizer, tokenizer_sha256
 from common.model.pack import build_pack
 from common.runs import checkpoint, gauges, ranks
 from common.train import engine
+from common.train.early_stopping import Evaluation
 from tests.conftest import answering_yaml, same, squad_file
 from tests.model.test_pack import rows_loss
 
@@ -622,6 +623,138 @@ def test_patience_and_the_smallest_gain_decide_what_is_kept_and_when_it_ends(
     assert result["stopped_early"] == (last < 7)
 
 
+def loss_of(config, run, kept: str) -> float:
+    """Mean loss per answer token of dev's first golds, by transformers' and PEFT's modules, each question a row."""
+    model = add_lora(load_base(config.base, torch.device("cpu")), replace(config.lora, dropout=0.0), config.seed)
+    load_weights(model, load_file(run / kept / "adapter_model.safetensors"), kept)
+    dev = squad.load(config.data, "dev").examples
+    trees = build_trees(dev, same(load_tokenizer(config.base.path)), config.window, train=True).trees
+    tokens = sum(len(branch.answer_ids) for tree in trees for branch in tree.branches)
+    return rows_loss(model, trees).item() / tokens
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "train.lr=2e-2",
+        "early_stop.patience=1 early_stop.min_delta=100",
+        "train.fused=false train.label_smoothing=0.2 train.loss=question",
+        "train.average=0.8",
+        "lora.dropout=0.3",
+    ],
+)
+def test_the_weights_of_the_least_loss_are_kept(course, tmp_path, monkeypatch, capsys, how):
+    monkeypatch.setattr(predict, "answer_trees", lambda *args, **how: pytest.fail("nothing is decoded"))
+    words = [*how.split(), "early_stop.by=loss", f"runs={tmp_path}"]
+    train_loop.main([str(course.config), *words])
+    out, err = capsys.readouterr()
+    result, (run,), config = json.loads(out.splitlines()[-1]), tmp_path.iterdir(), load(str(course.config), words)
+    rows = [row for row in metrics(run) if "dev_loss" in row]
+    losses = [row["dev_loss"] for row in rows]
+    kept, last = stops_at([-loss for loss in losses], config.early_stop.patience, 0.0)
+    if how in ("train.lr=2e-2", "early_stop.patience=1 early_stop.min_delta=100"):
+        assert kept < last, "or nothing is asked of `best/`"
+    assert rows == [{"step": 2 * i + 2, "dev_loss": loss, "n": 48} for i, loss in enumerate(losses)]
+    assert len(losses) == last + 1 == (8 if config.early_stop.patience > 1 else kept + 2)
+    assert (result["em"], result["f1"], result["dev_loss"]) == (None, None, losses[kept])
+    assert (result["best_step"], result["steps"], result["n"]) == (2 * kept + 2, 2 * last + 2, 48)
+    assert result["selected_on"] == "dev"
+    assert losses[kept] == min(losses) == pytest.approx(loss_of(config, run, "best"), rel=1e-5)
+    if not config.train.average:
+        assert losses[last] == pytest.approx(loss_of(config, run, "last"), rel=1e-5)
+    assert not (run / "predictions.json").exists()
+    assert "every 2 steps the loss on 48 questions of dev; " in out
+    assert f": least loss {min(losses):.4f} at step {2 * kept + 2}; " in out
+    assert f"step 2: loss {losses[0]:.4f} on 48 (dev), best so far" in err
+    assert checkpoint.load_state(run / "best").best == min(losses)
+
+
+@pytest.mark.parametrize("average", [0.0, 0.8])
+def test_without_a_selection_the_last_weights_are_kept_and_nothing_is_evaluated(
+    tiny_config, tmp_path, monkeypatch, capsys, average
+):
+    for module, name in ((predict, "answer_trees"), (engine.Engine, "loss")):
+        monkeypatch.setattr(module, name, lambda *args, **how: pytest.fail("nothing is evaluated"))
+    arguments = [str(tiny_config), "early_stop.by=none", f"train.average={average}", "early_stop.patience=1"]
+    train_loop.main([*arguments, "train.epochs=4", "early_stop.split=heldout", "early_stop.heldout_share=0.3"])
+    out, err = capsys.readouterr()
+    result, run = json.loads(out.splitlines()[-1]), only_run(tmp_path)
+    assert (result["steps"], result["best_step"], result["stopped_early"]) == (result["best_step"], 4, False)
+    figures = [result[key] for key in ("em", "f1", "dev_loss", "selected_on", "n")]
+    assert figures == [None, None, None, None, 0]
+    assert result["window_counts"]["questions"] == 12, "articles are held out all the same"
+    assert all("loss" in row for row in metrics(run))
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "record.json", "metrics.jsonl", "best", "last"}
+    last, best = (load_file(run / name / "adapter_model.safetensors") for name in ("last", "best"))
+    assert all(torch.equal(last[key], best[key]) for key in last) == (not average)
+    assert "; no evaluation, the last weights are kept; run " in out
+    assert ": not evaluated, kept at step 4; " in out
+    assert "best" not in err
+    states = [checkpoint.load_state(run / name) for name in ("last", "best")]
+    assert [(state.step, state.best_step, state.best) for state in states] == [(4, 4, None)] * 2
+
+
+@pytest.mark.parametrize("by", ["loss", "none"])
+@pytest.mark.parametrize("where", ["step", "evaluation", "save"])
+def test_a_run_that_is_cut_off_keeps_what_a_whole_one_does(tiny_config, tmp_path, monkeypatch, by, where):
+    monkeypatch.setattr(train_loop, "SAVE_SECONDS", -1)
+    arguments = [str(tiny_config), f"early_stop.by={by}", "train.average=0.5"]  # 8 steps, an evaluation every 2
+    train_loop.main([*arguments, f"runs={tmp_path / 'whole'}"])
+    module, name, nth = {
+        "step": (train_loop.bnb.optim.PagedAdamW8bit, "step", 6),
+        "evaluation": (train_loop, "evaluate", 3 if by == "loss" else 1),
+        "save": (checkpoint, "load_state", 0),
+    }[where]
+    original, calls = getattr(module, name), []
+
+    def cut(*args, **how):
+        calls.append(1)
+        if len(calls) == nth:
+            raise KeyboardInterrupt
+        return original(*args, **how)
+
+    save, bests = checkpoint.save, []
+
+    def cut_between_saves(folder, *rest):
+        bests.append(folder.name)
+        if bests[-1] == "last" and len([1 for name in bests if name == "best"]) == (2 if by == "loss" else 1):
+            raise KeyboardInterrupt
+        save(folder, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, name, cut)
+        if where == "save":
+            patch.setattr(checkpoint, "save", cut_between_saves)
+        train_loop.main([*arguments, f"runs={tmp_path / 'cut'}"])
+    train_loop.main([*arguments, f"runs={tmp_path / 'cut'}"])
+    (whole,), (again,) = ((tmp_path / name).iterdir() for name in ("whole", "cut"))
+    assert without_clock(metrics(again)) == without_clock(metrics(whole))
+    results = [json.loads((run / "record.json").read_text())["result"] for run in (whole, again)]
+    assert len({json.dumps([r[key] for key in ("em", "dev_loss", "best_step", "steps")]) for r in results}) == 1
+    for kept in ("last", "best"):
+        ours, theirs = (load_file(run / kept / "adapter_model.safetensors") for run in (again, whole))
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_signal_in_an_evaluation_by_loss_saves_and_the_run_goes_on(tiny_config, tmp_path, monkeypatch):
+    arguments, loss = [str(tiny_config), "early_stop.by=loss", "train.max_steps=4"], engine.Engine.loss
+    train_loop.main([*arguments, f"runs={tmp_path / 'whole'}"])
+
+    def signalled(self, check):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, check)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(engine.Engine, "loss", signalled)
+        train_loop.main([*arguments, f"runs={tmp_path / 'cut'}"])
+    assert stop.value.code == 143
+    (cut,) = (tmp_path / "cut").iterdir()
+    state = checkpoint.load_state(cut / "last")
+    assert (state.step, state.evaluated, state.best) == (2, 0, None)
+    train_loop.main([*arguments, f"runs={tmp_path / 'cut'}"])
+    assert without_clock(metrics(cut)) == without_clock(metrics(next((tmp_path / "whole").iterdir())))
+
+
 def test_the_course_tells_one_rule_of_stopping_from_another(course):
     assert len({stops_at(course.ems, patience, 0.0) for patience in (1, 2, 99)}) == 3
     assert stops_at(course.ems, 99, 22.0) != stops_at(course.ems, 99, 0.22), "points, not a share"
@@ -713,6 +846,21 @@ def test_held_out_articles_are_neither_trained_on_nor_taken_from_dev(tiny_config
     assert result["selected_on"] == "heldout"
     assert result["n"] + result["window_counts"]["questions"] == 32
     assert len(json.loads((run / "predictions.json").read_text())) == result["n"]
+
+
+@pytest.mark.parametrize("unit", ["article", "question"])
+def test_a_share_of_the_questions_is_trained_on_and_named_beside_the_weights(tiny_config, tmp_path, capsys, unit):
+    words = [str(tiny_config), "data.train_share=0.3", f"data.train_unit={unit}", "train.max_steps=1"]
+    train_loop.main(words)
+    result, run = last_json(capsys), only_run(tmp_path)
+    data = load(str(tiny_config)).data
+    whole = squad.load(data, "train")
+    some = replace(whole, examples=squad.part(whole.examples, 0.3, unit))
+    assert result["window_counts"]["questions"] == len(some.examples) == {"article": 12, "question": 10}[unit]
+    assert result["identity"]["train"] == whole.sha256
+    settings = json.loads((run / "best" / "trained_with.json").read_text())
+    assert settings["data_sha256"] == some.sha256 != whole.sha256
+    assert (settings["data"]["train_share"], settings["data"]["train_unit"]) == (0.3, unit)
 
 
 def test_another_seed_trains_another_adapter_and_the_same_seed_the_same(tiny_config, tmp_path):
@@ -893,6 +1041,14 @@ def test_predictions_keep_the_letters_of_the_data(tiny_config, tmp_path, monkeyp
     assert text.count("Zürich".encode()) == 2
 
 
+def test_random_weights_have_a_loss_and_no_accuracy(tiny_config, capsys):
+    train_loop.main([str(tiny_config), "base.random_weights=true", "train.max_steps=1", "early_stop.by=loss"])
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert (result["em"], result["f1"], result["random_weights"]) == (None, None, True)
+    assert f"(random weights): least loss {result['dev_loss']:.4f} at step 1; " in out
+
+
 def test_random_weights_are_said_to_have_no_accuracy_and_a_resumed_run_to_go_on(tiny_config, monkeypatch, capsys):
     words = [str(tiny_config), "base.random_weights=true", "train.max_steps=3", "train.eval_every=1"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -909,16 +1065,15 @@ def test_random_weights_are_said_to_have_no_accuracy_and_a_resumed_run_to_go_on(
 
 
 def test_an_adapter_that_never_stops_is_said_to_at_its_evaluation():
-    scored = SimpleNamespace(em=12.345, f1=23.456)
+    def line(cut: float, better: bool = False) -> str:
+        return train_loop.evaluated(7, Evaluation(12.345, {"em": 12.345, "f1": 23.456, "n": 3}, "", cut), "dev", better)
 
-    def line(*hit: bool, better: bool = False) -> str:
-        answers = {str(i): SimpleNamespace(hit_limit=h) for i, h in enumerate(hit)}
-        return train_loop.evaluated(7, scored, answers, "dev", better)
-
-    assert line(True, False) == "step 7: EM 12.35 F1 23.46 on 2 (dev)"
-    assert line(True, True, False, better=True) == (
+    assert line(0.5) == "step 7: EM 12.35 F1 23.46 on 3 (dev)"
+    assert line(2 / 3, better=True) == (
         "step 7: EM 12.35 F1 23.46 on 3 (dev), best so far; 67% of the answers never stop by themselves"
     )
+    told = train_loop.evaluated(7, Evaluation(0.98765, {"dev_loss": 0.98765, "n": 3}), "heldout", True)
+    assert told == "step 7: loss 0.9877 on 3 (heldout), best so far"
 
 
 @pytest.mark.parametrize(

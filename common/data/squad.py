@@ -2,13 +2,15 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from common.config import Data, EarlyStop
 from common.errors import UserError
@@ -129,11 +131,32 @@ def hold_out(examples: list[Example], share: float) -> tuple[list[Example], list
     return [e for e in examples if e.title not in held], [e for e in examples if e.title in held]
 
 
-def selection(train: Dataset, dev: Dataset, options: EarlyStop) -> tuple[Dataset, Dataset]:
-    """(questions to train on, questions whose EM stops the training), as `early_stop` says."""
+def part(examples: list[Example], share: float, unit: Literal["article", "question"]) -> list[Example]:
+    """The articles (or questions) whose number of questions is nearest to `share` of them all, one at least.
+
+    They are the first in one fixed order, so that a smaller share is part of a larger one.
+    """
+    names = [e.title if unit == "article" else e.id for e in examples]
+    # another order than that of `hold_out`, or a small share would change with early_stop.split
+    order, sizes = sorted(set(names), key=lambda name: _hash(f"train_share {name}")), Counter(names)
+    reached = list(itertools.accumulate(sizes[name] for name in order))
+    last = min(range(len(order)), key=lambda i: abs(reached[i] - share * len(examples)))
+    taken = set(order[: last + 1])
+    return [e for e, name in zip(examples, names, strict=True) if name in taken]
+
+
+def selection(train: Dataset, dev: Dataset, data: Data, options: EarlyStop) -> tuple[Dataset, Dataset]:
+    """(questions to train on, questions whose EM or loss stops the training), as `data` and `early_stop` say.
+
+    Articles are held out first, so the held-out set is the same for every `data.train_share`, which is of the rest.
+    """
     if options.split == "heldout":
         rest, held = hold_out(train.examples, options.heldout_share)
         train, dev = replace(train, examples=rest), replace(train, examples=held)
+    if data.train_share < 1:
+        train = replace(train, examples=part(train.examples, data.train_share, data.train_unit))
+    if options.by == "none":
+        dev = replace(dev, examples=[])
     if options.questions:
         dev = replace(dev, examples=stratified(dev.examples, options.questions))
     return train, dev

@@ -212,7 +212,9 @@ def _decides(config: Section) -> list[object]:
 
 def _trains_as(a: Section, b: Section) -> bool:
     def decides(config: Section) -> list[object]:
-        data = [config["data"][key] for key in ("train", "train_paragraphs", "fix_offsets")]
+        data = [
+            config["data"][key] for key in ("train", "train_paragraphs", "train_share", "train_unit", "fix_offsets")
+        ]
         return [apart_from_memory(config["train"]), config["early_stop"], config["window"], data]
 
     return decides(a) == decides(b)

@@ -31,11 +31,22 @@ class State:
     evaluated: int = 0  # step of the last evaluation
     best_em: float | None = None  # percent, as best_f1
     best_f1: float | None = None
+    best_loss: float | None = None  # per answer token, where that selects (early_stop.by=loss); then there is no EM
     best_step: int | None = None
     waited: int = 0  # evaluations without a gain
     seconds: float = 0.0  # of training, evaluations included
     evaluation_seconds: float = 0.0
     peak: Peak = field(default_factory=dict)
+
+    @property
+    def best(self) -> float | None:
+        """What the kept weights were selected by: EM in percent, or loss."""
+        return self.best_em if self.best_loss is None else self.best_loss
+
+    def keep(self, step: int, row: Section) -> None:
+        """Note that the weights of `step` are kept; `row`: the figures of their evaluation, if there was one."""
+        self.best_em, self.best_f1, self.best_loss = (row.get(key) for key in ("em", "f1", "dev_loss"))
+        self.best_step = step
 
     def result(self, questions: int) -> Progress:
         """Fields of the training's record; `questions`: trained on in all steps."""
@@ -43,6 +54,7 @@ class State:
             "identity": self.identity,
             "em": self.best_em,
             "f1": self.best_f1,
+            "dev_loss": self.best_loss,
             "best_step": self.best_step,
             "steps": self.step,
             "questions": questions,

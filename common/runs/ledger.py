@@ -28,7 +28,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Record], object]]] = {  # of each, its t
     "em": ("real", lambda r: r["result"].get("em")),  # of a training: on what its weights were chosen by
     "f1": ("real", lambda r: r["result"].get("f1")),
     "n": ("integer", lambda r: r["result"].get("n")),
-    "chosen_on": ("text", lambda r: r["result"].get("selected_on")),  # of a training: dev or heldout
+    "chosen_on": ("text", lambda r: r["result"].get("selected_on")),  # of a training: dev, heldout or nothing
     "p95_ms": ("real", lambda r: r["result"].get("latency", {}).get("p95_ms")),
     "questions_per_s": ("real", lambda r: r["result"].get("questions_per_s")),
     "peak_gib": ("real", lambda r: _gib(r["result"].get("peak", {}))),

@@ -29,11 +29,13 @@ class Clock(Protocol):
 class Bar(tqdm):
     """tqdm over steps. After `PROBE` of them, and after each evaluation, a line says what is left and when it ends."""
 
-    def __init__(self, state: Clock, plan: Plan, dev: Sequence[Tree], disable: bool = False):
+    def __init__(self, state: Clock, plan: Plan, dev: Sequence[Tree] | None, disable: bool = False):
+        """`dev`: the questions of the evaluations; None: there are none."""
         super().__init__(total=plan.total_steps, initial=state.step, desc="train", unit="step", disable=disable)
-        self.state, self.every = state, plan.train.eval_every
+        self.state, self.every, self.evaluates = state, plan.train.eval_every, dev is not None
         step_tokens = sum(map(len, plan.rows(plan.trees))) / plan.steps_per_epoch
-        self.evaluation_steps = EVALUATION * sum(map(len, dev)) / step_tokens  # an evaluation takes as long as so many
+        # an evaluation takes as long as so many
+        self.evaluation_steps = EVALUATION * sum(map(len, dev or ())) / step_tokens
         self.evaluation_s: float | None = None  # None: none was timed yet
         self.seconds: list[float] = []  # of each step
         self.before = time.perf_counter(), state.evaluation_seconds
@@ -53,6 +55,8 @@ class Bar(tqdm):
         """What is left after the state's step, and when it ends."""
         step, total = self.state.step, self.total or 0
         step_s = median(self.seconds)
+        if not self.evaluates:
+            return f"{until((total - step) * step_s)}: {total - step:,} steps"
         guess = self.evaluation_s is None
         evaluation_s = step_s * self.evaluation_steps if self.evaluation_s is None else self.evaluation_s
         # at multiples of `every`, the one at this step included, and at the end

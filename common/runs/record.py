@@ -4,7 +4,7 @@
         config.yaml       as resolved from file and overrides
         record.json       written last: a folder without it is unfinished
         metrics.jsonl     train: a line per logged step and evaluation
-        predictions.json  train, eval: {id: text}, the official format
+        predictions.json  train (where EM selects), eval: {id: text}, the official format
         questions.jsonl   eval: a line per question
         transcript.jsonl  eval, bench of a hosted model: every request and its answer
         process-N.*       bench: what each process measured

@@ -15,8 +15,9 @@ class Progress(TypedDict, total=False):
     """What a training's state adds to its result."""
 
     identity: dict[str, str]  # hashes of configuration and data
-    em: float | None
+    em: float | None  # of the kept weights; None where another thing than EM selected them
     f1: float | None
+    dev_loss: float | None  # per answer token; None where another thing selected them
     best_step: int | None
     steps: int
     questions: int  # trained on, in all steps
@@ -45,7 +46,7 @@ class Common(TypedDict, total=False):
 
 
 class TrainResult(Progress, Sizes, Common, total=False):
-    selected_on: str  # dev or heldout
+    selected_on: str | None  # dev or heldout; None: the last weights were kept (early_stop.by=none)
     window_counts: dict[str, int]
     stopped_early: bool
     processes: int

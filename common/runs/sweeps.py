@@ -15,7 +15,8 @@ from common.errors import UserError
 from common.runs import adapters, preflight, record
 from common.words import nearest
 
-TRAINED = ("train.", "lora.", "early_stop.")  # keys that change nothing about a system without an adapter
+# keys that change nothing about a system without an adapter
+TRAINED = ("train.", "lora.", "early_stop.", "data.train_share", "data.train_unit")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Forward and backward of packs: by fused layers within a memory budget, or by transformers' and PEFT's modules."""
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from common.config import Config, Train
@@ -13,6 +14,7 @@ from common.errors import UserError
 from common.model import llama, load, memory, tree_mask, varlen
 from common.model.llama import Model
 from common.model.pack import IGNORED, Pack, PadSizes, build_pack
+from common.runs import signals
 from common.runs.results import Sizes
 from common.train import dropout, first_use
 from common.train.cuda_graphs import CapturedPacks
@@ -46,6 +48,9 @@ class Engine:
         """`dev`: the questions of the evaluations that interrupt training."""
         model.train()
         self.config, self.train, self.dev, self.backward = config, config.train, dev, backward
+        self.model, self.n_dev = model, len({branch.id for tree in dev for branch in tree.branches})
+        if config.early_stop.by == "loss" and not dev:
+            raise UserError("early_stop.by=loss: no question that selects has its first gold answer in the window")
         self.plan, self.rank, self.ranks = plan, rank, ranks
         self.device, self.dtype = next(model.parameters()).device, model.dtype
         self.pads: PadSizes | None = None  # packs are padded where CUDA graphs replay
@@ -68,7 +73,7 @@ class Engine:
 
     def prepare(self, step: int) -> tuple[list[Tree], list[Pack]]:
         """(all trees of a step, this rank's share of them in packs on the host). Pure, so it may run ahead."""
-        return self.plan.step(step), self._packs(step, self.rank)
+        return self.plan.step(step), self._packs_of_step(step, self.rank)
 
     def seed_modules(self, step: int) -> None:
         """Seed the dropout of PEFT's modules for a step. The fused layers' packs have keys."""
@@ -81,6 +86,31 @@ class Engine:
             return self._captured(pack, weight)
         return self._forward_backward(pack.to(self.device), weight)
 
+    @torch.no_grad()
+    def loss(self, check: Callable[[], None] = lambda: None) -> float | None:
+        """Mean loss per answer token of the questions `dev`, over all ranks: without label smoothing and dropout.
+
+        `check` is called before each pack. None where it raised `signals.Stopped` on any rank.
+        """
+        own, training = None, self.model.training
+        self.model.eval()
+        with suppress(signals.Stopped), out_of_memory(self.memory_advice):
+            sums = []
+            for host_pack in self._packs(self.dev, self.rank):
+                check()
+                pack = host_pack.to(self.device)
+                logits = self._logits(pack, pack.target_index).float()
+                sums.append(F.cross_entropy(logits, pack.target_ids, ignore_index=IGNORED, reduction="sum"))
+            own = math.fsum(x.item() for x in sums)
+        self.model.train(training)
+        parts = gather_object([own])
+        if None in parts:
+            return None
+        mean = math.fsum(parts) / sum(len(b.answer_ids) for tree in self.dev for b in tree.branches)
+        if not math.isfinite(mean):
+            raise UserError(f"an evaluation's loss is {mean}; set base.dtype=bf16 or fp32, or lower train.lr")
+        return mean
+
     def result(self) -> Sizes:
         return {
             "pack_tokens": self.pack_tokens,
@@ -92,9 +122,13 @@ class Engine:
             "frozen_weights": self.frozen_weights,
         }
 
-    def _packs(self, step: int, rank: int) -> list[Pack]:
-        parts = self.plan.share(self.plan.step(step), rank, self.ranks, self.pack_tokens)
-        packs = [pack for part in parts for pack in (self.pads.packs(part) if self.pads else [build_pack(part)])]
+    def _packs(self, trees: Sequence[Tree], rank: int) -> list[Pack]:
+        parts = self.plan.share(trees, rank, self.ranks, self.pack_tokens)
+        return [pack for part in parts for pack in (self.pads.packs(part) if self.pads else [build_pack(part)])]
+
+    def _packs_of_step(self, step: int, rank: int) -> list[Pack]:
+        """A rank's packs, each with the key of its dropout."""
+        packs = self._packs(self.plan.step(step), rank)
         if not self.dropout:
             return packs
         keys = (dropout.pack_key(self.config.seed, step, rank, number) for number in range(len(packs)))
@@ -162,8 +196,8 @@ class Engine:
     def _capture(self) -> None:
         """Captures one graph per padded size, from the packs of the first steps."""
         steps = range(min(SAMPLE_STEPS, self.plan.steps_per_epoch))
-        packs = [pack for step in steps for pack in self._packs(step, self.rank)]
-        packs = packs or [pack for step in steps for pack in self._packs(step, 0)]  # rank 0 always has a share
+        packs = [pack for step in steps for pack in self._packs_of_step(step, self.rank)]
+        packs = packs or [pack for step in steps for pack in self._packs_of_step(step, 0)]  # rank 0 always has a share
         self.pads = PadSizes.of(packs, self.pack_tokens)
         smallest = min(packs, key=lambda pack: pack.n_tokens)
         with out_of_memory(self.memory_advice):

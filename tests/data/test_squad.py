@@ -406,6 +406,41 @@ def test_held_out_is_a_share_of_the_questions_in_whole_articles_by_hash_of_the_t
     assert rest == [e for e in examples if e.title not in articles]
 
 
+def test_a_part_is_of_whole_articles_in_a_fixed_order_that_is_not_the_one_of_hold_out():
+    order = sorted("ABCDE", key=lambda title: hashlib.sha256(f"train_share {title}".encode()).hexdigest())
+    assert "".join(order) == "DBEAC" != "".join(by_hash("ABCDE"))
+    examples = of_articles(A=2, B=2, C=2, D=2, E=2)
+    for share, titles in ((0.01, "D"), (0.2, "D"), (0.3, "D"), (0.31, "DB"), (0.9, "DBEA"), (1.0, "ABCDE")):
+        assert squad.part(examples, share, "article") == [e for e in examples if e.title in titles]
+    large = of_articles(D=9, B=1, E=2)  # one article at least, and the nearest: of 12 questions 9 are nearer than 10
+    assert [len(squad.part(large, share, "article")) for share in (0.01, 0.7, 0.8, 0.95)] == [9, 9, 10, 12]
+    assert len(squad.part(of_articles(A=9), 0.01, "article")) == 9
+
+
+@given(
+    st.dictionaries(st.text(min_size=1, max_size=3), st.integers(1, 9), min_size=1, max_size=12),
+    st.floats(1e-6, 1),
+    st.floats(1e-6, 1),
+    st.sampled_from(["article", "question"]),
+    st.randoms(use_true_random=False),
+)
+def test_a_smaller_part_is_in_a_larger_one_and_each_is_as_near_its_share_as_units_allow(sizes, a, b, unit, shuffler):
+    examples, small, large = of_articles(**sizes), *sorted((a, b))
+    part, more = (squad.part(examples, share, unit) for share in (small, large))
+    assert {e.id for e in part} <= {e.id for e in more}
+    assert [e for e in examples if e in part] == part, "in the order of the file"
+    n, biggest = len(examples), max(sizes.values()) if unit == "article" else 1
+    assert len(part) >= 1
+    assert abs(len(part) - small * n) <= max(biggest / 2, biggest - small * n)
+    if unit == "article":
+        titles = {e.title for e in part}
+        assert part == [e for e in examples if e.title in titles]
+    other = examples[:]
+    shuffler.shuffle(other)
+    assert {e.id for e in squad.part(other, small, unit)} == {e.id for e in part}
+    assert squad.part(examples, 1.0, unit) == examples
+
+
 def test_one_article_cannot_be_held_out_from_itself():
     with pytest.raises(UserError, match="at least two articles"):
         squad.hold_out(of_articles(A=9), 0.2)
@@ -471,13 +506,20 @@ def test_data_asks_for_the_split_by_its_name(hub, split, hubs):
 def test_questions_that_stop_a_training_are_devs_or_held_out_and_as_many_as_asked(examples):
     train, dev = Dataset(examples, "train.json"), Dataset(of_articles(X=9, Y=3), "dev.json")
     assert (train.fixed_offsets, dev.fixed_offsets) == (0, 0)
-    assert squad.selection(train, dev, EarlyStop()) == (train, dev)
+    assert squad.selection(train, dev, Data(), EarlyStop()) == (train, dev)
     four = replace(dev, examples=squad.stratified(dev.examples, 4))
-    assert squad.selection(train, dev, EarlyStop(questions=4)) == (train, four)
+    assert squad.selection(train, dev, Data(), EarlyStop(questions=4)) == (train, four)
     assert four.sha256 != dev.sha256
     for share in (0.05, 0.5):
         rest, held = squad.hold_out(examples, share)
         options = EarlyStop(split="heldout", heldout_share=share)
-        assert squad.selection(train, dev, options) == (replace(train, examples=rest), replace(train, examples=held))
+        expected = replace(train, examples=rest), replace(train, examples=held)
+        assert squad.selection(train, dev, Data(), options) == expected
         some = EarlyStop(split="heldout", heldout_share=share, questions=2)
-        assert squad.selection(train, dev, some)[1].examples == squad.stratified(held, 2)
+        assert squad.selection(train, dev, Data(), some)[1].examples == squad.stratified(held, 2)
+        small = Data(train_share=0.2)  # of what is left, and what is held out stays
+        less = replace(train, examples=squad.part(rest, 0.2, "article"))
+        assert squad.selection(train, dev, small, options) == (less, expected[1])
+    by_one = squad.selection(train, dev, Data(train_share=0.1, train_unit="question"), EarlyStop())[0]
+    assert by_one.examples == squad.part(examples, 0.1, "question")
+    assert len({d.sha256 for d in (train, less, by_one)}) == 3, "or the cache of trees would mix them up"

@@ -264,6 +264,7 @@ def test_a_saved_training_has_all_that_is_needed_to_go_on(tmp_path, readme):
         "evaluated": 0,
         "best_em": 0.0,
         "best_f1": None,
+        "best_loss": None,
         "best_step": None,
         "waited": 0,
         "seconds": 0.0,
@@ -343,6 +344,7 @@ def test_a_record_gets_a_states_figures_rounded():
         "identity": {"config": "c"},
         "em": 70.25,
         "f1": 80.5,
+        "dev_loss": None,
         "best_step": 30,
         "steps": 40,
         "questions": 2560,
@@ -351,6 +353,19 @@ def test_a_record_gets_a_states_figures_rounded():
         "questions_per_s": 31.92,
         "peak": {"rss_bytes": 7},
     }
+
+
+def test_a_state_keeps_what_selected_its_weights_and_one_from_before_losses_is_read(tmp_path):
+    state = State(best_em=70.0, best_f1=80.0)
+    assert state.best == 70.0
+    state.keep(8, {"dev_loss": 0.5, "n": 3})
+    assert (state.best, state.best_em, state.best_f1, state.best_loss, state.best_step) == (0.5, None, None, 0.5, 8)
+    state.keep(9, {"em": 71.0, "f1": 81.0, "n": 3})
+    assert (state.best, state.best_em, state.best_f1, state.best_loss, state.best_step) == (71.0, 71.0, 81.0, None, 9)
+    state.keep(16, {})
+    assert (state.best, state.best_step) == (None, 16)
+    write(tmp_path / "last", '{"step": 3, "best_em": 70.0, "best_f1": 80.0, "best_step": 2}')
+    assert load_state(tmp_path / "last") == State(step=3, best_em=70.0, best_f1=80.0, best_step=2)
 
 
 def test_a_state_of_another_version_is_refused(tmp_path):

@@ -66,6 +66,13 @@ def test_the_step_in_the_middle_counts_and_not_the_first_which_compiles(clock, c
     bar.close()
 
 
+def test_where_nothing_is_evaluated_only_steps_are_left(clock, capsys):
+    bar = Bar(state(), Plan(TREES, Train(questions_per_step=2, eval_every=15), seed=0), None)
+    steps(bar, clock, 10, 30)
+    assert said(capsys) == ["15 min to go, until 00:20: 30 steps"]
+    bar.close()
+
+
 def test_a_step_behind_an_evaluation_is_timed_without_it(clock, capsys):
     plan = Plan(TREES, Train(questions_per_step=2, eval_every=1), seed=0)
     bar = Bar(state(30), plan, [])

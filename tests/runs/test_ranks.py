@@ -132,6 +132,21 @@ def test_two_processes_do_as_one_does_save_when_told_to_end_and_one_goes_on(tiny
 
 
 @forks
+@pytest.mark.parametrize(("by", "steps"), [("loss", [2, 4]), ("none", [])])
+def test_two_processes_keep_the_weights_that_one_does_by_loss_or_by_none(tiny_config, tmp_path, by, steps):
+    arguments = [str(tiny_config), f"early_stop.by={by}", "train.epochs=1", "train.pack_tokens=100"]
+    train_loop.main([*arguments, f"runs={tmp_path / 'one'}"])
+    codes = of_two_ranks(tmp_path, lambda: train_loop.main([*arguments, f"runs={tmp_path / 'two'}"]))
+    assert codes == [0, 0], (tmp_path / "0.err").read_text()
+    one, two = (next((tmp_path / name).iterdir()) for name in ("one", "two"))
+    mine, theirs = ([row for row in metrics(run) if "loss" not in row] for run in (one, two))
+    assert [row["step"] for row in mine] == steps
+    assert theirs == [row | {"dev_loss": pytest.approx(row["dev_loss"], rel=1e-4)} for row in mine]
+    results = [json.loads((run / "record.json").read_text())["result"] for run in (one, two)]
+    assert [result["best_step"] for result in results] == [4, 4]
+
+
+@forks
 def test_ranks_sum_gradients_and_numbers_share_items_out_and_notice_who_has_gone(tmp_path):
     def body() -> None:
         rank = ranks.join().process_index

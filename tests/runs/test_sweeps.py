@@ -102,7 +102,7 @@ def test_stored_adapters_can_answer(sweep, tmp_path):
     assert all(job.config.adapter is None for job in sweeps.plan(shapes)[0])  # random weights need none
 
 
-@pytest.mark.parametrize("key", ["train.lr=1e-3", "lora.rank=8", "early_stop.patience=9"])
+@pytest.mark.parametrize("key", ["train.lr=1e-3", "lora.rank=8", "early_stop.patience=9", "data.train_share=0.1"])
 def test_what_only_a_training_reads_makes_no_second_run_of_a_system_without_an_adapter(sweep, key):
     planned, _ = sweeps.plan(sweep(variants=f'["", "{key}"]'))
     assert [(job.config.system, job.variant) for job in planned] == [("raw", ""), ("tuned", ""), ("tuned", key)]

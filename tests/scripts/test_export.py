@@ -198,8 +198,9 @@ def test_a_card_has_the_newest_evaluation_of_this_adapter_and_of_nothing_else(tm
     }
     assert "# smollm2-qlora: HuggingFaceTB/SmolLM2-135M-Instruct with a LoRA adapter, merged\n" in text
     assert "licence holds for them: Apache-2.0.\nThe training data's licence: not known here.\n" in text
-    for trained, words in (("null", ""), ("60", "the first 60 paragraphs of ")):
-        training = load("smollm2-qlora", [f"data.train_paragraphs={trained}"])
+    some = "0.03 of the questions (articles at random) of the first 60 paragraphs of "
+    for trained, share, words in (("null", 1, ""), ("60", 1, "the first 60 paragraphs of "), ("60", 0.03, some)):
+        training = load("smollm2-qlora", [f"data.train_paragraphs={trained}", f"data.train_share={share}"])
         settings = adapters.settings_of(training, "of data", None, "of a tokenizer")
         (adapter / adapters.SETTINGS).write_text(json.dumps(settings))
         text = card()

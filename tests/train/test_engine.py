@@ -1,21 +1,23 @@
 """The engine chooses layers, packs and graphs once, and each pack's gradient is the loss's. GPUs are made up."""
 
 import functools
+import math
 import random
 from dataclasses import replace
 from types import SimpleNamespace
 
-from common.config import Base, Config, Eval, Lora, Train
+from common.config import Base, Config, EarlyStop, Eval, Lora, Train
 from common.data.plan import Plan
 from common.data.trees import Branch, Tree
 from common.errors import UserError
 from common.model import memory
 from common.model.pack import IGNORED
 from common.model.tree_mask import pack_logits
+from common.runs.signals import Stopped
 from common.train import engine as module
 from common.train.dropout import pack_key
 from common.train.engine import Engine
-from tests.model.test_pack import CPU, lora_model, trees_of
+from tests.model.test_pack import CPU, lora_model, rows_loss, trees_of
 
 import pytest
 import torch
@@ -230,6 +232,49 @@ def test_the_record_gets_what_was_chosen(make):
     result = made.result()
     assert (result["counted_bytes"], result["planned_bytes"]) == ({"base": 3, "layer inputs": 4}, 8)
     assert result["trained_weights"] == sum(map(torch.numel, made.weights))
+
+
+@pytest.mark.parametrize("how", [{"fused": True}, {"fused": False}, {"free": 8 * GIB}, {"loss": "question"}])
+def test_the_loss_of_an_evaluation_is_a_mean_over_answer_tokens_that_changes_nothing(make, tiny_base, how):
+    dev, model = trees_of(tiny_base, 8)[0][3:], lora_model(tiny_base)
+    made = make(**how, dev=dev, label_smoothing=0.3, pack_tokens=200)
+    before = [None if p.grad is None else p.grad.clone() for p in made.weights]
+    tokens = sum(len(branch.answer_ids) for tree in dev for branch in tree.branches)
+    assert made.loss() == pytest.approx(rows_loss(model, dev).item() / tokens, rel=1e-5)
+    assert made.model.training
+    assert made.n_dev == sum(len(tree.branches) for tree in dev)
+    after = [p.grad for p in made.weights]
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_ranks_sum_their_parts_of_a_loss_and_one_that_is_stopped_stops_all(make, tiny_base, monkeypatch):
+    dev = trees_of(tiny_base, 8)[0]
+    parts, own = [], make(dev=dev).loss()
+    engines = [make(dev=dev, rank=rank, ranks=2) for rank in range(2)]
+    monkeypatch.setattr(module, "gather_object", lambda mine: parts.extend(mine) or mine)
+    for made in engines:
+        made.loss()
+    monkeypatch.setattr(module, "gather_object", lambda mine: parts)
+    assert made.loss() == pytest.approx(own, rel=1e-6)
+    parts[1] = None
+    assert made.loss() is None
+    monkeypatch.setattr(module, "gather_object", lambda mine: mine)
+
+    def stop():
+        raise Stopped
+
+    assert made.loss(stop) is None
+    assert made.model.training
+
+
+def test_a_loss_that_is_not_finite_or_of_no_question_selects_nothing(make, tiny_base, monkeypatch):
+    made = make(dev=trees_of(tiny_base, 8)[0])
+    monkeypatch.setattr(module.F, "cross_entropy", lambda *args, **how: torch.tensor(math.nan))
+    with pytest.raises(UserError, match=r"^an evaluation's loss is nan; set base\.dtype=bf16 or fp32, or lower"):
+        made.loss()
+    config = Config("some", Base("tiny"), early_stop=EarlyStop(by="loss"))
+    with pytest.raises(UserError, match="no question that selects has its first gold answer in the window"):
+        Engine(lora_model(tiny_base), made.plan, config, [], torch.Tensor.backward)
 
 
 def test_a_step_is_shared_out_by_tokens(make):
