@@ -447,3 +447,26 @@ class Sweep:
         for name in ("systems", "seeds", "variants", "kinds"):
             need(len(getattr(self, name)) > 0, name, "name at least one")
         plain_words(self, "adapters")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Variants of one baseline that are compared with it: a file of `configs/ablations/`."""
+
+    why: str  # the question that it answers
+    baseline: str  # overrides, spaces between; "": the system as it is
+    variants: tuple[str, ...]  # each the overrides of one
+    system: str = "smollm2-ablation"  # a name in configs/, a YAML file, a folder or a hub id; MODEL= replaces it
+    seeds: tuple[int, ...] = (0,)
+    overrides: tuple[str, ...] = ()  # of all, the baseline too
+    equal_within: float = 1.0  # points of EM, within which a variant counts as equal to the baseline, [0.01, 100]
+    # what variants may change of what runs must share to be compared; all else refuses a variant
+    changes: tuple[Literal["prompt", "window", "decoding"], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("why", "system"):
+            need(getattr(self, name).strip() != "", name, "must not be empty")
+        for name in ("variants", "seeds"):
+            need(len(getattr(self, name)) > 0, name, "name at least one")
+        need(len(set(self.seeds)) == len(self.seeds), "seeds", "name each seed once")
+        between(self, equal_within=(0.01, 100))

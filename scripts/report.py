@@ -24,19 +24,18 @@ from common.errors import UserError, one_line_errors
 from common.files import ROOT, write_text
 from common.metrics import calibration, error_analysis, plots
 from common.metrics.compare import Rows, brackets, compare
+from common.metrics.pages import Cells, environment, text_table
 from common.metrics.stats import Interval, clustered, t_interval, wilson
 from common.parser import Parser
-from common.runs import record
+from common.runs import ablations, outcomes, record
 from common.runs.results import Record, Section
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 COLUMNS = ("system", "seeds", "EM [95 %]", "F1 [95 %]", "n", "p95 ms [95 %]", "peak memory", "J a query", "device")
 USD, SNAPSHOT = "USD a 1,000 queries", "EM in the snapshot"  # further columns, of some reports
 Key = tuple[str, int, bool, str]  # system, seed, whether its weights are random, its base
 Group = dict[Key, dict[str, Record]]  # kind → the record that counts; of records that may be compared
-Cells = Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -347,12 +346,6 @@ def snapshot() -> Section:
     return {**found, "rows": [("system", "EM [95 %, Wilson]", "n"), *rows]}
 
 
-def markdown_table(rows: Sequence[Cells]) -> str:
-    """A table of Markdown; the first row is the head."""
-    head, *lines = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-    return "\n".join([head, "| " + " | ".join("---" for _ in rows[0]) + " |", *lines])
-
-
 def main(argv: list[str]) -> None:
     # ---- settings --------------------------------------------------------------------------------------------------
     parser = Parser(__doc__.partition("\n")[0])
@@ -417,18 +410,16 @@ def main(argv: list[str]) -> None:
     by_length = [table for found_lines in decoded.values() if (table := lengths(found_lines))]
 
     # ---- write -----------------------------------------------------------------------------------------------------
-    layouts = FileSystemLoader(ROOT / "common" / "metrics")
-    pages = Environment(loader=layouts, autoescape=select_autoescape(), trim_blocks=True, keep_trailing_newline=True)
+    pages = environment()
     shows = {"systems": sorted({r["system"] for r in records}), "missing": missing, "parts": parts, "snapshot": before}
     shows["lengths"] = by_length
+    shows["families"] = ablations.pages(outcomes.read_all(outcomes.FOLDER), {r["system"] for r in records})
     shows["others"] = [list(others[0]), *(row.values() for row in others)] if others else []
     write_text(root / "report.html", pages.get_template("page.html").render(shows))
-    write_text(root / "report.md", pages.get_template("page.md").render(shows, table=markdown_table))
+    write_text(root / "report.md", pages.get_template("page.md").render(shows))
     for part in parts:
         print(f"{part['title']}\n{part['same']}")
-        widths = [max(map(len, column)) for column in zip(*part["table"], strict=True)]
-        for row in part["table"]:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(text_table(part["table"]))
         print("\n".join([*part["sentences"], ""]))
     for table in by_length:
         print("\n".join([*map(" | ".join, table["table"]), *table["sentences"], ""]))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict, cast
 
 from common.metrics.calibration import Bin
+from common.metrics.effects import Effect
 from common.metrics.stats import Interval, t_interval
 
 import matplotlib
@@ -45,6 +46,8 @@ LOOK: dict[Any, Any] = {
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     **dict.fromkeys((f"{key}color" for key in ("text.", "xtick.", "ytick.", "grid.", "axes.label", "axes.edge")), INK),
 }
+SEED: dict[str, Any] = {**STYLES[1], "linestyle": "", "markerfacecolor": "none", "markersize": 4}  # of a forest plot
+MEAN: dict[str, Any] = {**STYLES[0], "linestyle": "", "capsize": 3}
 LOSS_POINTS = 60  # of a curve, each a mean over steps: more are noise at this size
 FAR = 20  # ratio of the slowest query to the fastest from which on the axis is logarithmic
 Styles = Mapping[str, Style]
@@ -118,6 +121,29 @@ def seeds(values: Mapping[str, Sequence[float]], styles: Styles) -> str:
         axes.errorbar(mean, i + 0.25, xerr=_around([mean], [t_interval(ems)]), capsize=3, **style)
     axes.set(yticks=range(len(values)), yticklabels=list(values), xlabel="EM", ylim=(-0.5, len(values) - 0.25))
     return _svg(axes, "Exact match by seed", legend=False)
+
+
+@matplotlib.rc_context(LOOK)
+def forest(found: Sequence[Effect]) -> str:
+    """Differences to a baseline in points of EM and F1: a mark with its 95 % interval, and seeds as hollow points.
+
+    The shaded band is the margin within which EM counts as equal.
+    """
+    height = 1.1 + 0.42 * len(found)
+    figure = Figure(figsize=(7.2, height))
+    panels = figure.subplots(1, 2, sharey=True)
+    rows = range(len(found), 0, -1)
+    for axes, what in zip(panels, ("em", "f1"), strict=True):
+        axes.axvline(0, color=INK, linewidth=0.8)
+        for y, effect in zip(rows, found, strict=True):
+            gain, interval = getattr(effect, f"{what}_gain"), getattr(effect, f"{what}_interval")
+            by_seed = getattr(effect, f"{what}_by_seed")
+            axes.plot(by_seed, [y - 0.22] * len(by_seed), **SEED)
+            axes.errorbar(gain, y, xerr=_around([gain], [interval]), **MEAN)
+        axes.set(xlabel=f"difference in {what.upper()}, points")
+    panels[0].axvspan(-found[0].margin, found[0].margin, color=STYLES[4]["color"], alpha=0.15, linewidth=0)
+    panels[0].set(yticks=rows, yticklabels=[effect.variant for effect in found], ylim=(0.4, len(found) + 0.6))
+    return _svg(panels[0], "Differences to the baseline", legend=False)
 
 
 # ---- how all of them look ------------------------------------------------------------------------------------------

@@ -65,6 +65,12 @@ def equivalence(values: Values, cluster_of: Clusters, margin: float) -> float:
     return max(_one_sided(numbers, -margin, "greater"), _one_sided(numbers, margin, "less"))
 
 
+def nonzero(values: Values, cluster_of: Clusters) -> float:
+    """p of a two-sided test that the mean of `values` is not 0."""
+    numbers = _by_cluster(values, cluster_of)
+    return min(1.0, 2 * min(_one_sided(numbers, 0, "less"), _one_sided(numbers, 0, "greater")))
+
+
 def worse(values: Values, cluster_of: Clusters, margin: float) -> float:
     """p of a one-sided test that the mean of `values` lies below -margin."""
     return _one_sided(_by_cluster(values, cluster_of), -margin, "less")

@@ -22,6 +22,7 @@ from common.model.identity import differs, identify, model_name
 from common.model.stored import need_finite, need_floats
 from common.runs import adapters
 from common.runs.results import Section
+from common.words import nearest
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -37,11 +38,22 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     """`model` with a new adapter: A random from `seed`, B zero, both fp32."""
     sizes = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
     options = LoraConfig(**sizes, target_modules=list(lora.targets), bias="none", task_type="CAUSAL_LM")
+    need_targets(model, lora)
     torch.manual_seed(seed)
     try:
         return get_peft_model(model, options)
     except ValueError as error:
         raise UserError(f"lora.targets: {first_line(error)}") from error
+
+
+def need_targets(model: torch.nn.Module, lora: Lora) -> None:
+    """Raises `UserError` for a target that is no linear layer of the model: PEFT would train the others alone."""
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    for target in lora.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linears):
+            known = sorted({name.rpartition(".")[2] for name in linears})
+            hint = nearest(target, known)
+            raise UserError(f"lora.targets: the base has no linear layer {target}{hint}; it has {', '.join(known)}")
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, base: Base, force: bool = False) -> PeftModel:

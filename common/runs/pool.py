@@ -166,6 +166,20 @@ def visible_gpus() -> list[str]:
         return []
 
 
+def gpu_name() -> str | None:
+    """The name of the first GPU, as torch has it; None without one."""
+    gpus = visible_gpus()
+    if not gpus:
+        return None
+    try:
+        pynvml.nvmlInit()
+        by_number = gpus[0].isdecimal()
+        find = pynvml.nvmlDeviceGetHandleByIndex if by_number else pynvml.nvmlDeviceGetHandleByUUID
+        return str(pynvml.nvmlDeviceGetName(find(int(gpus[0]) if by_number else gpus[0])))
+    except pynvml.NVMLError:
+        return None
+
+
 def figures(line: str) -> str:
     """EM and F1, where a script's last line is a result that has them."""
     result = json.loads(line) if line.startswith("{") else {}

@@ -97,12 +97,17 @@ def left(job: Job, kinds: Sequence[Kind]) -> list[tuple[Kind, list[str]]]:
     if config.lora is None or config.adapter:
         steps = [kind for kind in steps if kind != "train"]
     if "train" in steps:
-        trained = finished(config, "train")
-        if trained is None:
+        config = with_adapter(config)
+        if not config.adapter:
             return [(kind, words) for kind in steps]
-        adapter = str(trained / "best")
-        config, words = replace(config, adapter=adapter), [*words, f"adapter={adapter}"]
+        words = [*words, f"adapter={config.adapter}"]
     return [(kind, words) for kind in steps if kind != "train" and finished(config, kind) is None]
+
+
+def with_adapter(config: Config) -> Config:
+    """The configuration with the adapter of its own training, where that has ended."""
+    trained = finished(config, "train")
+    return replace(config, adapter=str(trained / "best")) if trained else config
 
 
 def finished(config: Config, kind: Kind) -> Path | None:

@@ -13,7 +13,7 @@ from common.config import load
 from common.data import squad
 from common.errors import UserError
 from common.files import write_text
-from common.metrics import plots
+from common.metrics import pages, plots
 from common.metrics.calibration import reliability
 from common.metrics.score import score
 from common.runs import record
@@ -992,7 +992,7 @@ def test_a_report_escapes_what_it_did_not_write(hand, capsys):
     assert "<script>|.json" in page.text
     assert "<script>|.json, 5 questions" in markdown
     table = ["| a\\|b | c |", "| --- | --- |", "| d | \\|e\\| |"]
-    assert report.markdown_table([("a|b", "c"), ("d", "|e|")]).splitlines() == table
+    assert pages.markdown_table([("a|b", "c"), ("d", "|e|")]).splitlines() == table
 
 
 # ---- plots ---------------------------------------------------------------------------------------------------------
