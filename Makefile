@@ -58,11 +58,11 @@ $(if $(filter command,$(origin CUDA)),$(shell echo "error: a bundle brings its o
 endif
 
 .DEFAULT_GOAL := help
-TARGETS := help setup smollm2 train eval bench ask export bench-train bench-decode bench-gpus sweep runs report table revalidate accept certify demo test test-gpu test-api test-kernels test-page test-planted test-slurm test-published mutate lint format verify-scorer compare doctor bundle unbundle clean
+TARGETS := help setup smollm2 train eval bench ask export bench-train bench-decode bench-gpus sweep ablate runs report table revalidate accept certify demo test test-gpu test-api test-kernels test-page test-planted test-slurm test-published mutate lint format verify-scorer compare doctor bundle unbundle clean
 .PHONY: $(TARGETS)
 
 # a mistyped variable or target is an error, before anything runs; what else is here belongs to the tools that are started
-VARIABLES := PYTHON MODEL SWEEP RUNS VENV SEED FRESH ADAPTER PROCESSES ARGS REPLAY OUT CONTEXT CONTEXT_FILE QUESTION QUESTIONS WHERE REASON RUN \
+VARIABLES := PYTHON MODEL SWEEP FAMILY RUNS VENV SEED FRESH ADAPTER PROCESSES ARGS REPLAY OUT CONTEXT CONTEXT_FILE QUESTION QUESTIONS WHERE REASON RUN \
              PRED DATA FILE HAVE PIP_ARGS FORCE CUDA DEMO_TRAIN DEMO_EVAL DEMO_BENCH
 OTHERS    := SHELL SQUAD_DIR HF_% CUDA_% NVIDIA_% NCCL_% OMP_% TORCH_% PYTORCH_% TRITON_% PIP_% %_KEY %_TOKEN %_proxy %_PROXY
 TYPED_VARIABLES := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
@@ -116,6 +116,9 @@ bench-gpus: $(NEEDS) $(if $(OWN_MODEL)$(GPU),,$(SMOLLM2)) ## what a second GPU, 
 
 sweep: $(READY) $(if $(shell grep -ls smollm2 -- $(call quoted,$(SWEEP)) $(call quoted,configs/sweeps/$(SWEEP).yaml)),$(SMOLLM2)) ## what is left of SWEEP's runs (seeds): systems × variants × seeds
 	exec $(PY) -m scripts.sweep $(call quoted,$(SWEEP)) $(SET)
+
+ablate: $(if $(OWN_MODEL),$(NEEDS),$(READY) $(SMOLLM2)) ## what is left of FAMILY's ablations (all of configs/ablations/), compared with their baselines; ARGS=--dry-run plans
+	exec $(PY) -m scripts.ablate $(foreach f,$(FAMILY),$(call quoted,$f)) $(if $(OWN_MODEL),$(call quoted,--model=$(OWN_MODEL))) $(SET)
 
 runs: $(READY) ## all runs of RUNS, or those of which WHERE="kind = 'train' and em > 70" holds
 	@$(PY) -m common.runs.ledger $(call quoted,$(RUNS)) "$$WHERE"

@@ -5,8 +5,9 @@
 A FAMILY is a name in configs/ablations/ or a YAML file; without one, all run. It prints what is left, how long it takes
 and which differences it can find, then runs what is missing. A run is done by its outcome, a file of some 10 kB in
 docs/results/ablations/ that holds its records and EM and F1 of every question: commit it, and another machine goes on.
-With overrides outcomes go to RUNS/ablations/ instead. `--rehearse` takes two steps of each baseline and its first
-variant, and 64 questions: for speed and memory. README.md beside the outcomes has the tables and plots.
+With overrides, and for a YAML file elsewhere, outcomes go to RUNS/ablations/ instead. README.md beside the outcomes has
+the tables and plots. `--rehearse` takes two steps of each baseline and its first variant, and 64 questions: for speed
+and memory.
 """
 
 import json
@@ -45,12 +46,13 @@ def main(argv: list[str]) -> None:
     args = parser.parse_intermixed_args(argv)
     names = [word for word in args.words if "=" not in word] or ablations.names()
     overrides = [word for word in args.words if "=" in word]
-    if any(word.startswith("seed=") for word in overrides):
-        raise UserError("seed=: the seeds are those of the family's file")
+    for key, why in {"seed": "the seeds are those of the family's file", "adapter": "every run trains its own"}.items():
+        if any(word.startswith(f"{key}=") for word in overrides):
+            raise UserError(f"{key}=: {why}")
     typed = [word for word in overrides if not word.startswith("runs=")]
     overrides += REHEARSAL if args.rehearse else ()
     runs = Path(load(args.model or "smollm2-ablation", [w for w in overrides if w.startswith("runs=")]).runs)
-    apart = bool(typed) or args.rehearse is not None
+    apart = bool(typed) or args.rehearse is not None or not set(names) <= set(ablations.names())
     folder = args.records or (runs / "ablations" if apart else outcomes.FOLDER)
     workers, at_once = pool.at_a_time(args.workers)
 
@@ -160,15 +162,14 @@ def write_page(shown: Sequence[Section], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for section in shown:
         if section["plot"]:
-            svg = section["plot"].replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-            write_text(folder / f"{section['id']}.svg", svg.replace("currentColor", INK) + "\n")
+            write_text(folder / f"{section['id']}.svg", section["plot"].replace("currentColor", INK) + "\n")
     write_text(folder / "README.md", environment().get_template("ablations.md").render(families=shown, images=True))
 
 
 def as_text(section: Section) -> str:
     """A family's table for a terminal."""
     head = f"\n{section['name']}: {section['why']}\n{section['about']}"
-    return "\n".join([head, text_table(section["table"]), *section["sentences"]])
+    return f"{head}\n{text_table(section['table'])}"
 
 
 if __name__ == "__main__":

@@ -66,9 +66,12 @@ def plan(path: Path, overrides: Iterable[str] = (), system: str | None = None) -
     jobs: dict[str, list[sweeps.Job]] = {}
     seen: dict[str, str] = {}
     for variant in (family.baseline, *family.variants):
-        words = (*family.overrides, *overrides)
-        found = sweeps.jobs_of(Sweep((name,), family.seeds, (variant,), words), ())
         shown = " ".join(variant.split()) or "as it is"
+        sweep = Sweep((name,), family.seeds, (variant,), (*family.overrides, *overrides))
+        try:
+            found = sweeps.jobs_of(sweep)
+        except UserError as error:
+            raise UserError(f'{path}: variant "{shown}" of {name}: {error}') from error
         same = seen.setdefault(outcomes.name_of(found[0].config), shown)
         if same is not shown or shown in jobs:
             raise UserError(f'{path}: variant "{shown}" is the same run as "{same}"; leave one out')
@@ -102,7 +105,7 @@ def changed(a: Config, b: Config) -> set[str]:
 
 
 def left(planned: Sequence[Planned], done: Mapping[str, Outcome]) -> list[sweeps.Job]:
-    """The jobs without an outcome, each once, those of one base together: they share a process."""
+    """The jobs without an outcome, each once, those of one base together."""
     waiting: dict[str, sweeps.Job] = {}
     for family in planned:
         for job in family.all_jobs:
@@ -226,7 +229,7 @@ def section(planned: Planned, done: Mapping[str, Outcome]) -> Section | None:
         "about": f"{config['system']}{random}, {must['questions']} questions, data {must['data'][:12]}; on "
         + ", ".join(sorted({o.device for by_seed in found.values() for o in by_seed.values()})),
         "table": [COLUMNS, *rows],
-        "sentences": [str(effect) for effect in compared],
+        "sentences": [str(effect) for effect in compared if effect.better is not None],
         "plot": plots.forest(compared) if compared else "",
         "missing": f"{len(missing)} runs are missing: {', '.join(missing)}" if missing else "",
         "again": f"make ablate FAMILY={planned.name}" + (f" MODEL={config['system']}" if other else ""),

@@ -78,7 +78,7 @@ def read_one(path: Path) -> Outcome:
         if rows and (len(rows) != result["n"] or abs((own or 0.0) - (result["em"] or 0.0)) > 1e-6):
             raise ValueError(f"its record says EM {result['em']} of {result['n']}, its rows {own} of {len(rows)}")
         return Outcome(path.stem, train, scored, rows)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, lzma.LZMAError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, lzma.LZMAError) as error:
         raise UserError(f"{path}: not a readable outcome ({error}); restore it, or move it away") from error
 
 

@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO
 
-from common.config import Kind, without_unset
+from common.config import Kind
 from common.errors import UserError
 from common.files import ROOT
 from common.runs import signals, sweeps
@@ -138,8 +138,9 @@ def step(job: sweeps.Job, kind: Kind, words: Sequence[str], worker: Worker) -> t
     log = Path(job.config.runs) / "logs" / f"{job.config.system}-s{job.config.seed}-{job.config.hash()}-{kind}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     log.touch()
-    # a timing has a process for itself, and others share one where their kernels are alike
-    serves = "" if kind == "bench" else json.dumps(without_unset(job.config.base))
+    # a timing has a process for itself; others share one if their shapes are alike, and so their compiled kernels
+    base = job.config.base
+    serves = "" if kind == "bench" else json.dumps([base.path, base.revision, base.dtype])
     if kind == "bench":
         worker.end()
     code = worker.run(str(ROOT / SCRIPTS[kind]), [job.system, *words], log.resolve(), serves)

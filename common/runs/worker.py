@@ -44,6 +44,7 @@ def forget() -> None:
 
         AcceleratorState._reset_state()
     gc.collect()
+    gc.freeze()  # what is left is imported modules, which later collections need not look at
     if "torch" in sys.modules:
         import torch
 

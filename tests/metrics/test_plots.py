@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 from types import SimpleNamespace
 
 from common.metrics import plots
+from common.metrics.effects import Effect
 
 import numpy as np
 import pytest
@@ -16,14 +17,22 @@ from matplotlib.lines import Line2D
 STYLES = plots.styles_of(["raw", "tuned"])
 METRICS = [{"step": s, "loss": 3 / s} for s in range(1, 300)] + [{"step": 300, "em": 50.0}]
 BINS = {"raw": [(0.1, 0.25, (0.05, 0.5), 4), (0.9, 0.75, (0.6, 0.8), 8)]}
+FOREST = [
+    Effect(
+        "lora.rank=2", [0, 1], -2.0, (-3.0, -1.0), -1.5, (-2.5, -0.5), [-2.5, -1.5], [-1.0, -2.0], 0.01, 0.9, 2, 1.0
+    ),
+    Effect("lora.rank=64", [0], 0.25, None, 0.5, None, [0.25], [0.5], None, None, 2, 1.0),
+]
 PLOTS = {
     "learning": (plots.learning, [("tuned", METRICS), ("tuned", METRICS[:100])]),
     "tradeoff": (plots.tradeoff, [("raw", 10.0, (8.0, 12.0), 200.0, None), ("tuned", 70.0, None, 90.0, (80.0, 99.0))]),
     "latencies": (plots.latencies, {"raw": [1.0, 5.0, 300.0], "tuned": [2.0]}),
     "reliability": (plots.reliability, BINS),
+    "forest": (lambda found, _: plots.forest(found), FOREST),
     "seeds": (plots.seeds, {"raw": [10.0, 11.0], "tuned": [70.0, 71.5, 69.0]}),
 }
 TITLES = {
+    "forest": "Differences to the baseline",
     "learning": "Exact match and loss while training",
     "tradeoff": "Exact match against p95 latency",
     "latencies": "Distribution of latency",
@@ -234,3 +243,19 @@ def test_colours_are_seen_on_white_and_on_black():
         light = luminance(of["color"])
         assert 1.05 / (light + 0.05) >= 3  # WCAG's 3 to 1 for graphics
         assert (light + 0.05) / (luminance("#121212") + 0.05) >= 3
+
+
+def test_a_forest_has_a_gain_its_interval_and_the_seeds_of_each_variant(drawn):
+    em, f1 = drawn(lambda found, _: plots.forest(found), FOREST).axes
+    assert [label.get_text() for label in em.get_yticklabels()] == ["lora.rank=2", "lora.rank=64"]
+    for axes, gains, bars, seeds in (
+        (em, [-2.0, 0.25], [(-3.0, -1.0)], [[-2.5, -1.5], [0.25]]),
+        (f1, [-1.5, 0.5], [(-2.5, -0.5)], [[-1.0, -2.0], [0.5]]),
+    ):
+        assert [c.lines[0].get_xdata()[0] for c in axes.containers] == gains
+        ends = [(start[0], end[0]) for c in axes.containers for start, end in error_bars(c)]
+        assert ends == [*bars, (gains[1], gains[1])]
+        hollow = [line for line in axes.lines if line.get_markerfacecolor() == "none"]
+        assert [list(line.get_xdata()) for line in hollow] == seeds
+    assert [round(x, 6) for x in (em.patches[0].get_x(), em.patches[0].get_width())] == [-1.0, 2.0]  # the margin
+    assert not f1.patches

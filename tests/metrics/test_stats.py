@@ -11,6 +11,7 @@ from common.metrics.stats import (
     equivalence,
     holm,
     mcnemar,
+    nonzero,
     percentile,
     percentile_interval,
     slower,
@@ -172,6 +173,15 @@ def test_equivalence_is_the_larger_of_two_one_sided_t_tests_by_clusters_of_any_s
 def test_worse_is_a_one_sided_t_test_by_clusters_of_any_size(margin):
     mean, error, df = robust(UNEVEN)
     assert worse(*rows(UNEVEN), margin=margin) == pytest.approx(special.stdtr(df, (mean + margin) / error))
+
+
+def test_nonzero_is_the_two_sided_t_test_by_clusters_of_any_size():
+    mean, error, n = robust(UNEVEN)
+    assert nonzero(*rows(UNEVEN)) == pytest.approx(2 * stats.t.sf(abs(mean) / error, n))
+    turned = {id_: -value for id_, value in rows(UNEVEN)[0].items()}
+    assert nonzero(turned, rows(UNEVEN)[1]) == pytest.approx(nonzero(*rows(UNEVEN)))
+    assert nonzero({"a": 0.0, "b": 0.0}, {"a": "x", "b": "y"}) == 1.0
+    assert nonzero({"a": 1.0, "b": 1.0}, {"a": "x", "b": "y"}) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,9 @@ def do(worker: Worker, job: sweeps.Job) -> None:
 def test_a_second_run_in_a_process_computes_what_a_process_of_its_own_does(answering_config, tmp_path):
     words = ("train.max_steps=4", "train.eval_every=2", "lora.dropout=0.1", "seed=1")
     shared, alone = Worker(None), Worker(None)
-    # another size, another precision, another seed and another prompt before
-    do(shared, job(answering_config, tmp_path / "before", "lora.rank=2", "train.max_steps=2", "prompt.order=both"))
+    # another size, storage of the base, seed and prompt before
+    before = ("lora.rank=2", "train.max_steps=2", "prompt.order=both", "base.quant=fp4")
+    do(shared, job(answering_config, tmp_path / "before", *before))
     first = shared.child
     do(shared, job(answering_config, tmp_path / "shared", *words))
     assert shared.child is first
