@@ -1,6 +1,6 @@
 """What one layer's 4-bit products take, by how many tokens share them and by the way they are computed.
 
-    python -m benchmarks.products [--shape configs/shapes/llama-2-7b] [--tokens 1 4 ...]
+    python -m benchmarks.products [--shape configs/shapes/llama-2-7b] [--tokens 1 4 ...] [--quant fp4]
 
 The ways: ours (`common.model.nf4_kernels`: for few tokens its products, else its dequantisation and a product);
 bitsandbytes' choice (`matmul_4bit`), its fused kernel whatever the number of tokens, its dequantisation and a product;
@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
     parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("--shape", default="configs/shapes/llama-2-7b", help="a folder with a config.json")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 5, 7, 8, 16, 32, 64, 128, 256])
+    parser.add_argument("--quant", choices=("nf4", "fp4"), default="nf4", help="the weights' 4-bit numbers")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise UserError("no CUDA device, and this measures a GPU's kernels")
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> None:
     print(f"{'':18}{'tokens':>8}" + "".join(f"{name:>18}" for name in ways))
     totals = {n: dict.fromkeys(ways, 0.0) for n in args.tokens}
     for group, (columns, rows) in shapes.items():
-        layers = [Weights(columns, rows, device) for _ in range(LAYERS)]
+        layers = [Weights(columns, rows, device, args.quant) for _ in range(LAYERS)]
         for tokens in args.tokens:
             x = torch.randn(tokens, columns, device=device, dtype=DTYPE)
             took = {name: microseconds(way, layers, x) for name, way in ways.items()}
@@ -74,10 +75,10 @@ def main(argv: list[str]) -> None:
 class Weights:
     """One layer's matrices that share their input, every way."""
 
-    def __init__(self, columns: int, rows: list[int], device: torch.device):
+    def __init__(self, columns: int, rows: list[int], device: torch.device, quant: str):
         linears = []
         for n in rows:
-            linear = bnb.nn.Linear4bit(columns, n, bias=False, compute_dtype=DTYPE, quant_type="nf4")
+            linear = bnb.nn.Linear4bit(columns, n, bias=False, compute_dtype=DTYPE, quant_type=quant)
             linears.append(linear.to(device, DTYPE))
         self.ours, self.theirs = MergedLinear(linears, DTYPE), MergedLinear(linears, DTYPE)
         if not self.ours.kernels:

@@ -32,6 +32,7 @@ from common.model.memory import GIB, Shapes, choose
 from common.model.nf4 import MATMUL_TOKENS
 from common.model.pack import IGNORED, PadSizes, build_pack
 from common.runs import gauges, ranks
+from common.runs.pool import Worker
 from common.train.cuda_graphs import CapturedPacks
 from common.train.dropout import drop, group_keys, pack_key
 from common.train.fused import Fused
@@ -41,6 +42,7 @@ from tests.model.test_attention import reach_of
 from tests.model.test_attention import trees_of as attention_trees
 from tests.model.test_load import four_bit_bytes, train_a_little
 from tests.model.test_pack import gradient, lora_model, packed_loss, rows_loss, trees_of
+from tests.runs.test_worker import do, job
 from tests.test_train_loop import interrupt_at_evaluation, loss_of, metrics
 from tests.train.test_fused import adapter_weights, fused_gradient, off
 
@@ -439,6 +441,31 @@ def test_a_loss_that_selects_is_taken_between_graphs_and_near_that_in_32_bits(ti
     losses = [row["dev_loss"] for row in metrics(run) if "dev_loss" in row]
     assert json.loads(out.splitlines()[-1])["dev_loss"] == min(losses) < losses[0]
     assert min(losses) == pytest.approx(loss_of(load(str(tiny_config)), run, "best"), rel=0.02)
+
+
+def test_a_second_run_in_a_process_begins_and_answers_as_one_of_its_own(smollm2_base, tmp_path):
+    short = ("train.max_steps=4", "train.questions_per_step=16", "lora.dropout=0.1", "data.dev=demo/dev.json")
+    words = (*short, "data.train=demo/train.json", "seed=1")
+    shared, alone = Worker(None), Worker(None)
+    do(shared, job("smollm2-ablation", tmp_path / "before", *words, "lora.rank=8", "base.quant=fp4"))
+    first = shared.child
+    do(shared, job("smollm2-ablation", tmp_path / "shared", *words))
+    assert shared.child is first
+    do(alone, job("smollm2-ablation", tmp_path / "alone", *words))
+    # a backward pass adds up in another order each time, so what can be equal is all before the first one
+    losses = [metrics(next((tmp_path / name).glob("*-train-*")))[0]["loss"] for name in ("shared", "alone")]
+    assert losses[0] == losses[1]
+    starts = [
+        json.loads(next((tmp_path / name).glob("*-train-*/record.json")).read_text())["result"]["start_seconds"]
+        for name in ("before", "shared")
+    ]
+    print(f"start of a first training {starts[0]} s, of a second one in its process {starts[1]} s")
+    adapter = next((tmp_path / "shared").glob("*-train-*")) / "best"
+    do(alone, job("smollm2-ablation", tmp_path / "again", *words, f"adapter={adapter}"))
+    shared.end()
+    alone.end()
+    answers = [next((tmp_path / name).glob("*-eval-*/questions.jsonl")).read_text() for name in ("shared", "again")]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])

@@ -10,7 +10,8 @@ from tests.conftest import ROOT
 import pytest
 
 
-def job(config: Path, runs: Path, *words: str) -> sweeps.Job:
+def job(config: Path | str, runs: Path, *words: str) -> sweeps.Job:
+    """A training and its evaluation in a folder of runs."""
     path = runs.with_suffix(".yaml")
     path.write_text(f"systems: [{config}]\noverrides: [{', '.join((*words, f'runs={runs}'))}]\n")
     (found,), _ = sweeps.plan(path)
