@@ -167,9 +167,9 @@ def write_page(shown: Sequence[Section], folder: Path) -> None:
 
 
 def as_text(section: Section) -> str:
-    """A family's table for a terminal."""
+    """A family's tables for a terminal."""
     head = f"\n{section['name']}: {section['why']}\n{section['about']}"
-    return f"{head}\n{text_table(section['table'])}"
+    return f"{head}\n{text_table(section['table'])}\n\n{text_table(section['costs'])}"
 
 
 if __name__ == "__main__":

@@ -24,10 +24,8 @@ from common.runs import outcomes, record, sweeps
 from common.runs.outcomes import Outcome
 from common.runs.results import Record, Result, Section
 
-COLUMNS = (
-    *("variant", "seeds", "EM", "F1", "EM gain [95 %]", "F1 gain [95 %]", "p", "p equal", "verdict"),
-    *("trained share", "questions/s", "peak memory"),
-)
+COLUMNS = ("variant", "seeds", "EM", "F1", "EM gain [95 %]", "F1 gain [95 %]", "p", "p equal", "verdict")
+COSTS = ("variant", "trained share", "questions/s", "peak memory")
 
 
 @dataclass(frozen=True)
@@ -216,7 +214,10 @@ def section(planned: Planned, done: Mapping[str, Outcome]) -> Section | None:
     compared = effects({seed: o.rows for seed, o in base.items() if o.rows}, usable, planned.family.equal_within)
     by_variant = {effect.variant: effect for effect in compared}
     rows = [_cells(planned, variant, found[variant], by_variant.get(variant), refused) for variant in found]
-    missing = [job.name for job in planned.all_jobs if outcomes.name_of(job.config) not in done]
+    absent = {
+        v: [job.config.seed for job in jobs if job.config.seed not in found[v]] for v, jobs in planned.jobs.items()
+    }
+    missing = [f"{variant} (seed {', '.join(map(str, seeds))})" for variant, seeds in absent.items() if seeds]
     some = next(o for by_seed in found.values() for o in by_seed.values())
     config, must = some.evaluation["config"], some.evaluation["must_match"]
     other = config["system"] != load(planned.family.system).system
@@ -224,14 +225,15 @@ def section(planned: Planned, done: Mapping[str, Outcome]) -> Section | None:
     return {
         "id": planned.name + (f"-{config['system']}" if other else ""),
         "name": planned.name,
-        "of": f": {config['system']}" if other else "",
+        "of": f" ({config['system']})" if other else "",
         "why": planned.family.why,
         "about": f"{config['system']}{random}, {must['questions']} questions, data {must['data'][:12]}; on "
         + ", ".join(sorted({o.device for by_seed in found.values() for o in by_seed.values()})),
         "table": [COLUMNS, *rows],
+        "costs": [COSTS, *(_costs(variant, by_seed.values()) for variant, by_seed in found.items())],
         "sentences": [str(effect) for effect in compared if effect.better is not None],
         "plot": plots.forest(compared) if compared else "",
-        "missing": f"{len(missing)} runs are missing: {', '.join(missing)}" if missing else "",
+        "missing": f"Missing: {'; '.join(missing)}" if missing else "",
         "again": f"make ablate FAMILY={planned.name}" + (f" MODEL={config['system']}" if other else ""),
     }
 
@@ -260,15 +262,17 @@ def _cells(
     if effect:
         gains = [_points(effect.em_gain, effect.em_interval), _points(effect.f1_gain, effect.f1_interval)]
         gains += ["–" if p is None else f"{p:.2g}" for p in (effect.p, effect.p_equal)] + [effect.verdict]
+    return [variant, f"{len(found)} of {len(planned.jobs[variant])}", *(_mean(values) for values in (ems, f1s)), *gains]
+
+
+def _costs(variant: str, found: Iterable[Outcome]) -> list[str]:
+    """Trained share of the base's weights, median questions/s of training, and its highest peak of memory."""
     trained = [o.train["result"] for o in found if o.train]
     share = {t["trained_weights"] / t["frozen_weights"] for t in trained}
     rates = [t["questions_per_s"] or 0.0 for t in trained]
     peaks = [_peak(t) for t in trained]
     return [
         variant,
-        f"{len(found)} of {len(planned.jobs[variant])}",
-        *(_mean(values) for values in (ems, f1s)),
-        *gains,
         f"{share.pop():.2%}" if len(share) == 1 else "–",
         f"{median(rates):.0f}" if rates else "–",
         max(peaks, key=lambda text: float(text.split()[0])) if peaks else "–",

@@ -247,7 +247,9 @@ def test_colours_are_seen_on_white_and_on_black():
 
 def test_a_forest_has_a_gain_its_interval_and_the_seeds_of_each_variant(drawn):
     em, f1 = drawn(lambda found, _: plots.forest(found), FOREST).axes
-    assert [label.get_text() for label in em.get_yticklabels()] == ["lora.rank=2", "lora.rank=64"]
+    assert [text.get_text() for text in em.texts] == ["lora.rank=2", "lora.rank=64"]
+    heights = [c.lines[0].get_ydata()[0] for c in em.containers]
+    assert all(y < text.get_position()[1] < y + 1 for y, text in zip(heights, em.texts, strict=True))
     for axes, gains, bars, seeds in (
         (em, [-2.0, 0.25], [(-3.0, -1.0)], [[-2.5, -1.5], [0.25]]),
         (f1, [-1.5, 0.5], [(-2.5, -0.5)], [[-1.0, -2.0], [0.5]]),

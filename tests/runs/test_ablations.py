@@ -157,12 +157,15 @@ def test_a_table_has_what_was_found_and_says_what_is_missing(family):
     assert head["variant"] == "variant"
     assert (base["seeds"], base["verdict"], base["EM gain [95 %]"]) == ("2 of 2", "baseline", "–")
     assert base["EM"].startswith("27.50 ± ")
-    assert (base["trained share"], base["questions/s"], base["peak memory"]) == ("0.40%", "10", "1.00 GiB RSS")
+    assert found["costs"][1:3] == [
+        ["as it is", "0.40%", "10", "1.00 GiB RSS"],
+        ["lora.rank=8", "0.80%", "10", "1.00 GiB RSS"],
+    ]
+    assert found["costs"][3] == ["lora.rank=16", "–", "–", "–"]
     assert better["verdict"] == "better"
     assert better["EM gain [95 %]"].startswith("+72.50 [")
     assert (absent["seeds"], absent["EM"], absent["verdict"]) == ("0 of 2", "–", "–")
-    assert "2 runs are missing: " in found["missing"]
-    assert "lora.rank=16 seed=1" in found["missing"]
+    assert found["missing"] == "Missing: lora.rank=16 (seed 0, 1)"
     assert found["plot"].startswith("<svg")
     assert [text.partition(":")[0] for text in found["sentences"]] == ["lora.rank=8"]
 
@@ -189,8 +192,23 @@ def test_random_weights_have_speed_and_memory_and_no_accuracy(family):
     found = ablations.section(planned, some)
     assert "random weights: no accuracy" in found["about"]
     assert [row[2] for row in found["table"][1:]] == ["–", "–"]
-    assert found["table"][1][-1] == "1.00 GiB RSS"
+    assert found["costs"][1][-1] == "1.00 GiB RSS"
     assert found["plot"] == ""
+
+
+def test_pages_are_of_systems_that_have_outcomes_the_familys_own_first():
+    own = ablations.plan(sweeps.find("rank", "family"))
+    other = ablations.plan(sweeps.find("rank", "family"), (), "qlora7b")
+    some = done(own, {own.baseline: [10]}) | done(other, {other.baseline: [20]})
+    strange = replace(next(iter(some.values())), name="x")
+    strange = replace(strange, evaluation={**strange.evaluation, "system": "no system of configs"})
+    found = {(s["name"], s["of"]): s for s in ablations.pages(some | {"x": strange})}
+    assert list(found)[:2] == [("base", ""), ("base", " (qlora7b)")]  # the baseline is that of other families, too
+    assert found["rank", ""]["again"] == "make ablate FAMILY=rank"
+    assert found["rank", " (qlora7b)"]["again"] == "make ablate FAMILY=rank MODEL=qlora7b"
+    assert found["rank", " (qlora7b)"]["id"] == "rank-qlora7b"
+    assert {s["of"] for s in ablations.pages(some, {"qlora7b", "smollm2-raw"})} == {" (qlora7b)"}
+    assert ablations.pages({}) == []
 
 
 @pytest.mark.parametrize("name", ablations.names())

@@ -50,12 +50,9 @@ def test_what_fails_leaves_the_others_whole_and_outcomes_outlive_their_runs(fami
     assert all("/nowhere" in said for said in result["failed"].values())
     assert "4 of 6 runs are done" in out
     page = (records / "README.md").read_text()
-    assert "2 runs are missing: " in page
-    for line in page.splitlines():
-        if line.startswith("| as it is |") or line.startswith("| lora.rank=2 |"):
-            assert "| 2 of 2 |" in line
-        if line.startswith("| window.tokenizer"):
-            assert "| 0 of 2 |" in line
+    assert "Missing: window.tokenizer=/nowhere (seed 0, 1)" in page
+    rows = [line.split(" | ")[:2] for line in page.splitlines() if " of 2 | " in line]
+    assert rows == [["| as it is", "2 of 2"], ["| lora.rank=2", "2 of 2"], ["| window.tokenizer=/nowhere", "0 of 2"]]
     assert (records / "family.svg").read_text().startswith("<svg")
     kept = sorted(records.glob("*.json"))
     assert len(kept) == 4
@@ -104,8 +101,8 @@ def test_every_variant_of_every_family_trains_and_evaluates(answering_config, tm
     assert (code, result["failed"]) == (0, {})
     page = (tmp_path / "runs" / "ablations" / "README.md").read_text()
     for name in ablations.names():
-        assert f"## {name}: answering\n" in page
-    assert "missing" not in page
+        assert f"## {name} (answering)\n" in page
+    assert "Missing" not in page
     assert page.count("| 1 of 1 |") == sum(
         len(ablations.plan(ablations.sweeps.find(name, "family")).jobs) for name in ablations.names()
     )

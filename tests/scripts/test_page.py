@@ -2,16 +2,36 @@
 without a Chromium; pictures are in runs/page/."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+from common.metrics import plots
+from common.runs import ablations
 from scripts import report
 from tests.conftest import ROOT
+from tests.metrics.test_plots import FOREST
 from tests.scripts.test_report import runs  # noqa: F401
 
 import pytest
 
 pytestmark = pytest.mark.browser
+LONG = "train.eval_every=170 early_stop.split=heldout early_stop.by=loss"
 SIZES = {"phone": (360, 740), "desk": (1280, 900)}
+FAMILY = {
+    "name": "window",
+    "of": "",
+    "why": "How much context must be read?",
+    "about": "a system",
+    "table": [
+        ablations.COLUMNS,
+        [LONG, "3 of 3", "70.00 ± 0.41", "79.10 ± 0.38", *["-1.00 [-2.00, -0.50]"] * 2, "0.01", "1", "worse"],
+    ],
+    "costs": [ablations.COSTS, [LONG, "0.59%", "100", "5.00 GiB NVML"]],
+    "sentences": [],
+    "plot": plots.forest([replace(effect, variant=LONG) for effect in FOREST]),
+    "missing": "",
+    "again": "make ablate FAMILY=window",
+}
 MEASURE = """() => {
   const box = e => e.getBoundingClientRect();
   const texts = svg => [...svg.querySelectorAll("text")].map(t => [t.textContent.trim(), box(t)]).filter(t => t[0]);
@@ -51,7 +71,8 @@ def browser():
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
-def test_the_page_is_readable(runs, browser, size, theme):  # noqa: F811
+def test_the_page_is_readable(runs, browser, size, theme, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(report.ablations, "pages", lambda done, systems: [FAMILY])
     report.main([str(runs)])
     width, height = SIZES[size]
     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme)
@@ -67,7 +88,7 @@ def test_the_page_is_readable(runs, browser, size, theme):  # noqa: F811
     assert [Path(url).name for url in asked] == ["report.html"]
     assert complaints == []
     assert found["scrolls"] == 0  # tables scroll within themselves
-    assert len(found["plots"]) == 5
+    assert len(found["plots"]) == 6
     assert all(w >= 0.8 * min(width, 416) and h > 100 for w, h in found["plots"])
     assert found["smallest"] >= 9
     assert found["overlaps"] == []

@@ -831,6 +831,30 @@ def test_answers_that_were_decoded_in_several_ways_have_tables_of_their_own_and_
     assert sentence in page.items
 
 
+def test_families_of_ablations_are_those_of_the_systems_that_are_shown(hand, capsys, monkeypatch):
+    asked = []
+
+    def pages(done, systems):
+        asked.append(systems)
+        table = [("variant", "EM gain"), ("lora.rank=2", "<-1.00>")]
+        words = {"name": "rank", "of": " (raw)", "why": "Why?", "about": "about", "again": "make ablate", "id": "rank"}
+        return [
+            {**words, "table": table, "costs": [("peak",)], "sentences": ["worse"], "plot": "<svg/>", "missing": "2"}
+        ]
+
+    monkeypatch.setattr(report.ablations, "pages", pages)
+    _, page, markdown = made(hand, capsys)
+    assert asked == [{"smollm2-raw", "smollm2-qlora"}]
+    assert "## rank (raw)\n" in markdown
+    assert "| lora.rank=2 | <-1.00> |" in markdown
+    assert "svg" not in markdown
+    html = (hand / "report.html").read_text()
+    assert "Ablation: rank (raw)" in html
+    assert "&lt;-1.00&gt;" in html
+    assert "<figure><svg/>" in html
+    assert page
+
+
 def test_trainings_are_those_of_the_adapters_that_are_shown(hand, capsys):
     stored(hand, "train", "smollm2-qlora", {"em": 1.0}, folder="of-another-adapter")
     _, page, _ = made(hand, capsys)
