@@ -8,8 +8,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -92,8 +93,13 @@ def run(waiting: Sequence[sweeps.Job], kinds: Sequence[Kind], workers: int, ende
     gpus = visible_gpus()
     slots = deque(Worker(gpus[i % len(gpus)] if gpus else None) for i in range(workers))
     all_slots, failed = list(slots), dict[str, str]()
+    trainings: defaultdict[tuple[str, str], threading.Lock] = defaultdict(threading.Lock)
 
     def work(job: sweeps.Job) -> tuple[bool, str]:
+        with trainings[job.config.runs, job.config.hash("train")]:  # jobs may share one
+            return work_alone(job)
+
+    def work_alone(job: sweeps.Job) -> tuple[bool, str]:
         """Do what is left of a job: (whether it is done, the last line that a script said)."""
         slot, said = slots.pop(), ""  # the one that was used last: its process is warm
         try:

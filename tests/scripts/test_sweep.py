@@ -30,6 +30,7 @@ if config.system == "waits":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     Path(config.runs, "waiting").touch()
     time.sleep(60)
+time.sleep(0.3 * (config.system == "slow"))
 tried = Path(config.runs) / f"{{config.system}}-{{kind}}-tried"
 n = len(tried.read_text()) if tried.exists() else 0
 tried.write_text("x" * (n + 1))
@@ -107,6 +108,15 @@ def test_what_fails_is_tried_again_what_is_mistaken_is_not_and_the_others_go_on(
     (log,) = (tmp_path / "runs" / "logs").glob("broken-*-train.log")
     assert log.read_text().count("it broke") == 2  # a second try leaves what the first said
     assert "1 of 3 runs are done; make report shows them" in out
+
+
+def test_variants_of_one_training_do_not_train_at_the_same_time(file, tmp_path, capsys):
+    path = file("slow")
+    path.write_text(path.read_text() + "variants: ['', decode.max_tokens=4, decode.spans=true]\n")
+    code, _, result = swept(capsys, path, "--workers=3")
+    assert (code, result) == (0, {"runs": 3, "failed": {}})
+    tried = {kind: len((tmp_path / "runs" / f"slow-{kind}-tried").read_text()) for kind in ("train", "eval")}
+    assert tried == {"train": 1, "eval": 3}
 
 
 def test_each_gpu_gets_one_run_at_a_time(file, tmp_path, capsys, monkeypatch):
