@@ -72,6 +72,8 @@ def read_all(folder: Path) -> dict[str, Outcome]:
 def read_one(path: Path) -> Outcome:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if found["schema"] != SCHEMA:
+            raise ValueError(f"schema {found['schema']}, and this code reads {SCHEMA}")
         train, scored = found["train"] and _completed(found["train"], path), _completed(found["eval"], path)
         rows, result = unpacked(found["questions"]), scored["result"]
         own = 100 * sum(row["em"] for row in rows.values()) / len(rows) if rows else None

@@ -82,6 +82,34 @@ def test_significant_but_small_is_both_better_and_equal():
     assert effect.verdict == "better, equal within 1"
 
 
+@pytest.mark.parametrize(
+    ("interval", "p", "better"),
+    [
+        ((0.1, 0.9), 0.049, True),
+        ((0.1, 0.9), 0.05, None),  # the interval alone is not enough,
+        ((0.0, 0.9), 0.01, None),  # nor is the test
+        ((-0.9, 0.0), 0.01, None),
+        ((-0.9, 0.1), 0.01, None),
+        (None, 0.01, None),
+    ],
+)
+def test_a_difference_needs_the_test_and_the_interval(interval, p, better):
+    assert Effect("v", [0], 0.5, interval, 0.4, None, [0.5], [0.4], p, 1.0, 1, 1.0).better is better
+
+
+def test_a_sentence_has_all_figures():
+    seeds, one = Effect("v", [0, 2], -1.5, (-2.0, -1.0), -1.25, (-2.5, 0.0), [], [], 0.0123, 0.5, 3, 1.0), "1 seed"
+    assert str(seeds) == (
+        "v: worse: -1.50 [-2.00, -1.00] EM, -1.25 [-2.50, 0.00] F1 (2 seeds, p = 0.012, equal p = 0.5, among 3)"
+    )
+    assert f"({one}, among 1)" in str(Effect("v", [0], 0.5, None, 0.4, None, [0.5], [0.4], None, None, 1, 1.0))
+
+
+def test_two_articles_are_enough():
+    pairs = [(rows(0.5, articles=2), rows(0.9, articles=2))]
+    assert findable(pairs, 1, 1)
+
+
 def test_what_can_be_found_falls_with_the_root_of_the_seeds_and_grows_with_tests():
     pairs = [(rows(0.5, seed), rows(0.5, seed + 1)) for seed in range(3)]
     one, of_one = findable(pairs, seeds=1, tests=1)

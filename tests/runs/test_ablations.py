@@ -149,6 +149,12 @@ def test_what_can_be_found_is_told_by_pairs_of_the_family_else_by_seeds_of_its_s
     assert seeds != own
 
 
+def test_only_outcomes_of_the_same_questions_are_pairs(family):
+    planned = ablations.plan(family())
+    some = done(planned, {"as it is": [10]}) | done(planned, {"lora.rank=8": [30]}, n=20)
+    assert ablations.smallest(planned, some) is None
+
+
 def test_a_table_has_what_was_found_and_says_what_is_missing(family):
     planned = ablations.plan(family(variants="[lora.rank=8, lora.rank=16]", seeds="[0, 1]"))
     assert ablations.section(planned, {}) is None
@@ -163,6 +169,7 @@ def test_a_table_has_what_was_found_and_says_what_is_missing(family):
     ]
     assert found["costs"][3] == ["lora.rank=16", "–", "–", "–"]
     assert better["verdict"] == "better"
+    assert 0 <= float(better["p"]) < 0.05 < float(better["p equal"])
     assert better["EM gain [95 %]"].startswith("+72.50 [")
     assert (absent["seeds"], absent["EM"], absent["verdict"]) == ("0 of 2", "–", "–")
     assert found["missing"] == "Missing: lora.rank=16 (seed 0, 1)"

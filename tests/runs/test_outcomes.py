@@ -26,8 +26,17 @@ def test_rows_come_back_in_their_order(rows):
     assert list(found.values()) == list(made(rows).values())
 
 
+def test_a_byte_holds_256_pairs_of_em_and_f1():
+    rows = {str(i): {"em": False, "f1": i / 300, "article": "a"} for i in range(257)}
+    assert len(outcomes.unpacked(outcomes.packed(dict(list(rows.items())[:256])))) == 256
+    with pytest.raises(UserError, match="257 different pairs"):
+        outcomes.packed(rows)
+
+
 def test_other_questions_have_other_names():
     rows = made([(True, 1.0, "a")])
+    both = {**rows, "q1": rows["q0"]}
+    assert outcomes.unpacked(outcomes.packed(both)).keys().isdisjoint(outcomes.unpacked(outcomes.packed(rows)))
     same, other = outcomes.unpacked(outcomes.packed(rows)), outcomes.unpacked(outcomes.packed({"x": rows["q0"]}))
     assert same.keys() == outcomes.unpacked(outcomes.packed(made([(False, 0.0, "a")]))).keys()
     assert same.keys() != other.keys()
@@ -68,7 +77,7 @@ def test_an_outcome_is_small_whole_and_without_paths(config, tmp_path):
             "f1": 1.0 if em else round(rng.choice([0.0, *scores]), 6),
             "article": f"An article of Wikipedia {i * 48 // 10_570}",
         }
-    path = outcomes.keep(config, *finished(config, rows), tmp_path / "kept")
+    path = outcomes.keep(config, *finished(config, rows), tmp_path / "new" / "kept")
     assert path.stat().st_size <= 20_000
     assert path.stem == outcomes.name_of(config)
     text = path.read_text()
@@ -80,7 +89,9 @@ def test_an_outcome_is_small_whole_and_without_paths(config, tmp_path):
     assert found.evaluation["result"]["em"] == pytest.approx(100 * sum(r["em"] for r in rows.values()) / len(rows))
     assert found.train["result"]["frozen_weights"] == 500
     assert found.device == "a test"
-    assert outcomes.read_all(tmp_path / "kept").keys() == {path.stem}
+    assert json.loads(text)["train"]["result"].keys().isdisjoint({"run", "window_counts"})
+    assert json.loads(text)["eval"]["result"].keys().isdisjoint({"run", "adapter", "trained_with"})
+    assert outcomes.read_all(tmp_path / "new" / "kept").keys() == {path.stem}
 
 
 def test_a_name_says_what_decides_the_answers_and_nothing_else(config):
@@ -109,6 +120,7 @@ def test_a_name_says_what_decides_the_answers_and_nothing_else(config):
         (lambda d: d["questions"].update(of_question="AAAA"), "not a readable outcome"),
         (lambda d: d["questions"]["articles"].pop(), "not a readable outcome"),
         (lambda d: d["questions"]["pairs"].pop(), "not a readable outcome"),
+        (lambda d: d.update(schema=2), "schema 2, and this code reads 1"),
         (lambda d: d.pop("eval"), "not a readable outcome"),
         (lambda d: d.update(eval=None), "not a readable outcome"),
     ],
