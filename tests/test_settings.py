@@ -242,6 +242,7 @@ HASHES = {  # of each configs/*.yaml: any run, train, eval, bench; for good, sin
     "qlora7b-fast": "55e5063c 4af44c33 e1db87ad 55e5063c",
     "qlora7b-t4": "fd9fba95 06aa46d7 3a0e191e fd9fba95",
     "raw7b": "256f909b a2db2fce 508d8ef8 256f909b",
+    "smollm2-ablation": "819d9789 312e3a55 7d014d77 819d9789",
     "smollm2-qlora": "dd562cd0 7e89ca4e fc911ad3 dd562cd0",
     "smollm2-raw": "ebb564e3 e3a598f6 a0e01dca ebb564e3",
     "tinyllama1b": "2d79e094 c124b611 0926be1b 2d79e094",
