@@ -118,7 +118,7 @@ sweep: $(READY) $(if $(shell grep -ls smollm2 -- $(call quoted,$(SWEEP)) $(call 
 	exec $(PY) -m scripts.sweep $(call quoted,$(SWEEP)) $(SET)
 
 ablate: $(if $(OWN_MODEL),$(NEEDS),$(READY) $(SMOLLM2)) ## what is left of FAMILY's ablations (all of configs/ablations/), compared with their baselines; ARGS=--dry-run plans
-	exec $(PY) -m scripts.ablate $(foreach f,$(FAMILY),$(call quoted,$f)) $(if $(OWN_MODEL),$(call quoted,--model=$(OWN_MODEL))) $(SET)
+	exec $(PY) -m scripts.ablate $(if $(FAMILY),$(call quoted,$(FAMILY))) $(if $(OWN_MODEL),$(call quoted,--model=$(OWN_MODEL))) $(SET)
 
 runs: $(READY) ## all runs of RUNS, or those of which WHERE="kind = 'train' and em > 70" holds
 	@$(PY) -m common.runs.ledger $(call quoted,$(RUNS)) "$$WHERE"

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.config import Kind, load
+from common.config import Kind
 from common.data import squad
 from common.errors import UserError, one_line_errors
 from common.files import write_text
@@ -44,16 +44,15 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--records", type=Path, help="the folder of outcomes")
     args = parser.parse_intermixed_args(argv)
-    names = [word for word in args.words if "=" not in word] or ablations.names()
-    overrides = [word for word in args.words if "=" in word]
+    # make's FAMILY is one word: a file, whose name may hold spaces, or several names
+    given = [word for word in args.words if Path(word).is_file() or "=" not in word]
+    names = [name for word in given for name in ([word] if Path(word).is_file() else word.split())] or ablations.names()
+    overrides = [word for word in args.words if word not in given]
     for key, why in {"seed": "the seeds are those of the family's file", "adapter": "every run trains its own"}.items():
         if any(word.startswith(f"{key}=") for word in overrides):
             raise UserError(f"{key}=: {why}")
     typed = [word for word in overrides if not word.startswith("runs=")]
-    overrides += REHEARSAL if args.rehearse else ()
-    runs = Path(load(args.model or "smollm2-ablation", [w for w in overrides if w.startswith("runs=")]).runs)
-    apart = bool(typed) or args.rehearse is not None or not set(names) <= set(ablations.names())
-    folder = args.records or (runs / "ablations" if apart else outcomes.FOLDER)
+    overrides = [*(REHEARSAL if args.rehearse else ()), *overrides]
     workers, at_once = pool.at_a_time(args.workers)
 
     # ---- plan ------------------------------------------------------------------------------------------------------
@@ -61,6 +60,9 @@ def main(argv: list[str]) -> None:
     if args.rehearse:
         planned = [family.part(REHEARSED[args.rehearse]) for family in planned]
     need_fit(planned)
+    apart = bool(typed) or args.rehearse is not None or not set(names) <= set(ablations.names())
+    runs = Path(planned[0].all_jobs[0].config.runs)
+    folder = args.records or (runs / "ablations" if apart else outcomes.FOLDER)
     done = outcomes.read_all(folder)
     waiting = ablations.left(planned, done)
     for family in planned:

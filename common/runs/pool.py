@@ -37,6 +37,7 @@ class Worker:
         self.child: subprocess.Popen[str] | None = None
         self.replies: IO[str] | None = None
         self.serves = ""
+        self.told: subprocess.Popen[str] | None = None  # the process that was told to end
 
     def run(self, script: str, words: Sequence[str], log: Path, serves: str) -> int:
         """The exit code of a script; negative where a signal ended it. What it prints is appended to `log`.
@@ -73,8 +74,11 @@ class Worker:
         self.replies, self.serves = os.fdopen(ours), serves
 
     def terminate(self) -> None:
-        if self.child:
-            self.child.terminate()
+        """Tell the process to save and end, once: a second signal ends it at once."""
+        child = self.child  # another thread may end it meanwhile
+        if child and child is not self.told:
+            self.told = child
+            child.terminate()
 
     def end(self) -> None:
         """Wait for the process to end, which it does when nothing more is asked of it."""
@@ -88,7 +92,7 @@ class Worker:
 def run(waiting: Sequence[sweeps.Job], kinds: Sequence[Kind], workers: int, ended: Ended) -> tuple[int, dict[str, str]]:
     """Do what is left of the jobs, so many at a time: (128 + the number of a signal that came, else 0; failures).
 
-    `failures` are last lines of scripts by the job's name.
+    `failures` are last lines of scripts by the job's name. What `ended` raises stops the other jobs.
     """
     gpus = visible_gpus()
     slots = deque(Worker(gpus[i % len(gpus)] if gpus else None) for i in range(workers))
@@ -119,23 +123,31 @@ def run(waiting: Sequence[sweeps.Job], kinds: Sequence[Kind], workers: int, ende
         finally:
             slots.append(slot)
 
-    began, told = time.monotonic(), False
+    began = time.monotonic()
     with signals.listen() as request, ThreadPoolExecutor(workers) as executor:
         pending = {executor.submit(work, job): job for job in waiting}
-        while pending:
-            done_now, _ = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
-            for future in done_now:
-                job, (done, said) = pending.pop(future), future.result()
-                if not done:
-                    failed[job.name] = said
-                minutes = (time.monotonic() - began) / 60 / (len(waiting) - len(pending)) * len(pending)
-                ended(job, done, said, len(pending), minutes)
-            if request.code and not told:
-                told = True
+        try:
+            while pending:
+                done_now, _ = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+                for future in done_now:
+                    job, (done, said) = pending.pop(future), future.result()
+                    if not done:
+                        failed[job.name] = said
+                    minutes = (time.monotonic() - began) / 60 / (len(waiting) - len(pending)) * len(pending)
+                    ended(job, done, said, len(pending), minutes)
+                for slot in all_slots if request.code else ():
+                    slot.terminate()
+        except BaseException:  # of `ended`: the other jobs save and stop
+            request.code = request.code or 1
+            raise
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+            while not all(future.done() for future in pending):
                 for slot in all_slots:
                     slot.terminate()
-        for slot in all_slots:
-            slot.end()
+                time.sleep(0.1)
+            for slot in all_slots:
+                slot.end()
     return request.code, failed
 
 

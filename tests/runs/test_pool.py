@@ -1,6 +1,9 @@
-"""Which GPUs there are, and what a script's last line says."""
+"""Which GPUs there are, what a script's last line says, and that an error of ours ends all work."""
 
-from common.runs import pool
+import json
+import time
+
+from common.runs import pool, sweeps
 
 import pytest
 
@@ -40,3 +43,28 @@ def test_without_a_driver_there_are_no_gpus(monkeypatch):
 )
 def test_figures_are_those_of_a_result_that_has_them(line, shown):
     assert pool.figures(line) == shown
+
+
+def test_an_error_of_what_is_told_of_a_run_stops_the_others(tmp_path, monkeypatch):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys, time, pathlib\nfrom pathlib import Path\n"
+        f"Path({str(tmp_path)!r}, 'began-' + sys.argv[-1]).touch()\n"
+        "if sys.argv[-1] != 'seed=0': time.sleep(60)\nsys.exit(2)\n"
+    )
+    monkeypatch.setattr(pool, "SCRIPTS", {"train": str(script)})
+    (tmp_path / "some.yaml").write_text(
+        f"system: some\nbase: {{path: x}}\nlora: {{rank: 4}}\nruns: {tmp_path / 'runs'}\n"
+    )
+    path = tmp_path / "sweep.yaml"
+    path.write_text(json.dumps({"systems": [str(tmp_path / "some.yaml")], "seeds": [0, 1, 2], "kinds": ["train"]}))
+    jobs, _ = sweeps.plan(path)
+
+    def ended(*_: object) -> None:
+        raise OSError("no place to write")
+
+    began = time.monotonic()
+    with pytest.raises(OSError, match="no place"):
+        pool.run(jobs, ("train",), 2, ended)
+    assert time.monotonic() - began < 30
+    assert not (tmp_path / "began-seed=2").exists()
