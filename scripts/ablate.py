@@ -90,8 +90,8 @@ def main(argv: list[str]) -> None:
     code, failed = pool.run([job for job in waiting if job not in kept], KINDS, workers, ended)
 
     # ---- page ------------------------------------------------------------------------------------------------------
-    shown = sections(planned, done) if apart else ablations.pages(done)
-    write_page(shown, folder)
+    whole = folder.resolve() == outcomes.FOLDER  # of which the page shows all families
+    write_page(ablations.pages(done) if whole else sections(planned, done), folder)
     for found in sections(planned, done):
         print(as_text(found))
     if code:
