@@ -11,11 +11,12 @@ and memory.
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.config import Kind
+from common.config import CONFIGS, Kind
 from common.data import squad
 from common.errors import UserError, one_line_errors
 from common.files import write_text
@@ -28,7 +29,6 @@ from common.runs.results import Section
 
 KINDS: tuple[Kind, ...] = ("train", "eval")
 REHEARSAL = ("train.max_steps=2", "train.eval_every=1000", "data.train_paragraphs=200", "data.dev_questions=64")
-REHEARSED = {"first": 2, "all": None}  # variants of a family, the baseline counted
 INK = "#7f7f7f"  # of plots in Markdown: pages of any colour show them
 
 
@@ -39,9 +39,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", help="a system in place of the families' own")
     parser.add_argument("--workers", type=int, help="runs at a time; default: one a GPU, or one")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, and run nothing")
-    parser.add_argument(
-        "--rehearse", nargs="?", choices=REHEARSED, const="first", help="two steps, 64 questions, one seed; variants"
-    )
+    parser.add_argument("--rehearse", action="store_true", help="two steps, 64 questions, one seed, the first variant")
+    parser.add_argument("--rehearse-all", action="store_true", help="the same of all variants")
     parser.add_argument("--records", type=Path, help="the folder of outcomes")
     args = parser.parse_intermixed_args(argv)
     # make's FAMILY is one word: a file, whose name may hold spaces, or several names
@@ -52,17 +51,23 @@ def main(argv: list[str]) -> None:
         if any(word.startswith(f"{key}=") for word in overrides):
             raise UserError(f"{key}=: {why}")
     typed = [word for word in overrides if not word.startswith("runs=")]
-    overrides = [*(REHEARSAL if args.rehearse else ()), *overrides]
+    rehearsed = args.rehearse or args.rehearse_all
+    overrides = [*(REHEARSAL if rehearsed else ()), *overrides]
     workers, at_once = pool.at_a_time(args.workers)
 
     # ---- plan ------------------------------------------------------------------------------------------------------
-    planned = [ablations.plan(sweeps.find(name, "family"), overrides, args.model) for name in dict.fromkeys(names)]
-    if args.rehearse:
-        planned = [family.part(REHEARSED[args.rehearse]) for family in planned]
+    paths = [sweeps.find(name, "family") for name in dict.fromkeys(names)]
+    planned = [ablations.plan(path, overrides, args.model) for path in paths]
+    if rehearsed:
+        planned = [family.part(None if args.rehearse_all else 2) for family in planned]
     need_fit(planned)
-    apart = bool(typed) or args.rehearse is not None or not set(names) <= set(ablations.names())
+    known = all(path.resolve().parent == CONFIGS / "ablations" for path in paths)
+    known = known and (not args.model or (CONFIGS / f"{args.model}.yaml").is_file())
+    apart = bool(typed) or rehearsed or not known
     runs = Path(planned[0].all_jobs[0].config.runs)
     folder = args.records or (runs / "ablations" if apart else outcomes.FOLDER)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: a file; --records names a folder")
     done = outcomes.read_all(folder)
     waiting = ablations.left(planned, done)
     for family in planned:
@@ -75,6 +80,9 @@ def main(argv: list[str]) -> None:
     for data in {job.config.data for job in waiting}:
         squad.locate(data.train, "train")
         squad.locate(data.dev, "dev")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: cannot be written to; name another folder by --records")
 
     # ---- run -------------------------------------------------------------------------------------------------------
     def ended(job: sweeps.Job, finished: bool, said: str, left: int, minutes: float) -> None:
@@ -90,6 +98,7 @@ def main(argv: list[str]) -> None:
     code, failed = pool.run([job for job in waiting if job not in kept], KINDS, workers, ended)
 
     # ---- page ------------------------------------------------------------------------------------------------------
+    done |= outcomes.read_all(folder)  # another process may have written some
     whole = folder.resolve() == outcomes.FOLDER  # of which the page shows all families
     write_page(ablations.pages(done) if whole else sections(planned, done), folder)
     for found in sections(planned, done):
@@ -121,7 +130,7 @@ def need_fit(planned: Sequence[Planned]) -> None:
 def described(family: Planned, done: dict[str, Outcome]) -> str:
     """A family's line of the plan: its runs, and the differences that they can find."""
     n = sum(outcomes.name_of(job.config) in done for job in family.all_jobs)
-    seeds = len(family.family.seeds)
+    seeds = len(family.jobs[family.baseline])
     line = f"{family.name}: {len(family.jobs)} variants, {seeds} seed{'s' * (seeds != 1)}, {n} runs done"
     if least := ablations.smallest(family, done):
         line += f"; differences from {least[0]:.2f} EM would mostly be found, {least[1]:.2f} among all of the family"
@@ -133,10 +142,10 @@ def expected(waiting: Sequence[sweeps.Job], done: dict[str, Outcome], runs: Path
     if not waiting:
         return "nothing"
     known = [r for o in done.values() for r in (o.train, o.evaluation) if r] + record.read_all(runs)
-    known += [r for o in outcomes.read_all(runs / "ablations").values() for r in (o.train, o.evaluation) if r]
     try:
+        known += [r for o in outcomes.read_all(runs / "ablations").values() for r in (o.train, o.evaluation) if r]
         seconds = ablations.seconds(waiting, known, device())
-    except UserError:  # there is no data: the runs say so
+    except UserError:  # there is no data, which the runs say, or no outcome to learn from
         seconds = None
     if seconds is None:
         return f"{len(waiting)} runs of unknown length (--rehearse measures one of each family)"

@@ -84,12 +84,13 @@ def findable(pairs: Sequence[tuple[Rows, Rows]], seeds: int, tests: int) -> tupl
     `pairs`: evaluations of one seed each, of a variant and a baseline. What they differ by scatters from article to
     article; of S seeds it scatters by 1 / √S as much. None without pairs, or with one article.
     """
-    article = article_of(pairs[0][0]) if pairs else {}
-    if len(set(article.values())) < 2:
+    found = [(gains(a, b, "em"), article_of(a)) for a, b in pairs]
+    found = [(gain, article) for gain, article in found if len(set(article.values())) > 1]
+    if not found:
         return None
 
     def least(alpha: float) -> float:
-        squares = [detectable(gains(a, b, "em"), article, alpha) ** 2 for a, b in pairs]
+        squares = [detectable(gain, article, alpha) ** 2 for gain, article in found]
         return float(100 * (fmean(squares) / seeds) ** 0.5)
 
     return least(ALPHA), least(ALPHA / max(1, tests))

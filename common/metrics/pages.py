@@ -10,7 +10,7 @@ Cells = Sequence[str]
 
 
 def environment() -> Environment:
-    """The templates of `common/metrics`; those of Markdown have `table`."""
+    """The templates of `common/metrics`; those of Markdown have `markdown`, a table."""
     layouts = FileSystemLoader(ROOT / "common" / "metrics")
     pages = Environment(loader=layouts, autoescape=select_autoescape(), trim_blocks=True, keep_trailing_newline=True)
     pages.globals["markdown"] = markdown_table

@@ -145,7 +145,8 @@ def forest(found: Sequence[Effect]) -> str:
     panels[0].axvspan(-found[0].margin, found[0].margin, color=STYLES[4]["color"], alpha=0.15, linewidth=0)
     for y, effect in zip(rows, found, strict=True):
         place = panels[0].get_yaxis_transform()  # x in the panel's width
-        panels[0].text(0, y + 0.3, effect.variant, transform=place, fontsize=NAME_POINTS).set_in_layout(False)
+        name = panels[0].text(0, y + 0.3, effect.variant, transform=place, fontsize=NAME_POINTS, parse_math=False)
+        name.set_in_layout(False)
     return _svg(panels[0], "Differences to the baseline", legend=False)
 
 

@@ -61,6 +61,9 @@ def plan(path: Path, overrides: Iterable[str] = (), system: str | None = None) -
     name = system or family.system
     if load(name).lora is None and any(w.startswith(sweeps.TRAINED) for v in family.variants for w in v.split()):
         raise UserError(f"{path}: {name} has no lora section, so variants of its training change nothing")
+    for word in (*family.overrides, *(w for v in (family.baseline, *family.variants) for w in v.split())):
+        if (key := word.partition("=")[0]) in ("seed", "adapter", "runs", "system"):
+            raise UserError(f"{path}: {word}: {key} is none of a family's settings")
     jobs: dict[str, list[sweeps.Job]] = {}
     seen: dict[str, str] = {}
     for variant in (family.baseline, *family.variants):
@@ -165,7 +168,7 @@ def smallest(planned: Planned, done: Mapping[str, Outcome]) -> tuple[float, floa
     own = [pair for variant in planned.jobs for pair in _pairs(planned, variant, done)]
     system, n = planned.jobs[planned.baseline][0].config.system, len(planned.jobs) - 1
     pairs = own or _seed_pairs(o for o in done.values() if o.rows and o.evaluation["system"] == system)
-    return findable([(a.rows, b.rows) for a, b in pairs], len(planned.family.seeds), n)
+    return findable([(a.rows, b.rows) for a, b in pairs], len(planned.jobs[planned.baseline]), n)
 
 
 def _pairs(planned: Planned, variant: str, done: Mapping[str, Outcome]) -> list[tuple[Outcome, Outcome]]:
@@ -181,7 +184,7 @@ def _seed_pairs(found: Iterable[Outcome]) -> list[tuple[Outcome, Outcome]]:
     """Neighbouring seeds of one configuration, on the same questions."""
     alike: dict[str, list[Outcome]] = {}
     for outcome in found:
-        same = [{**outcome.evaluation["config"], "seed": None}, next(iter(outcome.rows))]
+        same = [{**outcome.evaluation["config"], "seed": None}, next(iter(outcome.rows)), len(outcome.rows)]
         alike.setdefault(json.dumps(same, sort_keys=True), []).append(outcome)
     return [pair for group in alike.values() for pair in itertools.pairwise(group)]
 
@@ -192,6 +195,10 @@ def _seed_pairs(found: Iterable[Outcome]) -> list[tuple[Outcome, Outcome]]:
 def refusal(planned: Planned, outcome: Outcome, baseline: Outcome) -> str:
     """Why an outcome cannot be compared with the baseline's; "" if it can."""
     differ = record.mismatch(baseline.evaluation, outcome.evaluation).keys() - set(planned.family.changes)
+    trained = [o.train for o in (baseline, outcome) if o.train]
+    files = {json.dumps([t["config"]["data"][key] for key in ("train", "train_paragraphs")]) for t in trained}
+    if len(files) == 1 and len({t["result"].get("identity", {}).get("train") for t in trained}) > 1:
+        differ.add("train set")  # of the same name
     return f"refused: another {', '.join(sorted(differ))} than the baseline's" if differ else ""
 
 
@@ -206,11 +213,13 @@ def section(planned: Planned, done: Mapping[str, Outcome]) -> Section | None:
     base, refused = found[planned.baseline], dict[str, str]()
     usable: dict[str, BySeed] = {}
     for variant, by_seed in found.items():
-        reasons = [refusal(planned, o, base[seed]) for seed, o in by_seed.items() if seed in base]
+        reasons = [refusal(planned, o, next(iter(base.values()))) for o in by_seed.values() if base]
         if reason := next(filter(None, reasons), ""):
-            refused[variant] = reason
+            refused[variant] = f"{reason}; delete its outcomes to run it again"
         elif variant != planned.baseline:
             usable[variant] = {seed: o.rows for seed, o in by_seed.items() if o.rows}
+    if planned.baseline in refused:  # its seeds differ among themselves
+        usable = {}
     compared = effects({seed: o.rows for seed, o in base.items() if o.rows}, usable, planned.family.equal_within)
     by_variant = {effect.variant: effect for effect in compared}
     rows = [_cells(planned, variant, found[variant], by_variant.get(variant), refused) for variant in found]

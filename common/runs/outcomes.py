@@ -75,12 +75,28 @@ def read_one(path: Path) -> Outcome:
         if found["schema"] != SCHEMA:
             raise ValueError(f"schema {found['schema']}, and this code reads {SCHEMA}")
         train, scored = found["train"] and _completed(found["train"], path), _completed(found["eval"], path)
+        for r in filter(None, (train, scored)):  # what tables read
+            assert isinstance(r["may_differ"]["device"]["name"], str)
+            assert isinstance(r["must_match"]["data"], str)
+            assert isinstance(r["must_match"]["questions"], int)
+        if train:
+            assert train["result"]["trained_weights"] / train["result"]["frozen_weights"] >= 0
+            assert isinstance(train["result"]["peak"], dict)
         rows, result = unpacked(found["questions"]), scored["result"]
         own = 100 * sum(row["em"] for row in rows.values()) / len(rows) if rows else None
         if rows and (len(rows) != result["n"] or abs((own or 0.0) - (result["em"] or 0.0)) > 1e-6):
             raise ValueError(f"its record says EM {result['em']} of {result['n']}, its rows {own} of {len(rows)}")
         return Outcome(path.stem, train, scored, rows)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, lzma.LZMAError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+        lzma.LZMAError,
+    ) as error:
         raise UserError(f"{path}: not a readable outcome ({error}); restore it, or move it away") from error
 
 

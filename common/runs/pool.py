@@ -4,6 +4,7 @@ A script that fails is run once more, unless the mistake is the user's; the othe
 passed on, and runs save.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -83,7 +84,8 @@ class Worker:
     def end(self) -> None:
         """Wait for the process to end, which it does when nothing more is asked of it."""
         if self.child and self.child.stdin and self.replies:
-            self.child.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it has died with a command unread
+                self.child.stdin.close()
             self.child.wait()
             self.replies.close()
         self.child = None
@@ -152,17 +154,20 @@ def run(waiting: Sequence[sweeps.Job], kinds: Sequence[Kind], workers: int, ende
 
 
 def step(job: sweeps.Job, kind: Kind, words: Sequence[str], worker: Worker) -> tuple[int, str]:
-    """One script, to its end: (exit code, its last line). What it says is kept in runs/logs/."""
+    """One script, to its end: (exit code, its last line, or error). What it says is kept in runs/logs/."""
     log = Path(job.config.runs) / "logs" / f"{job.config.system}-s{job.config.seed}-{job.config.hash()}-{kind}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     log.touch()
+    before = log.stat().st_size
     # a timing has a process for itself; others share one if their shapes are alike, and so their compiled kernels
     base = job.config.base
     serves = "" if kind == "bench" else json.dumps([base.path, base.revision, base.dtype])
     if kind == "bench":
         worker.end()
     code = worker.run(str(ROOT / SCRIPTS[kind]), [job.system, *words], log.resolve(), serves)
-    return code, (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+    said = log.read_bytes()[before:].decode(errors="replace").strip().splitlines() or ["it said nothing"]
+    errors = [line for line in said if line.startswith("error:")] if code else []
+    return code, (errors or said)[-1]
 
 
 def at_a_time(asked: int | None) -> tuple[int, str]:

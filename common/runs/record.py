@@ -70,6 +70,12 @@ def claim(run: Path) -> None:
     _claimed[run] = file
 
 
+def release() -> None:
+    """Let other processes at all runs that this one has claimed."""
+    while _claimed:
+        _claimed.popitem()[1].close()
+
+
 def newest_run(config: Config, kind: str) -> Path | None:
     """The last run folder of exactly this configuration, finished or not; one that was never begun has no settings."""
     return max((run for run in _runs(config, kind) if (run / "config.yaml").exists()), key=_number, default=None)

@@ -38,7 +38,9 @@ def run(script: str, words: list[str], log: str) -> int:
 
 
 def forget() -> None:
-    """Frees what a script has left: its model, its limit of GPU memory, its precision, its peaks."""
+    """Frees what a script has left: its model, its run, its limit of GPU memory, its precision, its peaks."""
+    if found := sys.modules.get("common.runs.record"):
+        found.release()
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState
 

@@ -21,7 +21,7 @@ FOREST = [
     Effect(
         "lora.rank=2", [0, 1], -2.0, (-3.0, -1.0), -1.5, (-2.5, -0.5), [-2.5, -1.5], [-1.0, -2.0], 0.01, 0.9, 2, 1.0
     ),
-    Effect("lora.rank=64", [0], 0.25, None, 0.5, None, [0.25], [0.5], None, None, 2, 1.0),
+    Effect("path=a$b_{$", [0], 0.25, None, 0.5, None, [0.25], [0.5], None, None, 2, 1.0),
 ]
 PLOTS = {
     "learning": (plots.learning, [("tuned", METRICS), ("tuned", METRICS[:100])]),
@@ -247,7 +247,7 @@ def test_colours_are_seen_on_white_and_on_black():
 
 def test_a_forest_has_a_gain_its_interval_and_the_seeds_of_each_variant(drawn):
     em, f1 = drawn(lambda found, _: plots.forest(found), FOREST).axes
-    assert [text.get_text() for text in em.texts] == ["lora.rank=2", "lora.rank=64"]
+    assert [text.get_text() for text in em.texts] == ["lora.rank=2", "path=a$b_{$"]
     heights = [c.lines[0].get_ydata()[0] for c in em.containers]
     assert all(y < text.get_position()[1] < y + 1 for y, text in zip(heights, em.texts, strict=True))
     for axes, gains, bars, seeds in (

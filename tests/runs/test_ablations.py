@@ -185,9 +185,40 @@ def test_an_outcome_of_other_data_prompt_or_scorer_is_refused(family):
         rows = {
             row[0]: dict(zip(ablations.COLUMNS, row, strict=True)) for row in ablations.section(planned, some)["table"]
         }
-        assert rows["lora.rank=8"]["verdict"] == f"refused: another {key} than the baseline's"
+        assert rows["lora.rank=8"]["verdict"].startswith(f"refused: another {key} than the baseline's; ")
         assert rows["lora.rank=8"]["EM gain [95 %]"] == "–"
         assert rows["lora.rank=16"]["EM gain [95 %]"] != "–"
+
+
+def test_a_train_set_that_was_changed_in_place_is_refused(family):
+    planned = ablations.plan(family(variants="[lora.rank=8, lora.rank=16]"))
+    some = done(planned, {"as it is": [10], "lora.rank=8": [40], "lora.rank=16": [20]})
+    for name, one in some.items():
+        train = "old" if one.train["config"]["lora"]["rank"] != 8 else "new"
+        result = {**one.train["result"], "identity": {"train": train}}
+        some[name] = replace(one, train={**one.train, "result": result})
+    rows = {row[0]: row[-1] for row in ablations.section(planned, some)["table"]}
+    assert rows["lora.rank=8"].startswith("refused: another train set than the baseline's; ")
+    assert not rows["lora.rank=16"].startswith("refused")
+
+
+def test_seeds_of_a_baseline_on_other_questions_are_refused_and_no_pairs(family):
+    planned = ablations.plan(family(seeds="[0, 1]"))
+    first, second = (done(planned, {"as it is": [10, 12], "lora.rank=8": [20, 22]}, n=n) for n in (40, 20))
+    mixed = {name: (second if one.evaluation["seed"] else first)[name] for name, one in first.items()}
+    found = ablations.section(planned, mixed)
+    assert found["table"][1][-1].startswith("refused: another questions than the baseline's")
+    assert found["plot"] == ""
+    other = ablations.plan(family("other", variants="[lora.rank=16]", baseline="lora.rank=32"))
+    renamed = {f"{name} {n}": one for n, some in enumerate((first, second)) for name, one in some.items()}
+    assert ablations.smallest(other, renamed)
+
+
+@pytest.mark.parametrize("word", ["seed=5", "adapter=x", "system=y", "runs=z"])
+def test_what_is_none_of_a_familys_settings_is_refused(family, word):
+    for keys in ({"baseline": word}, {"variants": f"[{word}]"}, {"overrides": f"[{word}]"}):
+        with pytest.raises(UserError, match=f"{word}: .* is none of a family's settings"):
+            ablations.plan(family(**keys))
 
 
 def test_random_weights_have_speed_and_memory_and_no_accuracy(family):

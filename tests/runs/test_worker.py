@@ -115,6 +115,15 @@ def test_no_model_outlives_its_script(worker, answering_config, tmp_path):
     assert json.loads(log.read_text().splitlines()[-1]) == []
 
 
+def test_no_run_stays_claimed(worker, answering_config, tmp_path):
+    do(worker, job(answering_config, tmp_path / "runs", "train.max_steps=2", "train.eval_every=2"))
+    code = "import json, os; print(json.dumps([os.readlink(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')"
+    code += " if os.path.exists(f'/proc/self/fd/{n}')]))"
+    log = tmp_path / "log"
+    assert worker.run(script(tmp_path, code), [], log, worker.serves) == 0
+    assert not [path for path in json.loads(log.read_text().splitlines()[-1]) if "config.yaml" in path]
+
+
 def test_it_needs_no_repository_on_its_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     worker = Worker(None)

@@ -92,11 +92,14 @@ def test_a_setting_that_the_base_cannot_take_is_named_before_anything_runs(famil
         ablate.main([str(path), "adapter=somewhere"])
     with pytest.raises(UserError, match=r"absent.json: no such file"):
         ablate.main([str(family(["lora.rank=2"])), f"data.train={tmp_path / 'absent.json'}"])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="a file; --records names a folder"):
+        ablate.main([str(family(["lora.rank=2"])), f"--records={tmp_path / 'file'}"])
     assert not (tmp_path / "runs").exists()
 
 
 def test_every_variant_of_every_family_trains_and_evaluates(answering_config, tmp_path, capsys):
-    words = (f"--model={answering_config}", "--rehearse=all", "data.dev_questions=6", "train.questions_per_step=4")
+    words = (f"--model={answering_config}", "--rehearse-all", "data.dev_questions=6", "train.questions_per_step=4")
     code, _, result = ablated(capsys, *words)
     assert (code, result["failed"]) == (0, {})
     page = (tmp_path / "runs" / "ablations" / "README.md").read_text()
