@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--replay and --fresh are of systems behind an API; {config.system} runs here")
     chosen = adapters.choose(config, args.given, args.force)
     config = preflight.check(chosen.config)
-    dev = squad.load(config.data, "dev")
+    dev = squad.evaluated(config.data, config.early_stop)
 
     # ---- answers ---------------------------------------------------------------------------------------------------
     found: Answered | None
@@ -75,9 +75,7 @@ def main(argv: list[str]) -> None:
     # ---- score -----------------------------------------------------------------------------------------------------
     texts = {e.id: answers[e.id].text for e in dev.examples}
     rows = [{**vars(answers[e.id]), "article": e.title} for e in dev.examples]
-    for row in rows:
-        if row["span"] is None:
-            del row["span"]
+    rows = [{k: v for k, v in row.items() if v is not None or k not in ("span", "least")} for row in rows]
     accuracy = cast(Accuracy, dict.fromkeys(Accuracy.__annotations__))  # None: random weights
     shown = "random weights: no accuracy"
     if not config.base.random_weights:

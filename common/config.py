@@ -100,6 +100,8 @@ class Data:
     # share of the train questions that train_paragraphs and early_stop.split leave, (0, 1]; the same ones for all seeds
     train_share: float = later(1.0)
     train_unit: Literal["article", "question"] = later("article")  # what the share takes: whole articles, or questions
+    # what an evaluation scores: dev, or the articles that early_stop.split=heldout takes out of train, for choices
+    split: Literal["dev", "heldout"] = later("dev")
 
     def __post_init__(self) -> None:
         plain_words(self, "train", "dev")

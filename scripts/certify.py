@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     other = [f"{key} is {mine.get(key)}, was {v}" for key, v in flat(was["config"]).items() if mine.get(key) != v]
     found["configuration"] = None if alike else "; ".join(other)
     preflight.check(config)
-    dev = squad.load(config.data, "dev")
+    dev = squad.evaluated(config.data, config.early_stop)
     tokenizers = load_tokenizers(config)
     now = record.must_match(config, dev, tokenizer_sha256(tokenizers.window))
     unlike = record.mismatch(was, {**was, "must_match": now})

@@ -54,6 +54,7 @@ KEYS = {
     "data.fix_offsets": ("true", EVERY, "after"),
     "data.train_share": ("0.5", EVERY, "after"),
     "data.train_unit": ("question", EVERY, "after"),
+    "data.split": ("heldout", EVERY, "newest"),
     "window.context": ("300", EVERY, "after"),
     "window.question": ("32", EVERY, "after"),
     "window.answer": ("48", EVERY, "after"),
@@ -128,6 +129,7 @@ DEFAULTS = {
         "fix_offsets": False,
         "train_share": 1.0,
         "train_unit": "article",
+        "split": "dev",
     },
     "window": {"context": 416, "question": 64, "answer": 32, "overflow": "truncate", "stride": 208, "tokenizer": None},
     "prompt": {

@@ -91,6 +91,7 @@ EVALUATION = [
     ("base.double_quant", "false", "", "logprob"),
     ("base.dtype", "bf16", "", "logprob"),
     ("data.dev_questions", "9", "", "asked data answers logprob"),
+    ("data.split", "heldout", "", "asked data answers logprob"),
     ("window.context", "24", "window.stride=20", "window answers logprob cut"),
     ("window.question", "16", "", "window logprob"),
     ("window.answer", "16", "", "window answers logprob"),

@@ -845,7 +845,16 @@ def test_held_out_articles_are_neither_trained_on_nor_taken_from_dev(tiny_config
     result, run = last_json(capsys), only_run(tmp_path)
     assert result["selected_on"] == "heldout"
     assert result["n"] + result["window_counts"]["questions"] == 32
-    assert len(json.loads((run / "predictions.json").read_text())) == result["n"]
+    held = json.loads((run / "predictions.json").read_text())
+    assert len(held) == result["n"]
+    train_loop.main([str(tiny_config), "train.max_steps=1", f"runs={tmp_path}/all"])
+    adapter = f"adapter={last_json(capsys)['run']}/best"
+    with pytest.raises(UserError, match=r"best was trained on all articles, without early_stop\.split=heldout"):
+        eval_loop.main([str(tiny_config), adapter, "data.split=heldout"])
+    adapter = f"adapter={run}/best"
+    eval_loop.main([str(tiny_config), adapter, "data.split=heldout", "early_stop.heldout_share=0.1"])
+    asked = last_json(capsys)
+    assert json.loads((Path(asked["run"]) / "predictions.json").read_text()).keys() == held.keys()
 
 
 @pytest.mark.parametrize("unit", ["article", "question"])

@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.files import read_json
 
 SPLITS = {"train": "train", "dev": "validation"}  # our name → the hub's
+HELD_OUT = ", held out"  # behind the source of an evaluation's questions, where they are of train
 FILES = ("{split}-v1.1.json", "{split}-v1.1.json.gz", "squad-v1.1-{split}.json", "squad-v1.1-{split}.json.gz")
 T = TypeVar("T")
 
@@ -129,6 +130,19 @@ def hold_out(examples: list[Example], share: float) -> tuple[list[Example], list
         if sum(e.title in held for e in examples) >= share * len(examples):
             break
     return [e for e in examples if e.title not in held], [e for e in examples if e.title in held]
+
+
+def evaluated(data: Data, options: EarlyStop) -> Dataset:
+    """The questions that an evaluation scores: dev, or what `selection` holds out of train.
+
+    `options`: as they were in the adapter's training, if there was one. `data.dev_questions` limits both.
+    """
+    if data.split == "dev":
+        return load(data, "dev")
+    train = load(data, "train")
+    _, held = hold_out(train.examples, options.heldout_share)
+    held = stratified(held, data.dev_questions) if data.dev_questions else held
+    return replace(train, examples=held, source=train.source + HELD_OUT)
 
 
 def part(examples: list[Example], share: float, unit: Literal["article", "question"]) -> list[Example]:

@@ -29,6 +29,7 @@ class Prediction:
     hit_limit: bool  # ended by the limit, not by a stop token
     ties: int | None = None  # tokens whose logit equals another's; None: not counted
     span: Span | None = None  # characters of the question's context; None where an answer need not be a quote
+    least: float | None = None  # of the decoded tokens' log-probabilities; None: the host does not report them
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Generation:
 
     token_ids: Ids = field(default_factory=list)
     logprob: float = 0.0  # of all tokens, natural log
+    least: float = 0.0  # of the tokens' log-probabilities
     ties: int = 0  # tokens whose logit equals another's
     drafted: int = 0  # tokens
     accepted: int = 0  # drafted tokens that were kept
@@ -46,6 +48,7 @@ class Generation:
         """Adds a token; True if the answer ends with it, at a stop token or at the limit."""
         self.token_ids.append(token)
         self.logprob += logprob
+        self.least = min(self.least, logprob)
         self.ties += tie
         return token in stop_tokens or len(self.token_ids) == limit
 
@@ -114,7 +117,8 @@ def to_prediction(
         span = start + branch.offset, stop + branch.offset
     else:
         text = to_text(tokenizer, ids, whole=decode.stop == "eos")
-    return Prediction(branch.id, text, ids, answer.logprob, hit_limit, answer.ties if ties else None, span)
+    counted = answer.ties if ties else None
+    return Prediction(branch.id, text, ids, answer.logprob, hit_limit, counted, span, answer.least)
 
 
 def to_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], whole: bool = False) -> str:

@@ -69,8 +69,7 @@ def answer_packs(model: Model, trees: Sequence[Tree], task: Task) -> Iterator[Pr
             found, automata = [Generation() for _ in asked], [quotes for _, quotes in asked if quotes]
             for step in greedy(model, pack, stops, task.max_new_tokens, automata):
                 for number, token, logprob in zip(*(x.tolist() for x in step), strict=True):
-                    found[number].token_ids.append(token)
-                    found[number].logprob += logprob
+                    found[number].append(token, logprob, 0, (), task.max_new_tokens)
             for (branch, quotes), answer in zip(asked, found, strict=True):
                 yield to_prediction(task.tokenizer, branch, answer, task.stop_tokens, task.decode, quotes)
 
@@ -99,8 +98,7 @@ class Plain:
         answer, automata = Generation(), [quotes] if quotes else []
         batch = build_pack([Tree(prompt_ids[:-1], (Branch("", prompt_ids[-1:], []),))]).to(self.stops.device)
         for _, token, logprob in greedy(self.model, batch, self.stops, self.limit, automata, to_the_limit):
-            answer.token_ids += token.tolist()
-            answer.logprob += logprob.item()
+            answer.append(int(token), logprob.item(), 0, (), self.limit)
             answer.passes += 1
             tick(1)
         return answer

@@ -56,6 +56,8 @@ def choose(config: Config, given: Collection[str] = (), force: bool = False) -> 
     if adapter is None:
         return Chosen(config, None)
     trained = trained_with(adapter)
+    if trained is None and config.data.split == "heldout":
+        raise UserError(f"data.split=heldout: what {adapter} was trained on is not known")
     if trained is None:
         complete = replace(config, lora=_lora_of(adapter) or config.lora or Lora())
         return Chosen(complete, adapter, forced="FORCE=1" * force)
@@ -75,8 +77,19 @@ def choose(config: Config, given: Collection[str] = (), force: bool = False) -> 
         )
     for section, key, value in taken:
         mine[section] = {**(mine[section] or {}), key: value}
+    if config.data.split == "heldout":
+        mine |= _held_out(adapter, mine, trained)
     complete = of_dict(Config, mine, f"{adapter} was trained otherwise than it is asked")
     return Chosen(complete, adapter, trained, _words(taken), f"FORCE=1 {_words(against)}".strip() * force)
+
+
+def _held_out(adapter: Path, mine: Section, trained: Section) -> Section:
+    """The sections data and early_stop by which an adapter's training held articles out, for data.split=heldout."""
+    stop, data = trained["early_stop"], trained["data"]
+    if stop["split"] != "heldout":
+        raise UserError(f"data.split=heldout: {adapter} was trained on all articles, without early_stop.split=heldout")
+    same = {key: data[key] for key in ("train", "train_paragraphs", "fix_offsets")}
+    return {"data": {**mine["data"], **same}, "early_stop": stop}
 
 
 def newest_system(argv: list[str]) -> list[str]:

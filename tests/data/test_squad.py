@@ -503,6 +503,18 @@ def test_data_asks_for_the_split_by_its_name(hub, split, hubs):
     assert asked == [("my/set", hubs)]
 
 
+def test_an_evaluation_scores_dev_or_what_a_training_holds_out(monkeypatch, examples):
+    sets = {"train": Dataset(examples, "train.json"), "dev": Dataset(of_articles(X=9, Y=3), "dev.json")}
+    monkeypatch.setattr(squad, "load", lambda data, split: sets[split])
+    stop = EarlyStop(split="heldout", heldout_share=0.5)
+    assert squad.evaluated(Data(), stop) is sets["dev"]
+    held = squad.evaluated(Data(split="heldout"), stop)
+    assert held.source == "train.json, held out"
+    assert held.examples == squad.selection(*sets.values(), Data(), stop)[1].examples != examples
+    few = squad.evaluated(Data(split="heldout", dev_questions=2), stop)
+    assert few.examples == squad.stratified(held.examples, 2)
+
+
 def test_questions_that_stop_a_training_are_devs_or_held_out_and_as_many_as_asked(examples):
     train, dev = Dataset(examples, "train.json"), Dataset(of_articles(X=9, Y=3), "dev.json")
     assert (train.fixed_offsets, dev.fixed_offsets) == (0, 0)

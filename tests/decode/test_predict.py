@@ -278,6 +278,7 @@ def test_the_probability_of_an_answer_is_that_of_its_stop_token_too(answering_ba
         logits = model(input_ids=torch.tensor([prompt + ids])).logits[0].double()
         steps = [logits[len(prompt) - 1 + i].softmax(-1)[token] for i, token in enumerate(ids)]
         assert found[branch.id].logprob == pytest.approx(torch.stack(steps).log().sum().item(), abs=1e-4)
+        assert found[branch.id].least == pytest.approx(torch.stack(steps).log().min().item(), abs=1e-4)
         assert max(steps[-1], torch.stack(steps).prod()) < 0.9999
 
 

@@ -45,8 +45,9 @@ def test_log_probability_is_that_of_the_tokens_whatever_was_drafted(tiny_base):
         answer = engine.answer(prompt)
         ids = torch.tensor([prompt + answer.token_ids[:-1]])
         out = torch.log_softmax(model(input_ids=ids).logits[0, len(prompt) - 1 :].float(), -1)
-        expected = out.gather(1, torch.tensor(answer.token_ids)[:, None]).sum().item()
-        assert answer.logprob == pytest.approx(expected, abs=1e-3)
+        expected = out.gather(1, torch.tensor(answer.token_ids)[:, None])
+        assert answer.logprob == pytest.approx(expected.sum().item(), abs=1e-3)
+        assert answer.least == pytest.approx(expected.min().item(), abs=1e-3)
 
 
 @pytest.mark.parametrize("draft", [[], [1] * DRAFT_TOKENS, "right", "half right"])
