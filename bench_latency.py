@@ -50,6 +50,8 @@ def main(argv: list[str]) -> None:
     config, adapter = preflight.check(chosen.config), checkpoint.verified(chosen.adapter)
     if config.prompt.earlier:
         raise UserError("prompt.earlier: a single question has no earlier ones; it is of make eval")
+    if config.decode.nbest:
+        raise UserError("decode.nbest: single queries are timed as they are answered greedily; leave it out")
     dev = squad.load(config.data, "dev")
     measure_here = functools.partial(measure, config, adapter, force=args.force)
     timing = functools.partial(measure_api, config) if config.api else measure_here

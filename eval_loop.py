@@ -33,6 +33,8 @@ from common.runs.results import Accuracy, EvalResult, Section
 
 from accelerate.utils import broadcast_object_list
 
+OPTIONAL = ("span", "least", "nbest", "rest", "greedy")  # fields of a question's row that not all answers have
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -75,7 +77,7 @@ def main(argv: list[str]) -> None:
     # ---- score -----------------------------------------------------------------------------------------------------
     texts = {e.id: answers[e.id].text for e in dev.examples}
     rows = [{**vars(answers[e.id]), "article": e.title} for e in dev.examples]
-    rows = [{k: v for k, v in row.items() if v is not None or k not in ("span", "least")} for row in rows]
+    rows = [{k: v for k, v in row.items() if v is not None or k not in OPTIONAL} for row in rows]
     accuracy = cast(Accuracy, dict.fromkeys(Accuracy.__annotations__))  # None: random weights
     shown = "random weights: no accuracy"
     if not config.base.random_weights:

@@ -204,9 +204,16 @@ class Decode:  # what an answer may be, in evaluations, timings and questions; a
     max_tokens: int | None = later(None)  # of an answer, 1 to fewer than window.answer
     stop: Literal["line", "eos"] = later("line")  # an answer ends at a line break too, or at EOS alone
     snap: bool = later(False)  # afterwards: an answer becomes the span of the context that is most like it
+    nbest: int | None = later(None)  # with spans: search for the N most probable answers, 1 to 100; null: greedily
+    # of those: the greatest probability, summed over equal strings; the greatest expected F1; the most probable tokens
+    choose: Literal["mass", "risk", "path"] = later("mass")
+    length_exponent: float = later(0.0)  # to choose, log-probabilities are divided by tokens ** this, [0, 2]
 
     def __post_init__(self) -> None:
-        between(self, max_tokens=(1, 10**6))
+        between(self, max_tokens=(1, 10**6), nbest=(1, 100), length_exponent=(0, 2))
+        need(self.spans or self.nbest is None, "nbest", "needs decode.spans=true")
+        need(self.nbest is not None or self.choose == "mass", "choose", "needs decode.nbest")
+        need(self.nbest is not None or self.length_exponent == 0, "length_exponent", "needs decode.nbest")
         need(self.spans or not self.whole_words, "whole_words", "needs decode.spans=true")
         need(not self.spans or self.stop == "line", "stop", "with decode.spans a line break is text like any other")
         need(not self.spans or not self.snap, "snap", "with decode.spans every answer is a span already")

@@ -598,6 +598,8 @@ def test_a_measuring_process_that_dies_is_named(config_file, monkeypatch, tmp_pa
 def test_what_makes_no_sense_for_single_queries_is_refused(config_file, monkeypatch):
     with pytest.raises(UserError, match=r"prompt.earlier: a single question has no earlier ones"):
         bench_latency.main([str(config_file), "prompt.earlier=true"])
+    with pytest.raises(UserError, match=r"decode.nbest: single queries are timed as they are answered greedily"):
+        bench_latency.main([str(config_file), "lora=null", "decode.spans=true", "decode.nbest=2"])
     monkeypatch.setattr(preflight, "check", lambda config: pytest.fail("too late"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="timed by one process; start it without a launcher"):

@@ -34,7 +34,9 @@ def config(tmp_path):
 
 def beside(key: str) -> tuple[str, ...]:
     """What a model as it is needs so that this key may be set."""
-    return ALIKE.get("lora" if key == "adapter" else key.partition(".")[0], ())
+    searched = ("decode.spans=true", "decode.nbest=8")
+    needed = ALIKE | {"decode.nbest": searched[:1], "decode.length_exponent": searched}
+    return needed.get(key) or needed.get("lora" if key == "adapter" else key.partition(".")[0], ())
 
 
 def refusal(key: str, value: str) -> str | None:
@@ -272,6 +274,12 @@ def test_an_unknown_model_names_the_nearest_and_all(name):
         ),
         (("window.stride=417",), "override window.stride=417: window.stride: must be between 1 and window.context"),
         (("window.stride=0",), "override window.stride=0: window.stride: must be between 1 and window.context"),
+        (("decode.nbest=8",), "override decode.nbest=8: decode.nbest: needs decode.spans=true"),
+        (("decode.choose=risk",), "override decode.choose=risk: decode.choose: needs decode.nbest"),
+        (
+            ("decode.spans=true", "decode.length_exponent=1"),
+            "override decode.length_exponent=1: decode.length_exponent: needs decode.nbest",
+        ),
         (
             ("decode.max_tokens=16", "window.answer=16"),
             "overrides: decode.max_tokens: must be less than window.answer, which is 16",
@@ -386,6 +394,8 @@ BOUNDS = {  # of each number the last value that is taken and the first that is 
         "31",
         "1000001",
     ),  # of window.answer=32; from there on it is refused as it should be
+    "decode.nbest": ("1", "0", "100", "101"),
+    "decode.length_exponent": ("0", "-1e-9", "2", "2.1"),
     "prompt.shots": ("0", "-1", "1000", "1001"),
     "prompt.shots_seed": ("0", "-1", "4294967295", "4294967296"),
     "train.lr": ("1e-12", "9e-13", "100", "101"),

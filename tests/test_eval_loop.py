@@ -641,6 +641,22 @@ def test_a_model_that_answers_is_scored_as_its_words_say(answering_config, capsy
     assert made["device"] == describe_device(pick_device())
 
 
+def test_the_most_probable_answers_are_kept_with_what_chose_them(answering_config, capsys):
+    eval_loop.main([str(answering_config), "lora=null", "decode.spans=true", "decode.nbest=3"])
+    result = last_json(capsys)
+    rows = [json.loads(line) for line in (Path(result["run"]) / "questions.jsonl").read_text().splitlines()]
+    for row in rows:
+        texts, masses = zip(*row["nbest"], strict=True)
+        assert len(set(texts)) == len(texts) <= 3
+        assert row["text"] == texts[0], "by mass"
+        assert 0 < masses[-1] <= masses[0]
+        assert sum(masses) + row["rest"] <= 1 + 1e-6
+        assert row["least"] <= 0 >= row["logprob"]
+        assert isinstance(row["greedy"], str)
+    decoding = record.read_one(Path(result["run"]) / "record.json")["must_match"]["decoding"]
+    assert decoding == {"spans": True, "nbest": 3}
+
+
 def test_a_context_longer_than_the_window_is_cut_and_counted(answering_config, tmp_path, capsys):
     path = tmp_path / "answering-dev.json"
     data = json.loads(path.read_text())

@@ -73,6 +73,9 @@ KEYS = {
     "decode.max_tokens": ("9", ASKED, "newest"),
     "decode.stop": ("eos", ASKED, "newest"),
     "decode.snap": ("true", ASKED, "newest"),
+    "decode.nbest": ("9", ASKED, None),
+    "decode.choose": ("risk", ASKED, None),
+    "decode.length_exponent": ("0.5", ASKED, None),
     "train.lr": ("9", EVERY, "after"),
     "train.epochs": ("9", EVERY, "after"),
     "train.questions_per_step": ("9", EVERY, "after"),
@@ -167,7 +170,16 @@ DEFAULTS = {
         "questions": None,
         "by": "em",
     },
-    "decode": {"spans": False, "whole_words": False, "max_tokens": None, "stop": "line", "snap": False},
+    "decode": {
+        "spans": False,
+        "whole_words": False,
+        "max_tokens": None,
+        "stop": "line",
+        "snap": False,
+        "nbest": None,
+        "choose": "mass",
+        "length_exponent": 0.0,
+    },
     "eval": {"engine": "auto", "memory_budget_gib": 12.0, "pass_tokens": None, "parts": None},
     "bench": {"queries": 1000, "warmup_queries": 10, "processes": 3},
     "runs": "runs",
@@ -207,11 +219,18 @@ def test_the_table_has_every_key():
     assert sorted(KEYS) == sorted(known_keys(Config))
 
 
+def needs(key: str) -> tuple[str, ...]:
+    """Overrides without which a key of `decode` is refused."""
+    spans, nbest = "decode.spans=true", "decode.nbest=8"
+    needed = {"whole_words": (spans,), "nbest": (spans,), "choose": (spans, nbest), "length_exponent": (spans, nbest)}
+    return needed.get(key.removeprefix("decode."), ())
+
+
 @pytest.mark.parametrize("key", KEYS)
 def test_a_hash_changes_with_what_decides_its_kind_of_run_and_with_nothing_else(key):
     value, kinds, _ = KEYS[key]
     section = key.partition(".")[0]
-    words = {"api": HOSTED, "prompt": (), "decode": ("decode.spans=true",) * key.endswith("words")}.get(section, TUNED)
+    words = {"api": HOSTED, "prompt": (), "decode": needs(key)}.get(section, TUNED)
     before, after = hashes("some/model", *words), hashes("some/model", *words, f"{key}={value}")
     assert [kind for kind in EVERY if before[kind] != after[kind]] == list(kinds)
 

@@ -29,6 +29,7 @@ MODULES = "train.fused=false"
 NARROW = "window.context=24 window.stride=20"
 CHUNK = f"{NARROW} window.overflow=chunk"
 ALL = "train.questions_per_step=48 train.max_steps=1 train.eval_every=1"
+NBEST = "decode.spans=true decode.nbest=9"
 HELDOUT = "early_stop.split=heldout"
 LONG = "train.max_steps=3 train.eval_every=1 train.lr=1e-12"
 
@@ -109,6 +110,9 @@ EVALUATION = [
     ("decode.max_tokens", "1", "", "decoding answers logprob"),
     ("decode.stop", "eos", "", "decoding"),  # this model says nothing behind a line break: test_predict
     ("decode.snap", "true", "", "decoding answers"),
+    ("decode.nbest", "4", "decode.spans=true", "decoding answers logprob"),
+    ("decode.choose", "risk", f"{NBEST} decode.length_exponent=1", "decoding answers logprob"),
+    ("decode.length_exponent", "2", NBEST, "decoding answers logprob"),
     ("eval.engine", "plain", "", "engine"),
     ("eval.memory_budget_gib", "3", "", ""),
     ("eval.pass_tokens", "64", "", ""),

@@ -30,6 +30,11 @@ class Prediction:
     ties: int | None = None  # tokens whose logit equals another's; None: not counted
     span: Span | None = None  # characters of the question's context; None where an answer need not be a quote
     least: float | None = None  # of the decoded tokens' log-probabilities; None: the host does not report them
+    # of decode.nbest: answers and their probabilities, the most probable first; what others may have, at most; and the
+    # answer that greedy decoding gives
+    nbest: list[tuple[str, float]] | None = None
+    rest: float | None = None
+    greedy: str | None = None
 
 
 @dataclass

@@ -6,7 +6,7 @@ an answer that has ended costs one token more. Batch composition changes roundin
 nearly equal logits.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,9 +68,8 @@ def answers(decoder: Decoder, trees: Iterable[Tree], task: Task, pass_tokens: in
     stops = torch.tensor(task.stop_tokens, device=decoder.device)
     if limit < 1:
         raise ValueError("an answer has one token at least")
-    parts = (part for tree in trees for part in tree.split(max_tokens=min(pass_tokens, capacity)))
-    fitting = (part for tree in parts for part in _split_to_fit(tree, capacity, limit))
-    upcoming, cache = next(fitting, None), BlockAllocator(capacity)
+    parts, cache = fitting(trees, pass_tokens, capacity, lambda tree: limit - 1), BlockAllocator(capacity)
+    upcoming = next(parts, None)
     active: list[ActiveTree] = []
     in_flight: InFlight | None = None
     while upcoming or active:
@@ -82,7 +81,7 @@ def answers(decoder: Decoder, trees: Iterable[Tree], task: Task, pass_tokens: in
                 break
             new.append(scheduled)
             tokens += len(upcoming)
-            upcoming = next(fitting, None)
+            upcoming = next(parts, None)
         rows, batch = build_batch(active, new)
         launched = None
         if batch.ids:
@@ -102,14 +101,26 @@ def answers(decoder: Decoder, trees: Iterable[Tree], task: Task, pass_tokens: in
         active = [tree for tree in active if not tree.ended]
 
 
-def _split_to_fit(tree: Tree, capacity: int, limit: int) -> Iterator[Tree]:
+def fitting(
+    trees: Iterable[Tree], pass_tokens: int, capacity: int, per_answer: Callable[[Tree], int]
+) -> Iterator[Tree]:
+    """The trees, in parts that fit a pass and a KV cache of `capacity` tokens. Raises `UserError` where none does.
+
+    `per_answer`: slots that each answer needs beside the prompt.
+    """
+    for tree in trees:
+        for part in tree.split(max_tokens=min(pass_tokens, capacity)):
+            yield from _split_to_fit(part, capacity, per_answer(part))
+
+
+def _split_to_fit(tree: Tree, capacity: int, per_answer: int) -> Iterator[Tree]:
     """The tree, or parts of it whose blocks fit a KV cache of `capacity` tokens."""
-    size = len(tree) + len(tree.branches) * (limit - 1)
+    size = len(tree) + len(tree.branches) * per_answer
     if size <= capacity:
         yield tree
     elif len(tree.branches) > 1:
         for part in tree.split(max_questions=len(tree.branches) // 2):
-            yield from _split_to_fit(part, capacity, limit)
+            yield from _split_to_fit(part, capacity, per_answer)
     else:
         takes = f"question {tree.branches[0].id} takes {size} tokens, and memory is for {capacity}"
         raise UserError(f"{takes}; raise {BUDGET}; or lower window.context")

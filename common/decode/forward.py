@@ -6,10 +6,12 @@ two layers, which depend on the size alone. Attention is launched, because its s
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from common.data.tokens import Ids
+from common.decode.kv_cache import Block
 from common.decode.spans import Quotes
 from common.model import attention, llama
 from common.model.nf4 import MATMUL_TOKENS
@@ -241,13 +243,19 @@ class Decoder:
             raise ValueError(reason)
         self.base, self.cache_tokens = llama.causal_of(model), cache_tokens
         self.layers = Layers(model, cache_tokens + (1 if capture_tokens else 0))
-        self.device = self.layers.device
+        self.device, self.dtype = self.layers.device, self.layers.keys.dtype
         self.captured = Captured(self.layers, capture_tokens) if capture_tokens else None
 
     @torch.no_grad()
     def forward(self, new: Pass, previous: Tensor | None = None, quotes: Quotes | None = None) -> NextTokens:
         """The next tokens of `new.keep`. `previous`: those of the pass before, for `new.previous_row`."""
         return choose(self.logits(new, previous), new.forced, quotes)
+
+    def copy(self, source: Block, targets: Sequence[Block], n: int) -> None:
+        """Copies the first `n` slots of a block of the KV cache to the beginning of others."""
+        for keys_or_values in (self.layers.keys, self.layers.values):
+            for target in targets:
+                keys_or_values[:, target.start : target.start + n] = keys_or_values[:, source.start : source.start + n]
 
     @torch.no_grad()
     def logits(self, new: Pass, previous: Tensor | None = None) -> Tensor:

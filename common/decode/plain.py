@@ -1,12 +1,16 @@
 """Greedy decoding by transformers' and PEFT's own modules: the reference, and the engine of all that is no Llama."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
 
 from common.data import plan
 from common.data.tokens import Ids
 from common.data.trees import Branch, Tree
-from common.decode.answers import Generation, Prediction, Task, Tick, to_prediction
+from common.decode import nbest
+from common.decode.answers import Generation, Prediction, Task, Tick, need_finite, to_prediction
 from common.decode.forward import choose
+from common.decode.nbest import Path, Search, searches
 from common.decode.spans import Automaton, Quotes
 from common.device import out_of_memory
 from common.model.llama import Model
@@ -56,6 +60,9 @@ def answer_packs(model: Model, trees: Sequence[Tree], task: Task) -> Iterator[Pr
     """Answers pack by pack; ranks take packs as they go."""
     if task.forced:
         raise ValueError("the plain engine forces no tokens")
+    if task.decode.nbest:
+        yield from _search_packs(model, trees, task)
+        return
     device = next(model.parameters()).device
     pack_tokens = task.options.pass_tokens or (CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS)
     stops = torch.tensor(task.stop_tokens, device=device)
@@ -72,6 +79,37 @@ def answer_packs(model: Model, trees: Sequence[Tree], task: Task) -> Iterator[Pr
                     found[number].append(token, logprob, 0, (), task.max_new_tokens)
             for (branch, quotes), answer in zip(asked, found, strict=True):
                 yield to_prediction(task.tokenizer, branch, answer, task.stop_tokens, task.decode, quotes)
+
+
+@torch.inference_mode()
+def _search_packs(model: Model, trees: Sequence[Tree], task: Task) -> Iterator[Prediction]:
+    """As `answer_packs`, by n-best searches. Every path is read with its whole prompt, pack by pack."""
+    device = next(model.parameters()).device
+    pack_tokens = task.options.pass_tokens or (CPU_PACK_TOKENS if device.type == "cpu" else GPU_PACK_TOKENS)
+    with out_of_memory(f"lower eval.pass_tokens (now {pack_tokens})"):
+        for members in ranks.take(plan.fill(trees, pack_tokens), task.round):
+            open_ = [(tree, *one) for tree in members for one in zip(tree.branches, searches(tree, task), strict=True)]
+            while open_:
+                task.check()
+                asked: list[tuple[Tree, Branch, Search, Path]] = []
+                for tree, branch, search in open_:
+                    paths = search.wanted()
+                    longer = (replace(branch, prompt_ids=[*branch.prompt_ids, *path.ids]) for path in paths)
+                    asked += [(tree, one, search, path) for one, path in zip(longer, paths, strict=True)]
+                    if not paths:
+                        yield nbest.to_prediction(search, branch, task.decode)
+                left = {id(search) for _, _, search, _ in asked}
+                open_ = [one for one in open_ if id(one[2]) in left]
+                if not asked:
+                    break
+                groups = (list(group) for _, group in groupby(asked, key=lambda one: id(one[0])))
+                read = [replace(group[0][0], branches=tuple(b for _, b, _, _ in group)) for group in groups]
+                pack = build_pack(read).to(device)
+                logprobs = pack_logits(model, pack, pack.prompt_ends).float().log_softmax(-1)
+                for (_, branch, search, path), row in zip(asked, logprobs, strict=True):
+                    found = row[torch.from_numpy(search.tokens(path)).to(device)].cpu().numpy()
+                    need_finite(f"question {branch.id}", float(found.sum()), model.dtype)
+                    search.found(path, found)
 
 
 class Plain:

@@ -15,9 +15,9 @@ from common.config import Config, Decode, Eval
 from common.data import plan
 from common.data.squad import Example
 from common.data.tokens import Ids, Tokenizers
-from common.data.trees import Tree, build_trees
+from common.data.trees import Branch, Tree, build_trees
 from common.data.window import answer_limit
-from common.decode import batched, chunks, first_use, plain, snap, spans
+from common.decode import batched, chunks, first_use, nbest, nbest_batched, plain, snap, spans
 from common.decode.answers import Prediction, Task, need_finite, stop_tokens, to_prediction
 from common.decode.forward import Decoder
 from common.device import out_of_memory
@@ -156,7 +156,9 @@ def quotes_of(
     vocabulary = spans.vocabulary(tokenizer, model.config.vocab_size)
     if contexts is None:
         return lambda context: spans.automaton_of(vocabulary, context, options.whole_words)
-    return spans.Automata(vocabulary, contexts, options.whole_words, next(model.parameters()).device)
+    # a search walks automata on the host
+    device = torch.device("cpu") if options.nbest else next(model.parameters()).device
+    return spans.Automata(vocabulary, contexts, options.whole_words, device)
 
 
 def engine_of(model: Model, options: Eval) -> Literal["plain", "stream"]:
@@ -195,9 +197,9 @@ def _answer_stream(
         try:
             decoder = Decoder(model, sizes.cache_tokens, sizes.pass_tokens if sizes.capture else 0)
             todo = _noted(itertools.chain(missing, source), taken)
-            for a in batched.answers(decoder, todo, task, sizes.pass_tokens):
-                answered.add(id(a.branch))
-                yield to_prediction(task.tokenizer, a.branch, a, task.stop_tokens, task.decode, a.quotes, ties=True)
+            for branch, answer in _answered(decoder, todo, task, sizes.pass_tokens):
+                answered.add(id(branch))
+                yield answer
             return sizes
         except torch.OutOfMemoryError:
             if sizes == sizes.half():
@@ -208,6 +210,18 @@ def _answer_stream(
         print(f"note: out of GPU memory; answering goes on in passes of {sizes.pass_tokens} tokens", file=sys.stderr)
         left = ((t, tuple(b for b in t.branches if id(b) not in answered)) for t in (*taken, *missing[len(taken) :]))
         missing = [replace(t, branches=branches) for t, branches in left if branches]
+
+
+def _answered(
+    decoder: Decoder, trees: Iterable[Tree], task: Task, pass_tokens: int
+) -> Iterator[tuple[Branch, Prediction]]:
+    """Each question and its answer, as it ends: greedy, or chosen from the most probable ones."""
+    if task.decode.nbest:
+        for q in nbest_batched.answers(decoder, trees, task, pass_tokens):
+            yield q.branch, nbest.to_prediction(q.search, q.branch, task.decode)
+        return
+    for a in batched.answers(decoder, trees, task, pass_tokens):
+        yield a.branch, to_prediction(task.tokenizer, a.branch, a, task.stop_tokens, task.decode, a.quotes, ties=True)
 
 
 def _noted(trees: Iterable[Tree], taken: list[Tree]) -> Iterator[Tree]:

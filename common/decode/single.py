@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from common.config import Config, Decode, Eval, Window
 from common.data.squad import Example
 from common.data.tokens import Ids, Tokenizers
-from common.data.trees import build_trees
+from common.data.trees import Tree, build_trees
 from common.data.window import answer_limit
-from common.decode import chunks, plain, predict
-from common.decode.answers import Generation, Prediction, Tick, need_finite, to_prediction
+from common.decode import chunks, nbest, nbest_batched, plain, predict
+from common.decode.answers import Generation, Prediction, Task, Tick, need_finite, to_prediction
 from common.decode.drafts import draft_from
 from common.decode.forward import Batch, Decoder, NextTokens, Pass, choose
 from common.decode.spans import Automaton, Quotes, State, with_words
@@ -37,20 +37,32 @@ Out = NextTokens | Tensor  # next tokens; or, where they depend on what an answe
 
 
 class Single:
-    """The engine for Llamas. `most_tokens`: of a prompt and its answer. `spans`: answers are quotes."""
+    """The engine for Llamas. `most_tokens`: of a prompt and its answer. `spans`: answers are quotes.
+
+    `searched`: `search` finds them.
+    """
 
     name = "drafts"
 
-    def __init__(self, model: Model, stop_tokens: Sequence[int], limit: int, most_tokens: int, spans: bool = False):
+    def __init__(
+        self,
+        model: Model,
+        stop_tokens: Sequence[int],
+        limit: int,
+        most_tokens: int,
+        spans: bool = False,
+        searched: bool = False,
+    ):
         # a draft may reach beyond the last token, and padding needs a slot of its own
-        self.model, self.decoder = model, Decoder(model, most_tokens + DRAFT_TOKENS + 1)
+        lanes = (nbest.WIDTH - 1) * limit if searched else 0
+        self.model, self.decoder = model, Decoder(model, most_tokens + DRAFT_TOKENS + 1 + lanes)
         self.stop_tokens, self.limit, self.most_prompt = set(stop_tokens), limit, most_tokens - limit
         self.spans = spans
         self.keeps_prompt = False  # whether the cache keeps a prompt: what the next one shares is not read again
         self.held = Ids()  # the prompt that it keeps
         # shortest first; both are empty without fused attention
         self.prompt_graphs, self.draft_graphs = list[_Captured](), list[_Captured]()
-        if varlen.kernels(self.decoder.device, self.decoder.base.dtype):
+        if varlen.kernels(self.decoder.device, self.decoder.base.dtype) and not searched:
             capture = functools.partial(torch.cuda.graph, pool=torch.cuda.graph_pool_handle())
             lengths = [*(n for n in PROMPT_SIZES if n < self.most_prompt), self.most_prompt]
             # the longest first, because the others then reuse its memory
@@ -146,7 +158,7 @@ def engine(
         return plain.Plain(model, stop_tokens, limit)
     # another window tokenizer counts its own tokens, of which this model's may need up to twice as many
     most = (window.tokens - window.answer + limit) * (2 if window.tokenizer else 1) + overhead
-    return Single(model, stop_tokens, limit, most, decode.spans)
+    return Single(model, stop_tokens, limit, most, decode.spans, decode.nbest is not None)
 
 
 def ask(
@@ -164,6 +176,10 @@ def ask(
     need_embedded(engine.model.config, built.trees)
     trees = with_words(built.trees) if config.decode.spans else built.trees
     quotes_of = predict.quotes_of(engine.model, tokenizers.own, config.decode)
+    if config.decode.nbest:
+        searched = [search(engine, tokenizers, tree, config) for tree in trees]
+        searched.sort(key=lambda one: chunks.by_probability(one[0]), reverse=True)
+        return searched[0][0], [generation for _, generation in searched], bool(built.counts["truncated"])
     asked = [(tree, quotes_of(tree.context)) for tree in trees]
     found = []
     for tree, quotes in asked:
@@ -177,6 +193,29 @@ def ask(
     if config.decode.snap:
         (prediction,) = predict.snapped({branch.id: prediction}, built.trees).values()
     return prediction, [answer for answer, _, _ in found], bool(built.counts["truncated"])
+
+
+def search(engine: Engine, tokenizers: Tokenizers, tree: Tree, config: Config) -> tuple[Prediction, Generation]:
+    """The answer to a tree's only question, chosen from the most probable ones; passes are not counted."""
+    quotes = predict.quotes_of(engine.model, tokenizers.own, config.decode)
+    task = Task(
+        tokenizers.own,
+        sorted(engine.stop_tokens),
+        engine.limit,
+        config.eval,
+        lambda: None,
+        {},
+        "question",
+        lambda tree: quotes(tree.context),
+        config.decode,
+    )
+    if isinstance(engine, plain.Plain):
+        (answer,) = plain.answer_packs(engine.model, [tree], task)
+    else:
+        (found,) = nbest_batched.answers(engine.decoder, [tree], task, len(tree))
+        answer = nbest.to_prediction(found.search, found.branch, config.decode)
+    assert answer.logprob is not None
+    return answer, Generation(answer.token_ids, answer.logprob)
 
 
 class _Captured:
