@@ -101,14 +101,18 @@ class _Children(NamedTuple):
     """The paths that are one token longer than an expanded one, the most probable first."""
 
     parent: Path
-    tokens: np.ndarray
-    logprobs: np.ndarray  # of each token alone
-    targets: list[np.ndarray]
+    steps: Steps
+    order: np.ndarray  # [n] of the steps' tokens
+    logprobs: np.ndarray  # [n] of each token alone, in that order
+
+    def token(self, i: int) -> int:
+        return int(self.steps.tokens[self.order[i]])
 
     def path(self, i: int) -> Path:
-        own = float(self.logprobs[i])
-        ids = (*self.parent.ids, int(self.tokens[i]))
-        return Path(ids, self.parent.logprob + own, min(self.parent.least, own), np.unique(self.targets[i]))
+        own, at, start = float(self.logprobs[i]), self.order[i], self.steps.start
+        nodes = np.unique(self.steps.target[start[at] : start[at + 1]])
+        ids = (*self.parent.ids, self.token(i))
+        return Path(ids, self.parent.logprob + own, min(self.parent.least, own), nodes)
 
 
 class Search:
@@ -124,10 +128,12 @@ class Search:
         self._open: list[tuple[float, int, _Children, int]] = []  # heap: of each parent the best child not given yet
         self._serial = itertools.count()
         self._next: Path | None = Path((), 0.0, 0.0, paths.first)  # of the greedy path
+        self._steps: dict[tuple[int, ...], Steps] = {}  # of paths that are asked for
 
     def tokens(self, path: Path) -> np.ndarray:
         """The tokens whose log-probabilities behind `path` are asked for: those that end it, then those that go on."""
-        return np.concatenate([self.stops, self.paths.steps(path.nodes).tokens])
+        steps = self._steps[path.ids] = self.paths.steps(path.nodes)
+        return np.concatenate([self.stops, steps.tokens])
 
     def wanted(self) -> list[Path]:
         """Up to `WIDTH` paths to expand next, together; none where the search is done. Each is given once."""
@@ -143,12 +149,11 @@ class Search:
 
     def found(self, path: Path, logprobs: np.ndarray) -> None:
         """The log-probabilities [n], among all tokens, of `tokens(path)`."""
-        steps, n_stops = self.paths.steps(path.nodes), len(self.stops)
+        steps, n_stops = self._steps.pop(path.ids), len(self.stops)
         stop, going = logprobs[:n_stops].astype(np.float64), logprobs[n_stops:].astype(np.float64)
         may_end = self.paths.may_end(path.nodes)
-        order = np.lexsort((steps.tokens, -going))
-        targets = [steps.target[steps.start[i] : steps.start[i + 1]] for i in order]
-        children = _Children(path, steps.tokens[order], going[order], targets)
+        order = np.argsort(-going, kind="stable")  # of equal ones the least token first
+        children = _Children(path, steps, order, going[order])
         self.rest += math.exp(path.logprob) * (math.fsum(np.exp(going)) - 1)
         if may_end:
             self._end(path, float(np.logaddexp.reduce(stop)), cut=False)
@@ -156,7 +161,7 @@ class Search:
             self._push(children, 0)
             return
         ending = min(zip(-stop, self.stops, strict=True)) if may_end else (math.inf, 0)
-        if not len(going) or ending < (-children.logprobs[0], children.tokens[0]):
+        if not len(going) or ending < (-children.logprobs[0], children.token(0)):
             self.greedy, self._next = path, None
             self._push(children, 0)
             return
@@ -184,7 +189,7 @@ class Search:
         return children.path(i)
 
     def _push(self, children: _Children, i: int) -> None:
-        if i < len(children.tokens):
+        if i < len(children.order):
             bound = children.parent.logprob + float(children.logprobs[i])
             heapq.heappush(self._open, (-bound, next(self._serial), children, i))
 
