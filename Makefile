@@ -58,7 +58,7 @@ $(if $(filter command,$(origin CUDA)),$(shell echo "error: a bundle brings its o
 endif
 
 .DEFAULT_GOAL := help
-TARGETS := help setup smollm2 train eval bench ask export bench-train bench-decode bench-gpus sweep ablate runs report table revalidate accept certify demo test test-gpu test-api test-kernels test-page test-planted test-slurm test-published mutate lint format verify-scorer compare doctor bundle unbundle clean
+TARGETS := help setup smollm2 train eval bench ask calibrate export bench-train bench-decode bench-gpus sweep ablate runs report table revalidate accept certify demo test test-gpu test-api test-kernels test-page test-planted test-slurm test-published mutate lint format verify-scorer compare doctor bundle unbundle clean
 .PHONY: $(TARGETS)
 
 # a mistyped variable or target is an error, before anything runs; what else is here belongs to the tools that are started
@@ -100,6 +100,9 @@ bench: $(NEEDS) ## single-query latency and memory of MODEL
 ask: $(NEEDS) ## answers about one text by MODEL (else by the newest training in RUNS): CONTEXT='…' or CONTEXT_FILE=…, QUESTION='…', a QUESTIONS= file, or as they are typed
 	$(TYPED) ask $(call quoted,$(or $(OWN_MODEL),newest)) $(SET) $(FORCED)
 	@exec $(PY) -m scripts.ask $(call quoted,$(or $(OWN_MODEL),newest)) $(SET) $(FORCED)
+
+calibrate: $(READY) ## how sure MODEL's evaluated answers are; keeps a map to probabilities beside its adapter (ARGS='--way heldout', '--on RUN …')
+	exec $(PY) -m scripts.calibrate $(call quoted,$(MODEL)) $(SET) $(FORCED)
 
 export: $(NEEDS) ## MODEL's adapter merged into its base: a folder OUT=… for any tool, checked, with a model card
 	$(TYPED) export $(call quoted,$(MODEL)) $(call quoted,$(OUT)) $(SET) $(FORCED)

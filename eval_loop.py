@@ -25,10 +25,11 @@ from common.decode.answers import Prediction, stop_tokens
 from common.device import describe_device, pick_device
 from common.errors import UserError, one_line_errors
 from common.files import sha256, write_text
+from common.metrics.calibration import features
 from common.metrics.score import score
 from common.metrics.stats import clustered, wilson
 from common.model.load import load_system, load_tokenizers, sources
-from common.runs import adapters, checkpoint, gauges, preflight, ranks, record, signals
+from common.runs import adapters, calibrations, checkpoint, gauges, preflight, ranks, record, signals
 from common.runs.results import Accuracy, EvalResult, Section
 
 from accelerate.utils import broadcast_object_list
@@ -78,6 +79,9 @@ def main(argv: list[str]) -> None:
     texts = {e.id: answers[e.id].text for e in dev.examples}
     rows = [{**vars(answers[e.id]), "article": e.title} for e in dev.examples]
     rows = [{k: v for k, v in row.items() if v is not None or k not in OPTIONAL} for row in rows]
+    if calibration := calibrations.find(chosen.adapter, found.result.get("adapter_sha256"), config):
+        asked = (calibration.of(features(row, e.question)) for e, row in zip(dev.examples, rows, strict=True))
+        rows = [row if p is None else row | {"confidence": round(p, 6)} for row, p in zip(rows, asked, strict=True)]
     accuracy = cast(Accuracy, dict.fromkeys(Accuracy.__annotations__))  # None: random weights
     shown = "random weights: no accuracy"
     if not config.base.random_weights:

@@ -9,11 +9,13 @@ from common.config import Config, Decode, load
 from common.config_file import given_keys
 from common.parser import Parser
 
+KEPT_MAP = "the one that is kept; default: features of answers that were searched for (decode.nbest), else platt"
 SCRIPTS = {
     "train_loop": "Train one system's LoRA adapter on SQuAD, stop early on exact match, keep `best/` and `last/`.",
     "eval_loop": "Official EM and F1 of one system, by greedy decoding with the one prompt and window.",
     "bench_latency": "Latency and memory of single queries, one at a time, end to end. The method: docs/latency.md.",
     "ask": "One question about one context, answered by any system.",
+    "calibrate": "How sure a system's answers are: scores, maps to probabilities, and the map that is kept.",
     "export": "Merge an adapter into its base as a folder that any tool loads, and check that it answers as well.",
 }
 
@@ -47,6 +49,13 @@ def parser(script: str) -> Parser:
         out.add_argument("--force", action="store_true", help="ask an adapter otherwise than it was trained")
     if script == "eval_loop":
         out.add_argument("--replay", metavar="RUN", type=Path, help="take the answers from this run's transcript")
+    if script == "calibrate":
+        out.add_argument("--way", choices=("dev", "heldout"), default="dev", help="what maps are fitted to")
+        out.add_argument("--map", choices=("temperature", "platt", "isotonic", "features"), help=KEPT_MAP)
+        out.add_argument("--evaluation", metavar="RUN", type=Path, help="default: the newest of the adapter, so asked")
+        out.add_argument("--fit", metavar="RUN", type=Path, help="with --way heldout: the evaluation to fit to")
+        out.add_argument("--other", metavar="RUN", type=Path, help="the same questions asked by another prompt")
+        out.add_argument("--on", metavar="RUN", type=Path, nargs="+", default=[], help="evaluations of other questions")
     if script == "bench_latency":
         out.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # one of its processes: writes there
     if script == "ask":

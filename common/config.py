@@ -220,6 +220,14 @@ class Decode:  # what an answer may be, in evaluations, timings and questions; a
 
 
 @dataclass(frozen=True)
+class Ask:
+    least: float = later(0.0)  # the confidence below which no answer is given, by the adapter's calibration, [0, 1]
+
+    def __post_init__(self) -> None:
+        between(self, least=(0, 1))
+
+
+@dataclass(frozen=True)
 class Eval:
     engine: Literal["auto", "plain"] = "auto"  # plain: transformers' and PEFT's modules, as for all but Llamas
     memory_budget_gib: float | Literal["auto"] = 12.0  # as of train, 0.001 to 10,000; less where less is free
@@ -287,6 +295,7 @@ class Config:
     train: Train = field(default_factory=Train)
     early_stop: EarlyStop = field(default_factory=EarlyStop)
     decode: Decode = field(default=Decode(), metadata={"later": True})
+    ask: Ask = field(default=Ask(), metadata={"later": True})
     eval: Eval = field(default_factory=Eval)
     bench: Bench = field(default_factory=Bench)
     runs: str = "runs"  # where run folders go
@@ -311,6 +320,7 @@ class Config:
         need(
             not hosted or not decode.spans, "decode.spans", "a hosted model chooses its tokens itself; decode.snap can"
         )
+        need(not hosted or self.ask.least == 0, "ask.least", "needs a calibration, which adapters have")
         need(not hosted or decode.stop == "line", "decode.stop", "a hosted model is asked to stop at a line break")
         asked = self.prompt
         need(not asked.earlier or self.window.overflow == "truncate", "prompt.earlier", "reads one window: truncate")
@@ -340,6 +350,7 @@ class Config:
         """
         decides = without_unset(self)
         del decides["runs"], decides["tracker"]
+        decides.pop("ask", None)
         decides["api"] = self.api and self.api.url  # a run that met a limit goes on with a higher one
         if kind in ("train", "eval"):
             del decides["bench"]

@@ -34,8 +34,9 @@ from common.decode.answers import stop_tokens
 from common.device import describe_device, out_of_memory, pick_device
 from common.errors import UserError, one_line_errors
 from common.files import read_text
+from common.metrics.calibration import features
 from common.model.load import load_system, load_tokenizers
-from common.runs import adapters, checkpoint, gauges, preflight
+from common.runs import adapters, calibrations, checkpoint, gauges, preflight
 from common.runs.results import Section
 
 
@@ -59,13 +60,16 @@ def main(argv: list[str]) -> None:
         if not span and text and (at := context.find(text)) >= 0:
             span = at, at + len(text)
         result["span"] = span = list(span) if text and span else None
-        print(text or "(nothing)")
+        unsure = f"(not sure: {result['confidence']:.0%} < {config.ask.least:.0%})" if result.get("abstained") else ""
+        print(text or unsure or "(nothing)")
         if span:
             print(in_sentence(context, (span[0], span[1])))
         if result["context_cut"]:
             print(f"only the context's first {config.window.context} tokens were read; window.overflow=chunk reads all")
         where = f"characters {span[0]} to {span[1]} of the context" if span else "not a span of the context"
-        sure = f"; confidence {result['confidence']:.0%}" if result["confidence"] is not None else ""
+        where = "no answer is given" if unsure else where
+        how = ", calibrated" if result.get("calibrated") else ""
+        sure = f"; confidence {result['confidence']:.0%}{how}" if result["confidence"] is not None else ""
         print(f"{where}{sure}; {result['milliseconds']:.0f} ms, {config.title} on {result['on']}")
         print(json.dumps(result, ensure_ascii=False), flush=True)
 
@@ -75,6 +79,7 @@ def ask_here(
 ) -> Iterator[Section]:
     adapter = checkpoint.verified(chosen.adapter)
     chosen.note()
+    calibration = calibrations.find(adapter, checkpoint.weights_sha256(adapter), config)
     device = pick_device()
     model = load_system(config, adapter, device, bool(chosen.forced))
     with out_of_memory("a single query does not fit: lower window.context, or base.quant=nf4"):
@@ -93,6 +98,12 @@ def ask_here(
             result = {"system": config.system, "random_weights": config.base.random_weights, "question": question}
             result |= {"answer": answer.text, "span": answer.span}
             result |= {"confidence": math.exp(best.logprob), "tokens": len(best.token_ids), "windows": len(found)}
+            result |= {"nbest": answer.nbest} if answer.nbest else {}
+            sure = calibration.of(features(vars(answer), question)) if calibration else None
+            if sure is not None:
+                result |= {"confidence": sure, "calibrated": True}
+                if sure < config.ask.least:
+                    result |= {"answer": "", "span": None, "nbest": None, "abstained": True}
             result |= {"passes": sum(a.passes for a in found), "ended_by_itself": best.token_ids[-1] in stops}
             result |= {"context_cut": cut and config.window.overflow == "truncate", "milliseconds": 1000 * seconds}
             yield result | {"on": describe_device(device)["name"]}

@@ -22,15 +22,18 @@ from common.config import Data, EarlyStop
 from common.data import squad
 from common.errors import UserError, one_line_errors
 from common.files import ROOT, write_text
-from common.metrics import calibration, error_analysis, plots
+from common.metrics import confidence, error_analysis, plots
+from common.metrics.calibration import probability_of
 from common.metrics.compare import Rows, brackets, compare
 from common.metrics.pages import Cells, environment, text_table
 from common.metrics.stats import Interval, clustered, t_interval, wilson
 from common.parser import Parser
-from common.runs import ablations, outcomes, record
+from common.runs import ablations, calibrations, outcomes, record
 from common.runs.results import Record, Section
 
 import yaml
+
+Trust = tuple[dict[str, float], dict[str, bool], dict[str, str]]  # by question: probability, whether right, article
 
 COLUMNS = ("system", "seeds", "EM [95 %]", "F1 [95 %]", "n", "p95 ms [95 %]", "peak memory", "J a query", "device")
 USD, SNAPSHOT = "USD a 1,000 queries", "EM in the snapshot"  # further columns, of some reports
@@ -117,7 +120,8 @@ def choose(found: Sequence[Record]) -> tuple[dict[str, Group], list[dict[str, st
             others.append((r, beaten_by(best, r)))
 
     def asked(r: Record) -> str:
-        same = {**r["must_match"], "data": r["config"]["data"]["dev"], "questions": None}
+        data = r["config"]["data"]
+        same = {**r["must_match"], "data": [data["dev"], data["split"]], "questions": None}
         return json.dumps([r["kind"], key_of(r), same], sort_keys=True)
 
     def shown(group: Group) -> list[Record]:
@@ -290,10 +294,15 @@ def draw(lines: Sequence[Line], trainings: Sequence[Record]) -> dict[str, str]:
         out["Right answers against waiting: exact match and p95, with 95 % intervals."] = plots.tradeoff(points, styles)
     if waits := {name: ms for name, line in named.items() if line.bench and (ms := natural_ms(line.bench))}:
         out["How long single queries take; the line is at 95 %."] = plots.latencies(waits, styles)
-    if trusts := {name: bins for name, line in named.items() if line.scored and (bins := reliability(line))}:
-        off = ", ".join(f"{name} {100 * calibration.expected_error(bins):.1f}" for name, bins in trusts.items())
-        title = f"Whether a model knows when it is right: mean distance from the line, in points: {off} (first seeds)."
-        out[title] = plots.reliability(trusts, styles)
+    if trusts := {name: found for line_name, line in named.items() for name, found in trusted(line_name, line).items()}:
+        styled = plots.styles_of([*styles, *trusts])
+        right = {name: (p, correct) for name, (p, correct, _) in trusts.items()}
+        out["Whether a model knows when it is right: the share of right answers at each probability (first seeds)."] = (
+            plots.reliability({name: confidence.reliability(*both) for name, both in right.items()}, styled)
+        )
+        out[
+            "What abstaining is worth: errors among the answers that are given, the most certain first (first seeds)."
+        ] = plots.risk_coverage({name: confidence.risk_coverage(*both) for name, both in right.items()}, styled)
     if several := {name: ems for name, line in named.items() if line.scored and len(ems := line.values("em")) > 1}:
         title = "What the seed changes: a mark each, above them the mean and its 95 % interval."
         out[title] = plots.seeds(several, styles)
@@ -306,13 +315,36 @@ def natural_ms(bench: Record) -> list[float]:
     return [1000 * q["total"] for file in files for q in json.loads(file.read_text())["modes"]["natural"]]
 
 
-def reliability(line: Line) -> list[calibration.Bin]:
-    """`calibration.reliability` of the first seed; empty if its record has no probabilities."""
-    rows = line.rows[line.evaluations[0]["folder"]]
-    if any(row["logprob"] is None for row in rows.values()):
-        return []
-    probability = {id_: math.exp(row["logprob"]) for id_, row in rows.items()}
-    return calibration.reliability(probability, {id_: row["em"] for id_, row in rows.items()})
+def trusted(name: str, line: Line) -> dict[str, Trust]:
+    """Name → probabilities of the first seed's answers, which are right, and their articles.
+
+    The model's own probabilities, and calibrated ones where `make calibrate` has written them; empty without either.
+    """
+    if not line.scored:
+        return {}
+    evaluation = line.evaluations[0]
+    rows = line.rows[evaluation["folder"]]
+    facts = {id_: bool(row["em"]) for id_, row in rows.items()}, {id_: row["article"] for id_, row in rows.items()}
+    out: dict[str, Trust] = {}
+    if all(row["logprob"] is not None for row in rows.values()):
+        out[name] = {id_: probability_of(row["logprob"]) for id_, row in rows.items()}, *facts
+    mapped = calibrations.of_answers(evaluation)
+    if mapped is not None and mapped.keys() == rows.keys():
+        out[f"{name}, calibrated"] = mapped, *facts
+    return out
+
+
+def confidences(lines: Sequence[Line]) -> list[Cells]:
+    """A table of calibration and ranking, empty where no line has probabilities."""
+    percent = ("ece", "perfect_ece", "coverage_80", "coverage_90")
+    head = ("probabilities", "ECE", "of a perfect model", "AURC", "answered at 80 % EM", "at 90 % EM")
+    rows: list[Cells] = [head]
+    for line in lines:
+        for name, trust in trusted(line.name, line).items():
+            found = confidence.figures(*trust, draws=0)
+            ece, perfect, *coverages = (f"{100 * found[key].value:.1f}" for key in percent)
+            rows.append((name, ece, perfect, f"{found['aurc'].value:.4f}", *(f"{share} %" for share in coverages)))
+    return rows if len(rows) > 1 else []
 
 
 def provenance(r: Record) -> Cells:
@@ -399,6 +431,7 @@ def main(argv: list[str]) -> None:
             "table": [columns, *(row.values() for row in rows)],
             "sentences": [*(text for line in scored for text in seeds(line)), *map(str, tests)],
             "mistakes": mistake_rows(scored, wrong) if wrong else [],
+            "confidence": confidences(scored),
             "plots": draw(lines, trainings),
             "provenance": [("run", "made", "code", "with", "again"), *map(provenance, (*trainings, *shown))],
         }

@@ -200,7 +200,7 @@ def test_overrides_reach_every_depth_and_absent_sections(config):
         ("lora={rank: 1, rank: 2}", 'override lora={rank: 1, rank: 2}:1: key "lora.rank" stands here twice'),
         ("lora={rnk: 1}", 'override lora={rnk: 1}:1: unknown key "lora.rnk" — did you mean "lora.rank"?'),
         (".".join("a" * 21) + "=1", "override " + ".".join("a" * 21) + "=1: nested more than 20 deep"),
-        (".".join("a" * 20) + "=1", "override " + ".".join("a" * 20) + '=1: unknown key "a" — did you mean "api"?'),
+        (".".join("a" * 20) + "=1", "override " + ".".join("a" * 20) + '=1: unknown key "a" — did you mean "ask"?'),
         ("seed=" + "w" * 75, f'override seed={"w" * 75}: "seed" takes a whole number, not "{"w" * 75}"'),
         ("seed=" + "w" * 81, f'override seed={"w" * 74}…: "seed" takes a whole number, not "{"w" * 79}…"'),
         ("w" * 81 + "=1", f'override {"w" * 79}…: unknown key "{"w" * 79}…"'),
@@ -396,6 +396,7 @@ BOUNDS = {  # of each number the last value that is taken and the first that is 
     ),  # of window.answer=32; from there on it is refused as it should be
     "decode.nbest": ("1", "0", "100", "101"),
     "decode.length_exponent": ("0", "-1e-9", "2", "2.1"),
+    "ask.least": ("0", "-1e-9", "1", "1.1"),
     "prompt.shots": ("0", "-1", "1000", "1001"),
     "prompt.shots_seed": ("0", "-1", "4294967295", "4294967296"),
     "train.lr": ("1e-12", "9e-13", "100", "101"),

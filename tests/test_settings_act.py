@@ -135,6 +135,7 @@ ELSEWHERE = {  # key → the test that shows what it does
     "data.fix_offsets": "test_squad",
     "window.tokenizer": "test_prompt",
     "api.": "test_api",
+    "ask.least": "test_ask",
 }
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict, cast
 
-from common.metrics.calibration import Bin
+from common.metrics.confidence import Bin
 from common.metrics.effects import Effect
 from common.metrics.stats import Interval, t_interval
 
@@ -101,7 +101,7 @@ def latencies(samples: Mapping[str, Sequence[float]], styles: Styles) -> str:
 
 @matplotlib.rc_context(LOOK)
 def reliability(bins: Mapping[str, Sequence[Bin]], styles: Styles) -> str:
-    """The share of right answers against the model's own probability, by `calibration.reliability`."""
+    """The share of right answers against the model's own probability, by `confidence.reliability`."""
     axes = Figure().subplots()
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8)
     for name, rows in bins.items():
@@ -109,6 +109,16 @@ def reliability(bins: Mapping[str, Sequence[Bin]], styles: Styles) -> str:
         axes.errorbar(x, y, yerr=_around(y, intervals), capsize=2, label=name, **styles[name])
     axes.set(xlabel="probability of the answer", ylabel="share that is right", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     return _svg(axes, "Reliability: right answers against the model's own probability")
+
+
+@matplotlib.rc_context(LOOK)
+def risk_coverage(curves: Mapping[str, tuple[NDArray, NDArray]], styles: Styles) -> str:
+    """The error rate of the answered questions against their share, by `confidence.risk_coverage`."""
+    axes = Figure().subplots()
+    for name, (answered, wrong) in curves.items():
+        axes.plot(answered, wrong, **styles[name], label=name, markevery=max(1, len(answered) // 8))
+    axes.set(xlabel="share of questions answered", ylabel="share of these wrong", xlim=(0, 1.03), ylim=(0, None))
+    return _svg(axes, "Risk and coverage: errors among the answers that are given")
 
 
 @matplotlib.rc_context(LOOK)

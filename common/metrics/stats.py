@@ -27,12 +27,21 @@ def clustered(values: Values, cluster_of: Clusters, confidence: float = 0.95, dr
     is fixed. Because clusters are few, the percentiles are expanded a little (https://arxiv.org/abs/1411.5279).
     """
     sums, sizes = _of_clusters(values, cluster_of)
-    n = len(sums)
-    if n < 2:
+    if len(sums) < 2:
         return None
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=draws)
+    drawn = resampled(len(sums), draws)
+    return expanded_percentiles((drawn @ sums) / (drawn @ sizes), len(sums), confidence)
+
+
+def resampled(n: int, draws: int) -> NDArray:
+    """How often each of `n` clusters is in each bootstrap sample, [draws, n]; the seed is fixed."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=draws)
+
+
+def expanded_percentiles(samples: NDArray, n: int, confidence: float = 0.95) -> Interval:
+    """The interval of a figure by its bootstrap samples over `n` clusters."""
     tail = 100 * stats.norm.cdf(np.sqrt(n / (n - 1)) * stats.t.ppf((1 - confidence) / 2, n - 1))
-    low, high = np.percentile((drawn @ sums) / (drawn @ sizes), (tail, 100 - tail))
+    low, high = np.percentile(samples, (tail, 100 - tail))
     return float(low), float(high)
 
 

@@ -36,6 +36,7 @@ from common.runs.results import Record, Result, Section
 
 import yaml
 
+MAY_HAVE = ("token_ids", "least", "nbest", "rest", "confidence")  # of a question's row
 SCHEMA = 2  # before it a tokenizer was known by the hash of its file
 BY_FILE = "file "
 _claimed: dict[Path, TextIO] = {}  # kept open: closing one would release its lock
@@ -196,7 +197,7 @@ def read_questions(evaluation: Record) -> dict[str, dict[str, Any]]:
         for r in rows:
             r |= {"article": r.get("article", r["id"]), "logprob": r.get("logprob")}
         kept = ("text", "em", "f1", "hit_limit", "article", "logprob")
-        return {r["id"]: {key: r[key] for key in kept} for r in rows}
+        return {r["id"]: {key: r[key] for key in kept} | {key: r[key] for key in MAY_HAVE if key in r} for r in rows}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); evaluate that system again") from error
 

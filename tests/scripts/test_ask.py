@@ -179,6 +179,8 @@ def test_an_adapter_is_checked_noted_and_answers(answering_config, monkeypatch, 
 
     monkeypatch.setattr(adapters, "choose", chosen)
     monkeypatch.setattr(ask.checkpoint, "verified", lambda adapter: f"{adapter}, verified")
+    monkeypatch.setattr(ask.checkpoint, "weights_sha256", lambda adapter: "its weights")
+    monkeypatch.setattr(ask.calibrations, "find", lambda *known: done.append(known[:2]))
 
     def loaded(config: Config, adapter: str, device: torch.device, force: bool):
         done.append((adapter, config.system, force))
@@ -187,7 +189,7 @@ def test_an_adapter_is_checked_noted_and_answers(answering_config, monkeypatch, 
     monkeypatch.setattr(ask, "load_system", loaded)
     with pytest.raises(UserError, match="far enough"):
         ask.main([str(answering_config), "--context", "c", "--question", "q", *["--force"] * force])
-    assert done == [("an adapter, verified", "answering", force)]
+    assert done == [("an adapter, verified", "its weights"), ("an adapter, verified", "answering", force)]
     assert capsys.readouterr().err == "note: seed=1, as an adapter was trained\n"
 
 

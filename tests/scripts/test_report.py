@@ -14,7 +14,7 @@ from common.data import squad
 from common.errors import UserError
 from common.files import write_text
 from common.metrics import pages, plots
-from common.metrics.calibration import reliability
+from common.metrics.confidence import reliability
 from common.metrics.score import score
 from common.runs import record
 from scripts import report
@@ -341,6 +341,20 @@ def provenance(runs: Path) -> list[tuple[str, ...]]:
     ]
 
 
+NOTE = (
+    (Path(report.__file__).parent.parent / "common/metrics/page.md")
+    .read_text()
+    .partition("### Confidence\n\n")[2]
+    .partition("\n")[0]
+)
+# right are, by falling probability, the fourth of five, and all but the fifth
+CONFIDENCE = [
+    ("probabilities", "ECE", "of a perfect model", "AURC", "answered at 80 % EM", "at 90 % EM"),
+    ("smollm2-raw", "66.0", "38.3", f"{(1 + 1 + 1 + 3 / 4 + 4 / 5) / 5:.4f}", "0.0 %", "0.0 %"),
+    ("smollm2-qlora", "30.0", "38.3", f"{1 / 5 / 5:.4f}", "100.0 %", "80.0 %"),
+]
+
+
 class Page(HTMLParser):
     """Text, cells, list items, and what a browser would fetch."""
 
@@ -404,6 +418,12 @@ def test_every_figure_of_the_markdown_is_its_own(hand, capsys):
         "",
         *(f"- {sentence}" for sentence in SENTENCES),
         "",
+        "### Confidence",
+        "",
+        NOTE,
+        "",
+        *piped(CONFIDENCE),
+        "",
         "### Right and wrong answers",
         "",
         *piped(MISTAKES),
@@ -422,7 +442,9 @@ def test_every_figure_of_the_markdown_is_its_own(hand, capsys):
 
 def test_the_page_has_the_same_tables_and_sentences(hand, capsys):
     _, page, _ = made(hand, capsys, "--usd-per-hour", "3.6")
-    assert page.tables == [[[*row] for row in table] for table in (TABLE, MISTAKES, provenance(hand), SNAPSHOT)]
+    assert page.tables == [
+        [[*row] for row in table] for table in (TABLE, CONFIDENCE, MISTAKES, provenance(hand), SNAPSHOT)
+    ]
     assert page.items == SENTENCES
     for text in (*title(hand), "SQuAD: smollm2-qlora, smollm2-raw", report.snapshot()["what"]):
         assert text in page.text
@@ -858,7 +880,7 @@ def test_families_of_ablations_are_those_of_the_systems_that_are_shown(hand, cap
 def test_trainings_are_those_of_the_adapters_that_are_shown(hand, capsys):
     stored(hand, "train", "smollm2-qlora", {"em": 1.0}, folder="of-another-adapter")
     _, page, _ = made(hand, capsys)
-    assert [row[0].rpartition("/")[2] for row in page.tables[2][1:]][:2] == [
+    assert [row[0].rpartition("/")[2] for row in page.tables[3][1:]][:2] == [
         "smollm2-qlora-s0-train",
         "smollm2-raw-s0-eval",
     ]
@@ -1032,7 +1054,7 @@ def plotted(monkeypatch, drawn):
         styles.update(of)
         return f"<svg>{name}</svg>"
 
-    for name in ("learning", "tradeoff", "latencies", "reliability", "seeds"):
+    for name in ("learning", "tradeoff", "latencies", "reliability", "risk_coverage", "seeds"):
         monkeypatch.setattr(plots, name, functools.partial(plot, name))
     return shown, styles
 
@@ -1063,14 +1085,27 @@ def test_plots_show_what_the_records_say(hand, capsys, plotted):
         (expected, found) = reliability(probabilities, right), shown["reliability"][name]
         assert [(share, n) for _, share, _, n in found] == [(share, n) for _, share, _, n in expected]
         assert [p for p, *_ in found] == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9])
+    answered, wrong = shown["risk_coverage"]["smollm2-qlora"]
+    assert answered.tolist() == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert wrong.tolist() == pytest.approx([0, 0, 0, 0, 0.2])
     assert shown["seeds"] == {"smollm2-qlora": [80.0, 40.0]}
     assert styles == plots.styles_of(["smollm2-raw", "smollm2-qlora"])
     for words in (
         "Learning: exact match of each evaluation, and the loss.",
         "How long single queries take; the line is at 95 %.",
-        "mean distance from the line, in points: smollm2-raw 66.0, smollm2-qlora 30.0 (first seeds).",
-    ):  # 0.5 + 0.4 + 0.7 + 0.8 + 0.9 and 0.5 + 0.4 + 0.3 + 0.2 + 0.1, of five
+    ):
         assert words in page.text
+
+
+def test_calibrated_answers_have_a_row_and_a_curve_of_their_own(hand, capsys, plotted):
+    exact = dict.fromkeys(ROWS["smollm2-qlora 0"], 0.8)
+    (hand / "smollm2-qlora-s0-eval" / "confidence.json").write_text(json.dumps(exact))
+    (hand / "smollm2-raw-s0-eval" / "confidence.json").write_text('{"of others": 0.5}')
+    _, page, _ = made(hand, capsys)
+    rows = [row for table in page.tables if table[0][0] == "probabilities" for row in table[1:]]
+    assert [row[0] for row in rows] == ["smollm2-raw", "smollm2-qlora", "smollm2-qlora, calibrated"]
+    assert rows[2][1] == "32.0" != rows[1][1], "each bin is one answer: four times 0.2 and once 0.8, of five: 32"
+    assert set(plotted[0]["reliability"]) == {row[0] for row in rows}
 
 
 def test_what_was_not_kept_is_not_plotted(hand, capsys, plotted):
@@ -1181,7 +1216,7 @@ def test_the_page_fetches_nothing_and_draws_everything(runs, capsys, drawn):
     assert page.fetched == []
     text = (runs / "report.html").read_text()
     labels = set(re.findall(r'<svg role="img" aria-label="([^"]+)"', text))
-    assert len(labels) == text.count("<svg ") == 5
+    assert len(labels) == text.count("<svg ") == 6
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
     assert all(name in ids for name in re.findall(r'(?:href="|url\()#([^")]+)', text))
