@@ -206,7 +206,7 @@ def answer_hosted(config: Config, dev: squad.Dataset, run: Path | None, replay: 
         "waited_s": round(sum(r.waited for r in replies.values()), 2),
     }
     made_by = {"engine": "api", **sources(None, tokenizers)}
-    answers = {id_: Prediction(id_, r.text, [], None, r.hit_limit) for id_, r in replies.items()}
+    answers = {id_: Prediction(id_, r.text, [], r.logprob, r.hit_limit, least=r.least) for id_, r in replies.items()}
     if config.decode.snap:
         read = parts_read(dev.examples, tokenizers.window, config.window, config.prompt)
         answers = {id_: snap.of(answer, read[id_]) for id_, answer in answers.items()}

@@ -249,7 +249,7 @@ class Bench:
 
 
 # of a request to a hosted model, beside model and prompt
-FIELDS = ("temperature", "max_tokens", "stop", "stream", "stream_options")
+FIELDS = ("temperature", "max_tokens", "stop", "stream", "stream_options", "logprobs")
 
 
 @dataclass(frozen=True)
@@ -265,6 +265,7 @@ class Api:
     max_cost_usd: float | None = None  # of a run, by the two prices, ≤ a billion; null: no limit
     # fields of a request that the host refuses: "stop" leaves it out, "max_tokens=max_completion_tokens" renames it
     omit: tuple[str, ...] = later(())
+    logprobs: bool = later(False)  # ask for the answer tokens' log-probabilities, which confidence needs; another run
 
     def __post_init__(self) -> None:
         for word in self.omit:
@@ -352,6 +353,8 @@ class Config:
         del decides["runs"], decides["tracker"]
         decides.pop("ask", None)
         decides["api"] = self.api and self.api.url  # a run that met a limit goes on with a higher one
+        if self.api and self.api.logprobs:
+            decides["api"] = [self.api.url, "logprobs"]  # a finished run without them does not have them
         if kind in ("train", "eval"):
             del decides["bench"]
         if self.train.memory_budget_gib == "auto" and (kind != "train" or self.lora is None):

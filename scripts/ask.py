@@ -125,7 +125,8 @@ def ask_api(config: Config, tokenizers: Tokenizers, context: str, questions: Ite
                 text, span = snap.nearest(read[example.id], text) or (text, None)
             result = {"system": config.system, "random_weights": False, "question": question}
             result |= {"answer": text, "span": span}
-            result |= {"confidence": None, "tokens": reply.written, "windows": 1}
+            confidence = None if reply.logprob is None else math.exp(reply.logprob)
+            result |= {"confidence": confidence, "tokens": reply.written, "windows": 1}
             result |= {"ended_by_itself": not reply.hit_limit, "context_cut": bool(counts["truncated"])}
             yield result | {"milliseconds": 1000 * reply.total, "on": config.api.url}
         client.close()

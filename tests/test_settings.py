@@ -46,6 +46,7 @@ KEYS = {
     "api.max_requests": ("9", NONE, None),
     "api.max_cost_usd": ("9", NONE, None),
     "api.omit": ("[stop]", NONE, None),
+    "api.logprobs": ("true", EVERY, None),
     "adapter": ("other", EVERY, "newest"),
     "data.train": ("other.json", EVERY, "after"),
     "data.dev": ("other.json", EVERY, "newest"),
@@ -205,6 +206,7 @@ OPTIONAL = {
         "max_requests": None,
         "max_cost_usd": None,
         "omit": [],
+        "logprobs": False,
     },
 }
 TUNED = ("train.memory_budget_gib=8", "lora={}")

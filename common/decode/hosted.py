@@ -42,6 +42,7 @@ from common.decode.responses import (
     retry_after,
     server_seconds,
     text_of,
+    token_logprobs,
 )
 from common.errors import UserError
 from common.files import lock
@@ -78,6 +79,8 @@ class Reply:
     elsewhere: str = ""  # fields that held text which is no answer: reasoning_content, tool_calls, …
     refused: str = ""  # the host's words, if its content filter refused the question
     streamed: bool = True
+    logprob: float | None = None  # of the answer's tokens, natural log; most hosts leave the stop token out
+    least: float | None = None  # of these tokens' log-probabilities
 
 
 class Client:
@@ -164,7 +167,9 @@ class Client:
     def body(self, prompt: str) -> Json:
         chat, limit = self.config.prompt.chat, answer_limit(self.config.window, self.config.decode)
         given = {"messages": [{"role": "user", "content": message(prompt)}]} if chat else {"prompt": prompt}
-        return {"model": self.config.base.path, **given, "temperature": 0, "max_tokens": limit, **STREAMED}
+        fields = {"temperature": 0, "max_tokens": limit, **STREAMED}
+        fields |= {"logprobs": True if chat else 1} if self.api.logprobs else {}
+        return {"model": self.config.base.path, **given, **fields}
 
     def _try(self, request: Json, key: str, began: float, tries: Iterator[int]) -> Reply:
         """Sends one request; its outcome is in the transcript before this returns or raises."""
@@ -205,6 +210,7 @@ class Client:
         url = f"{self.api.url.rstrip('/')}/{'chat/completions' if self.config.prompt.chat else 'completions'}"
         first = reason = server = read = written = None
         text, streamed, by_delta = "", True, False
+        tokens: list[tuple[str, float]] = []
         with self.http.stream("POST", url, json=request, extensions=trace) as response:
             seen["status"] = status = response.status_code
             if status != 200:
@@ -238,8 +244,10 @@ class Client:
                     first = time.perf_counter() - start
                 if piece and not choice.get("text") and not choice.get("delta") and by_delta:
                     pieces.clear()  # a message after deltas repeats them
+                    tokens.clear()
                 by_delta = by_delta or bool(piece and (choice.get("text") or choice.get("delta")))
                 pieces.append(piece)
+                tokens += token_logprobs(choice) or []
                 # a host may split a surrogate pair over two events; half of one alone becomes U+FFFD
                 seen["text"] = text = self._redact(mended("".join(pieces)))
                 read, written = (count_of(usage.get(key)) for key in USAGE)
@@ -256,6 +264,7 @@ class Client:
         connected = [marks[n] - start for n in marks if n.endswith((".connect_tcp.complete", ".start_tls.complete"))]
         answer, thoughts = THINKING.subn("", text)
         line, more, _ = answer.lstrip().partition("\n")
+        logprobs = _of_line(tokens, text, line, cut=bool(more or thoughts))
         return Reply(
             text=line.strip(),
             hit_limit=kind in LIMITS and not more,  # a host that ignores `stop` may reach the limit after the answer
@@ -268,6 +277,8 @@ class Client:
             waited=waited,
             elsewhere=", ".join([*elsewhere, *["<think>"] * thoughts]),
             streamed=streamed,
+            logprob=sum(logprobs) if logprobs else None,
+            least=min(logprobs, default=None),
         )
 
     def _reserve(self, request: Json) -> float:
@@ -399,9 +410,33 @@ def notes(client: Client, wanted: Mapping[str, str], replies: Mapping[str, Reply
             f"the host read {read:.0f} tokens of {sent:.0f} that were sent, on average: it wraps completions in a "
             "template of its own, which is another prompt, or its tokenizer is very different"
         )
+    if client.api.logprobs and (without := sum(r.logprob is None and bool(r.text) for r in replies.values())):
+        out.append(f"the host gave no log-probabilities with {without} of {n} answers")
     if "temperature" in client.api.omit:
         out.append("temperature was not sent: unless the host's default is 0, another run may score otherwise")
     return out
+
+
+def _of_line(tokens: list[tuple[str, float]], text: str, line: str, cut: bool) -> list[float]:
+    """The log-probabilities of an answer's tokens; empty where they are not known.
+
+    `cut`: `text` holds more than the answer's `line`. Then the tokens must spell the text, and those of the line count,
+    and the one that ends it. Otherwise all count, a stop token that the host gives too.
+    """
+    spelt = "".join(token for token, _ in tokens)
+    if not line or not (cut or len(spelt.strip()) >= len(line)):
+        return []  # some came without
+    if not cut:
+        return [value for _, value in tokens]
+    start = text.find(line) if spelt == text else -1
+    if start < 0:
+        return []
+    ends = itertools.accumulate(len(token) for token, _ in tokens)
+    return [
+        value
+        for (token, value), end in zip(tokens, ends, strict=True)
+        if start < end and end - len(token) <= start + len(line)
+    ]
 
 
 def _refusal(why: str, seen: Json, start: float, waited: float) -> Reply:

@@ -15,6 +15,7 @@ import httpx2
 
 Json = dict[str, Any]  # an object as `json.loads` returns it
 
+ROUNDING = 1e-3  # that a log-probability may lie above 0
 ERROR_CHARS = 300  # kept of an error's message: a line
 CONTROL = {"", "ping", "[ping]", "heartbeat", "keep-alive", "keepalive"}  # events, and data, that carry nothing
 # fields of a chat message that hold text, but no answer
@@ -118,6 +119,29 @@ def text_of(choice: Json) -> tuple[str, list[str]]:
         fields += [part["type"] for part in content if part["type"] != "text"]
         content = "".join(part["text"] for part in content if part["type"] == "text")
     return "" + content, fields
+
+
+def token_logprobs(choice: Json) -> list[tuple[str, float]] | None:
+    """A choice's tokens and their natural log-probabilities, as completions or chats give them; None if there are none.
+
+    Anything malformed, not finite or above 0 by more than rounding is None too.
+    """
+    found = choice.get("logprobs")
+    if not isinstance(found, dict):
+        return None
+    pairs: list[tuple[object, object]] = []
+    if isinstance(content := found.get("content"), list):
+        pairs = [(e.get("token"), e.get("logprob")) if isinstance(e, dict) else (None, None) for e in content]
+    elif isinstance(tokens := found.get("tokens"), list) and isinstance(values := found.get("token_logprobs"), list):
+        pairs = [*zip(tokens, values, strict=False)] if len(tokens) == len(values) else [(None, None)]
+    out = []
+    for token, value in pairs:
+        if not isinstance(token, str) or isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        if not math.isfinite(value) or value > ROUNDING:
+            return None
+        out.append((token, min(0.0, float(value))))
+    return out or None
 
 
 def mended(text: str) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import random
 import re
 import threading
@@ -26,6 +27,8 @@ from tests.conftest import same
 
 import httpx2
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tenacity import RetryCallState
 
 KEY = "sk-very-secret-1234567890"
@@ -484,7 +487,7 @@ def test_a_line_of_the_transcript_holds_the_request_and_its_outcome(client, tmp_
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     key = hashlib.sha256(json.dumps(["http://h/v1", body], sort_keys=True).encode()).hexdigest()[:24]
     times = {"connect": None, "first": 0.1, "total": 0.2, "server": None, "waited": 0.0}
-    times |= {"elsewhere": "", "refused": "", "streamed": True}
+    times |= {"elsewhere": "", "refused": "", "streamed": True, "logprob": None, "least": None}
     reply = {"text": "Zürich", "hit_limit": False, "read": 100, "written": 3, **times}
     when = first.pop("when"), second.pop("when")
     assert list(when) == sorted(when)
@@ -1070,7 +1073,9 @@ def test_fields_that_a_host_refuses_are_left_out_or_renamed(says, omit, gone, ne
 
 @pytest.mark.parametrize("omit", ["[model]", "[prompt]", "[max_tokens=]", "[stop=a b]", "[Stop]", "['']"])
 def test_fields_that_cannot_be_left_out_are_named(omit):
-    with pytest.raises(UserError, match=r"omit: .* is none of temperature, max_tokens, stop, stream, stream_options; "):
+    with pytest.raises(
+        UserError, match=r"omit: .* is none of temperature, max_tokens, stop, stream, stream_options, logprobs; "
+    ):
         load("api8b", [f"api.omit={omit}"])
     with pytest.raises(UserError, match="omit: name each field once"):
         load("api8b", ["api.omit=[stop, stop=ends]"])
@@ -1440,3 +1445,77 @@ def test_one_question_to_a_hosted_model(host_and_words, capsys):
 def test_settings_that_make_no_sense_are_refused(words, message):
     with pytest.raises(UserError, match=message):
         load("api8b", words)
+
+
+# ---- log-probabilities -----------------------------------------------------------------------------------------------
+
+ASKED = ("api.logprobs=true",)
+
+
+def with_tokens(*pairs, chat: bool = False, text: str | None = None) -> str:
+    """An event with tokens and their log-probabilities, and the text that they spell or another one."""
+    text = "".join(token for token, _ in pairs) if text is None else text
+    content = {"content": [{"token": token, "logprob": value, "top_logprobs": []} for token, value in pairs]}
+    legacy = {"tokens": [token for token, _ in pairs], "token_logprobs": [value for _, value in pairs]}
+    said = {"delta": {"content": text}} if chat else {"text": text}
+    choice = {**said, "logprobs": content if chat else legacy, "finish_reason": None}
+    return f"data: {json.dumps({'choices': [choice]})}\n\n"
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_log_probabilities_are_asked_for_summed_and_kept(says, tmp_path, chat):
+    stream = with_tokens((" amb", -0.5), chat=chat) + with_tokens(("er", -0.25), chat=chat)
+    words = (*ASKED, f"prompt.chat={str(chat).lower()}")
+    client, requests = says(stream + event("stop") + DONE, words=words)
+    reply = client.ask("one")
+    assert (reply.text, reply.logprob, reply.least) == ("amber", -0.75, -0.5)
+    assert requests[0]["logprobs"] == (True if chat else 1)
+    again, requests = says(words=words)
+    assert again.ask("one") == reply, "of the transcript"
+    other, requests = says(WHOLE)
+    assert other.ask("one").logprob is None, "another request"
+    assert "logprobs" not in requests[0]
+    renamed, requests = says(WHOLE, words=(*ASKED, "api.omit=[logprobs=n_probs]"), fresh=True)
+    renamed.ask("one")
+    assert requests[0]["n_probs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("stream", "expected"),
+    [
+        (with_tokens((" amber", -0.5), ("</s>", -0.1), text=" amber") + event("stop"), (-0.6, -0.5)),
+        (with_tokens(("\n", -9), (" amber", -0.5), ("\n", -0.1), ("more", -7)) + event("stop"), (-0.6, -0.5)),
+        (with_tokens((" amber", 1e-6)) + event("stop"), (0.0, 0.0)),  # rounding
+        (with_tokens((" am", -0.5)) + event("stop", "ber"), (None, None)),  # a part came without
+        (event(text=" amber\nmore") + event("stop"), (None, None)),
+        (with_tokens((" amber", None)) + event("stop"), (None, None)),
+        (with_tokens((" amber", 0.7)) + event("stop"), (None, None)),
+        (with_tokens((" amber", True)) + event("stop"), (None, None)),
+        (event(text=" amber", logprobs={"tokens": [" amber"]}) + event("stop"), (None, None)),
+    ],
+)
+def test_only_the_answers_own_tokens_count_and_nothing_is_guessed(says, stream, expected):
+    client, _ = says(stream + DONE, words=ASKED)
+    reply = client.ask("one")
+    assert reply.text == "amber"
+    assert (reply.logprob, reply.least) == (expected if None in expected else pytest.approx(expected))
+    gave = "the host gave no log-probabilities with 1 of 1 answers"
+    assert (gave in hosted.notes(client, {"q": "one"}, {"q": reply})) == (reply.logprob is None)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["content", "tokens", "token_logprobs", "token", "logprob"]), inner, max_size=3
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(JSON)
+def test_whatever_stands_there_gives_log_probabilities_or_none(found):
+    pairs = responses.token_logprobs({"logprobs": found})
+    assert pairs is None or all(isinstance(token, str) and -math.inf < value <= 0 for token, value in pairs)

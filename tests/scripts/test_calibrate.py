@@ -135,6 +135,17 @@ def test_maps_are_fitted_to_held_out_articles_and_corrected_for_several_golds(ru
         assert p == pytest.approx(calibration.for_golds(mapped[id_], 3, exponent), abs=1e-6)
 
 
+def test_a_model_without_an_adapter_is_measured_and_nothing_is_kept(runs, capsys):
+    config, folder = runs
+    eval_loop.main([config, f"runs={folder}", "lora=null"])
+    capsys.readouterr()
+    out, found = told(capsys, config, f"runs={folder}", "lora=null")
+    assert "Answering only what platt trusts" in out, "no search, so not by all features"
+    assert "; no adapter, so nothing is kept\n" in out
+    assert found["calibration"] is None
+    assert Path(found["page"]).is_file()
+
+
 def test_agreement_with_another_evaluation_is_a_score(runs, capsys):
     config, folder = runs
     _, freely, held = (r["folder"] for r in evaluations(folder))
