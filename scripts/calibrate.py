@@ -23,7 +23,7 @@ from common.files import write_text
 from common.metrics import calibration, confidence
 from common.metrics.calibration import Fitted
 from common.metrics.confidence import LEVELS, Figure
-from common.metrics.pages import Cells, markdown_table
+from common.metrics.pages import Cells, markdown_table, text_table
 from common.metrics.stats import wilson
 from common.runs import adapters, calibrations, checkpoint, record
 from common.runs.calibrations import Calibration
@@ -77,14 +77,16 @@ def main(argv: list[str]) -> None:
     if n < FEW:
         low, high = wilson(sum(answers.right.values()), n)
         print(f"note: {n} questions tell little: their EM alone is known to [{100 * low:.0f}, {100 * high:.0f}]")
-    report = [f"# Calibration of {config.title}, {n} questions of {evaluation['may_differ']['data_source']}"]
+    report: list[str | list[Cells]] = [
+        f"# Calibration of {config.title}, {n} questions of {evaluation['may_differ']['data_source']}"
+    ]
 
     # ---- scores ----------------------------------------------------------------------------------------------------
     rows: list[Cells] = [("score", *HEAD[5:])]
     for name in (name for name in SCORES if all(name in row for row in answers.features.values())):
         found = answers.figures({id_: row[name] for id_, row in answers.features.items()})
         rows.append((name, *(shown(found, key) for key in keys(ranks_only=True))))
-    report += ["How scores rank answers, the most certain first:", markdown_table(rows)]
+    report += ["How scores rank answers, the most certain first:", rows]
 
     # ---- maps ------------------------------------------------------------------------------------------------------
     fit_on, exponent, golds = answers, 0.0, 1
@@ -110,7 +112,7 @@ def main(argv: list[str]) -> None:
     figures = {name: answers.figures(probability) for name, probability in mapped.items()}
     rows += [(name, *(shown(found, key) for key in keys())) for name, found in figures.items()]
     how = "fitted without the articles of each tenth" if args.way == "dev" else f"fitted to {fit_on.record['folder']}"
-    report += [f"Probabilities by maps of {score}, {how}:", markdown_table(rows)]
+    report += [f"Probabilities by maps of {score}, {how}:", rows]
     if golds > 1:
         first = 100 * sum(first_gold(answers)) / n
         em = 100 * sum(answers.right.values()) / n
@@ -128,7 +130,7 @@ def main(argv: list[str]) -> None:
         least = thresholds[str(level)]
         cells = (f"{least:.3f}" if least <= 1 else "none", f"{share:.1%}", "–" if reached is None else f"{reached:.1f}")
         rows.append((f"{level} % EM", *cells))
-    report += [f"Answering only what {kind} trusts, each tenth of dev by the others' threshold:", markdown_table(rows)]
+    report += [f"Answering only what {kind} trusts, each tenth of dev by the others' threshold:", rows]
 
     # ---- other questions -------------------------------------------------------------------------------------------
     kept = Calibration(fitted[kind], golds, exponent)
@@ -144,12 +146,11 @@ def main(argv: list[str]) -> None:
             found = there.figures(probability)
             rows.append((name, *(shown(found, key) for key in keys())))
         source = one["may_differ"]["data_source"]
-        report += [f"{source}, {len(there.right)} questions, EM {em:.1f}:", markdown_table(rows)]
+        report += [f"{source}, {len(there.right)} questions, EM {em:.1f}:", rows]
 
     # ---- what is kept ----------------------------------------------------------------------------------------------
-    text = "\n\n".join(report) + "\n"
     page = Path(evaluation["folder"]) / f"calibration-{args.way}.md"
-    write_text(page, text)
+    write_text(page, "\n\n".join(p if isinstance(p, str) else markdown_table(p) for p in report) + "\n")
     write_text(page.with_name(calibrations.OF_ANSWERS), json.dumps(mapped[key], indent=0) + "\n")
     facts: Section = {
         "way": args.way,
@@ -161,7 +162,7 @@ def main(argv: list[str]) -> None:
     where = None
     if chosen.adapter and not args.other:
         where = calibrations.write(chosen.adapter, kept, evaluation, facts)
-    print(text)
+    print("\n\n".join(p.removeprefix("# ") if isinstance(p, str) else text_table(p) for p in report) + "\n")
     why = "with --other nothing is kept: make ask asks once" if args.other else "no adapter, so nothing is kept"
     used = "make ask and make eval use it where they ask alike; make ask ARGS=ask.least=0.8 abstains below 80 %"
     print(f"{page}; {f'{where}: {used}' if where else why}")
