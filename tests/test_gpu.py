@@ -667,6 +667,33 @@ def test_quotes_stand_in_the_text_in_every_engine(base16):
     assert same >= 0.8 * asked
 
 
+def test_searches_find_the_same_in_every_engine_and_near_that_in_32_bits(base16):
+    """Captured passes, blocks that share no prefix, and lanes; rounding in 16 bits may change an order."""
+    tokenizer, decode = load_tokenizer(str(base16)), Decode(spans=True, nbest=4)
+    trees = demo_trees(tokenizer, 24)
+    found = {}
+    for dtype, engine in (("bf16", "auto"), ("bf16", "plain"), ("fp32", "auto")):
+        model = lora_model(base16, "none", dtype, GPU).eval()
+        stops, options = stop_tokens(tokenizer, model, decode), Eval(engine, pass_tokens=600)
+        found[dtype, engine] = answer_trees(
+            model, tokenizer, trees, stops, LIMIT, options, progress=None, decode=decode
+        )
+        if (dtype, engine) == ("bf16", "auto"):
+            spans = Decode(spans=True)
+            greedy = answer_trees(model, tokenizer, trees, stops, LIMIT, options, progress=None, decode=spans)
+            same = sum(found[dtype, engine][id_].greedy == answer.text for id_, answer in greedy.items())
+            assert same >= 0.9 * len(greedy)
+    batched, plain, exact = found.values()
+    same = sum(answer.text == plain[id_].text == exact[id_].text for id_, answer in batched.items())
+    print(f"{same} of {len(batched)} answers of a search are the same by both engines and in fp32")
+    assert same >= 0.8 * len(batched)
+    for id_, answer in batched.items():
+        masses, others = dict(answer.nbest), dict(exact[id_].nbest)
+        assert sum(masses.values()) + answer.rest <= 1.02
+        for text in masses.keys() & others.keys():
+            assert masses[text] == pytest.approx(others[text], rel=0.2, abs=0.02)
+
+
 def test_decoding_keeps_to_its_budget(tiny_base):
     model = load_base(Base(str(ROOT / "configs" / "shapes" / "llama-2-7b"), random_weights=True, dtype="bf16"), GPU)
     tokenizer = load_tokenizer(str(tiny_base))
