@@ -178,7 +178,7 @@ def masses(found):
 @pytest.mark.parametrize("order", ["context", "question"])
 def test_every_engine_gives_the_same_answers_and_the_greedy_one_too(tiny_base, order):
     model, tokenizer = system(tiny_base)
-    trees, stops = demo_trees(tokenizer, 3), stop_tokens(tokenizer, model, SPANS)
+    trees, stops = demo_trees(tokenizer, 2), stop_tokens(tokenizer, model, SPANS)
     if order == "question":  # a tree of its own for each
         trees = [replace(tree, branches=(branch,)) for tree in trees for branch in tree.branches]
     ask = {"progress": None, "decode": NBEST}
@@ -235,6 +235,23 @@ def test_a_cache_for_few_questions_gives_the_same_answers_and_one_too_small_an_e
         assert rows(found) == rows(expected)
     with pytest.raises(UserError, match=r"takes .* tokens, and memory is for 100"):
         list(nbest_batched.answers(Decoder(model, 100), [tree], task, 2000))
+
+
+def test_a_pass_keeps_to_its_tokens_and_rows_and_feeds_what_no_lane_holds(tiny_base):
+    model, tokenizer = system(tiny_base)
+    trees, stops = demo_trees(tokenizer, 6), stop_tokens(tokenizer, model, SPANS)
+    in_context, passes, decoder = quotes_of(model, tokenizer, NBEST), [], Decoder(model, 9000)
+    logits = decoder.logits
+    decoder.logits = lambda new: passes.append((len(new.ids), len(new.keep))) or logits(new)
+    task = Task(tokenizer, stops, 8, Eval(), lambda: None, {}, "x", lambda tree: in_context(tree.context), NBEST)
+    most = max(map(len, trees)) + 40
+    found = list(nbest_batched.answers(decoder, trees, task, most))
+    assert len(found) == sum(len(tree.branches) for tree in trees)
+    assert all(tokens <= most + nbest.WIDTH * 7 for tokens, _ in passes)
+    assert all(rows <= most / 4 + max(len(tree.branches) for tree in trees) for _, rows in passes)
+    fed = sum(tokens for tokens, _ in passes) - sum(map(len, trees))
+    expanded = sum(question.search.expanded - 1 for question in found)
+    assert expanded <= fed < 1.5 * expanded, "hardly more than one token for each path"
 
 
 def test_logits_that_are_not_finite_name_the_question(tiny_base):

@@ -79,6 +79,11 @@ def test_features_of_a_search_are_of_the_answers_share_of_what_it_found_or_may_h
     assert math.isfinite(alone["margin"])
 
 
+def test_a_probability_is_at_most_1_whatever_rounding_does():
+    assert calibration.probability_of(1e-6) == 1
+    assert calibration.probability_of(math.log(0.25)) == pytest.approx(0.25)
+
+
 def test_agreement_is_with_the_other_answer():
     found = features(ROW, "", {"text": "North gate"})
     assert (found["agree"], found["agree exactly"]) == (1, 1)

@@ -34,7 +34,7 @@ def test_what_was_written_is_read_again(adapter):
     assert found == Calibration(FITTED, 3, 0.5)
     half = 2.718281828**-0.5
     assert found({"logprob": -1.0}) == pytest.approx(for_golds(half, 3, 0.5)) != pytest.approx(half)
-    assert Calibration(FITTED)({"logprob": -1.0}) == pytest.approx(half)
+    assert Calibration(FITTED)({"logprob": -1.0}) == pytest.approx(half), "one gold answer needs no correction"
     written = json.loads((adapter / "calibration.json").read_text())
     assert (written["way"], written["questions"], written["schema"]) == ("dev", 300, 1)
 
@@ -102,3 +102,5 @@ def test_calibrated_answers_of_an_evaluation(tmp_path):
     assert calibrations.of_answers(evaluation) is None
     (tmp_path / "confidence.json").write_text('{"q": 0.25}')
     assert calibrations.of_answers(evaluation) == {"q": 0.25}
+    (tmp_path / "confidence.json").write_text("[0.25]")
+    assert calibrations.of_answers(evaluation) is None
