@@ -117,7 +117,7 @@ def risk_coverage(curves: Mapping[str, tuple[NDArray, NDArray]], styles: Styles)
     axes = Figure().subplots()
     for name, (answered, wrong) in curves.items():
         axes.plot(answered, wrong, **styles[name], label=name, markevery=max(1, len(answered) // 8))
-    axes.set(xlabel="share of questions answered", ylabel="share of these wrong", xlim=(0, 1.03), ylim=(0, None))
+    axes.set(xlabel="share of questions answered", ylabel="share of these wrong", xlim=(-0.03, 1.03))
     return _svg(axes, "Risk and coverage: errors among the answers that are given")
 
 

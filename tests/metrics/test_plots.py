@@ -28,6 +28,7 @@ PLOTS = {
     "tradeoff": (plots.tradeoff, [("raw", 10.0, (8.0, 12.0), 200.0, None), ("tuned", 70.0, None, 90.0, (80.0, 99.0))]),
     "latencies": (plots.latencies, {"raw": [1.0, 5.0, 300.0], "tuned": [2.0]}),
     "reliability": (plots.reliability, BINS),
+    "risk": (plots.risk_coverage, {"raw": (np.array([0.5, 1.0]), np.array([0.0, 0.25]))}),
     "forest": (lambda found, _: plots.forest(found), FOREST),
     "seeds": (plots.seeds, {"raw": [10.0, 11.0], "tuned": [70.0, 71.5, 69.0]}),
 }
@@ -36,6 +37,7 @@ TITLES = {
     "learning": "Exact match and loss while training",
     "tradeoff": "Exact match against p95 latency",
     "latencies": "Distribution of latency",
+    "risk": "Risk and coverage: errors among the answers that are given",
     "reliability": "Reliability: right answers against the model's own probability",
     "seeds": "Exact match by seed",
 }
@@ -193,6 +195,16 @@ def test_reliability_has_the_probability_to_the_right_and_the_share_upwards_besi
     assert style(raw.lines[0]) == ("#0072b2", "o", "-")
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("probability of the answer", "share that is right")
     assert axes.get_xlim() == axes.get_ylim() == (-0.03, 1.03)
+    assert legend(found.figure) == ["raw"]
+
+
+def test_risk_and_coverage_have_the_answered_share_to_the_right_and_errors_upwards(drawn):
+    found = drawn(*PLOTS["risk"])
+    (axes,) = found.axes
+    (raw,) = axes.lines
+    assert points(raw) == [(0.5, 0), (1, 0.25)]
+    assert style(raw) == ("#0072b2", "o", "-")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("share of questions answered", "share of these wrong")
     assert legend(found.figure) == ["raw"]
 
 

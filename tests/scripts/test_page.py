@@ -88,7 +88,7 @@ def test_the_page_is_readable(runs, browser, size, theme, monkeypatch):  # noqa:
     assert [Path(url).name for url in asked] == ["report.html"]
     assert complaints == []
     assert found["scrolls"] == 0  # tables scroll within themselves
-    assert len(found["plots"]) == 6
+    assert len(found["plots"]) == 7
     assert all(w >= 0.8 * min(width, 416) and h > 100 for w, h in found["plots"])
     assert found["smallest"] >= 9
     assert found["overlaps"] == []
