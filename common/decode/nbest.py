@@ -7,7 +7,6 @@ path is expanded too, wherever it leads. Several paths can spell one answer: the
 strings by the official normalisation.
 """
 
-import functools
 import heapq
 import itertools
 import math
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from common.config import Decode
+from common.data.tokens import Ids
 from common.data.trees import Branch, Tree
 from common.decode.answers import Prediction, Task
 from common.decode.spans import FIRST, Automaton, Quote
@@ -28,50 +28,63 @@ WIDTH = 4  # paths that are expanded together
 EXPANSIONS = 8  # per answer that is asked for: the most paths that are expanded
 
 
-class Steps(NamedTuple):
-    """The tokens that lead on from a state."""
+class State:
+    """Where paths have come to: a set of nodes of the automaton. `Paths` has each set once: searches meet it often."""
 
-    tokens: np.ndarray  # [n] int32, ascending
-    target: np.ndarray  # [E] int32: nodes, grouped by token
-    start: np.ndarray  # [n + 1]: the nodes behind token i are target[start[i]:start[i + 1]]
+    def __init__(self, paths: "Paths", nodes: tuple[int, ...]):
+        self.paths, behind = paths, dict[int, list[int]]()
+        for node in nodes:
+            for edge in range(paths.begin[node], paths.begin[node + 1]):
+                behind.setdefault(paths.token[edge], []).append(paths.target[edge])
+        ordered = sorted(behind)
+        self.tokens = np.array(ordered, np.int64)  # that lead on, ascending
+        self._behind: list[list[int] | State] = [behind[token] for token in ordered]
+        # an answer that has come here may end
+        self.may_end = nodes[0] >= FIRST and any(paths.ends[node] for node in nodes)
+
+    def behind(self, i: int) -> "State":
+        """The state behind the i-th token."""
+        found = self._behind[i]
+        if isinstance(found, list):
+            found = self._behind[i] = self.paths.state(tuple(sorted(set(found))))
+        return found
 
 
 class Paths:
-    """A context's automaton as searches walk it: from nodes to nodes, on the host. A paragraph's questions share it."""
+    """A context's automaton as searches walk it: from state to state, on the host. A paragraph's questions share it.
+
+    Lists, because a state has few edges: numpy's calls would take longer than what they do.
+    """
 
     def __init__(self, quotes: Automaton):
         self.quotes = quotes
         source, token, target = quotes.edges
-        order = np.argsort(source, kind="stable")
-        self.token, self.target = token[order], target[order]
-        self.begin = np.searchsorted(source[order], np.arange(quotes.nodes.shape[1] + 1))  # of each node's edges
-        self.first = np.flatnonzero(quotes.nodes[0])
+        order, size = np.argsort(source, kind="stable"), quotes.nodes.shape[1]
+        self.token, self.target, self.ends = token[order].tolist(), target[order].tolist(), quotes.nodes[1].tolist()
+        self.begin = np.searchsorted(source[order], np.arange(size + 1)).tolist()  # of each node's edges
+        self._states: dict[tuple[int, ...], State] = {}
+        self._keys: dict[bytes, str] = {}
+        self.first = self.state(tuple(np.flatnonzero(quotes.nodes[0]).tolist()))
 
-    @functools.cached_property
-    def first_steps(self) -> Steps:
-        return self._steps(self.first)
+    def state(self, nodes: tuple[int, ...]) -> State:
+        """The state of these nodes, ascending."""
+        if nodes not in self._states:
+            self._states[nodes] = State(self, nodes)
+        return self._states[nodes]
 
-    def steps(self, nodes: np.ndarray) -> Steps:
-        return self.first_steps if nodes is self.first else self._steps(nodes)
-
-    def may_end(self, nodes: np.ndarray) -> bool:
-        """True if an answer that has come to `nodes` may end."""
-        return bool(self.quotes.nodes[1][nodes].any()) and not (nodes < FIRST).any()
-
-    def _steps(self, nodes: np.ndarray) -> Steps:
-        counts = self.begin[nodes + 1] - self.begin[nodes]
-        edges = np.repeat(self.begin[nodes] - counts.cumsum() + counts, counts) + np.arange(counts.sum())
-        token, target = self.token[edges], self.target[edges]
-        order = np.argsort(token, kind="stable")
-        tokens, start = np.unique(token[order], return_index=True)
-        return Steps(tokens, target[order], np.append(start, len(order)))
+    def key(self, ids: Ids) -> str:
+        """What answers of these tokens are summed by: their text, by the official normalisation."""
+        spelt = b"".join(self.quotes.vocabulary.bytes[token] or b"" for token in ids)
+        if spelt not in self._keys:
+            self._keys[spelt] = normalize(self.quotes.quote(ids).text)
+        return self._keys[spelt]
 
 
 class Path(NamedTuple):
     ids: tuple[int, ...]  # tokens
     logprob: float  # of them, natural log
     least: float  # of the tokens' log-probabilities
-    nodes: np.ndarray  # where it has come to
+    state: State  # where it has come to
 
 
 class Ended(NamedTuple):
@@ -101,18 +114,15 @@ class _Children(NamedTuple):
     """The paths that are one token longer than an expanded one, the most probable first."""
 
     parent: Path
-    steps: Steps
-    order: np.ndarray  # [n] of the steps' tokens
+    order: np.ndarray  # [n] of the parent's state's tokens
     logprobs: np.ndarray  # [n] of each token alone, in that order
 
     def token(self, i: int) -> int:
-        return int(self.steps.tokens[self.order[i]])
+        return int(self.parent.state.tokens[self.order[i]])
 
     def path(self, i: int) -> Path:
-        own, at, start = float(self.logprobs[i]), self.order[i], self.steps.start
-        nodes = np.unique(self.steps.target[start[at] : start[at + 1]])
-        ids = (*self.parent.ids, self.token(i))
-        return Path(ids, self.parent.logprob + own, min(self.parent.least, own), nodes)
+        own, state = float(self.logprobs[i]), self.parent.state.behind(int(self.order[i]))
+        return Path((*self.parent.ids, self.token(i)), self.parent.logprob + own, min(self.parent.least, own), state)
 
 
 class Search:
@@ -128,12 +138,10 @@ class Search:
         self._open: list[tuple[float, int, _Children, int]] = []  # heap: of each parent the best child not given yet
         self._serial = itertools.count()
         self._next: Path | None = Path((), 0.0, 0.0, paths.first)  # of the greedy path
-        self._steps: dict[tuple[int, ...], Steps] = {}  # of paths that are asked for
 
     def tokens(self, path: Path) -> np.ndarray:
         """The tokens whose log-probabilities behind `path` are asked for: those that end it, then those that go on."""
-        steps = self._steps[path.ids] = self.paths.steps(path.nodes)
-        return np.concatenate([self.stops, steps.tokens])
+        return np.concatenate([self.stops, path.state.tokens])
 
     def wanted(self) -> list[Path]:
         """Up to `WIDTH` paths to expand next, together; none where the search is done. Each is given once."""
@@ -149,12 +157,12 @@ class Search:
 
     def found(self, path: Path, logprobs: np.ndarray) -> None:
         """The log-probabilities [n], among all tokens, of `tokens(path)`."""
-        steps, n_stops = self._steps.pop(path.ids), len(self.stops)
-        stop, going = logprobs[:n_stops].astype(np.float64), logprobs[n_stops:].astype(np.float64)
-        may_end = self.paths.may_end(path.nodes)
+        logprobs, n_stops = logprobs.astype(np.float64), len(self.stops)
+        stop, going = logprobs[:n_stops], logprobs[n_stops:]
+        may_end = path.state.may_end
         order = np.argsort(-going, kind="stable")  # of equal ones the least token first
-        children = _Children(path, steps, order, going[order])
-        self.rest += math.exp(path.logprob) * (math.fsum(np.exp(going)) - 1)
+        children = _Children(path, order, going[order])
+        self.rest += math.exp(path.logprob) * (float(np.exp(going).sum()) - 1)
         if may_end:
             self._end(path, float(np.logaddexp.reduce(stop)), cut=False)
         if path is not self._next:
@@ -199,7 +207,7 @@ class Search:
 
     def _end(self, path: Path, logprob: float, cut: bool) -> None:
         ended = Ended(path, path.logprob + logprob, min(path.least, logprob), cut)
-        self.answers.setdefault(normalize(self.quote(path).text), Answer(ended)).add(ended)
+        self.answers.setdefault(self.paths.key(list(path.ids)), Answer(ended)).add(ended)
 
 
 def searches(tree: Tree, task: Task) -> list[Search]:
