@@ -110,12 +110,12 @@ def fitting(
     """
     for tree in trees:
         for part in tree.split(max_tokens=min(pass_tokens, capacity)):
-            yield from _split_to_fit(part, capacity, per_answer(part))
+            yield from _split_to_fit(part, capacity, per_answer)
 
 
-def _split_to_fit(tree: Tree, capacity: int, per_answer: int) -> Iterator[Tree]:
+def _split_to_fit(tree: Tree, capacity: int, per_answer: Callable[[Tree], int]) -> Iterator[Tree]:
     """The tree, or parts of it whose blocks fit a KV cache of `capacity` tokens."""
-    size = len(tree) + len(tree.branches) * per_answer
+    size = len(tree) + len(tree.branches) * per_answer(tree)
     if size <= capacity:
         yield tree
     elif len(tree.branches) > 1:

@@ -69,7 +69,12 @@ def answers(decoder: Decoder, trees: Iterable[Tree], task: Task, pass_tokens: in
     As `batched.answers`; a pass has at most `pass_tokens` tokens, or those of one tree or one question.
     """
     lane_tokens, cache = task.max_new_tokens - 1, BlockAllocator(decoder.cache_tokens)  # the last token is never fed
-    parts = fitting(trees, pass_tokens, decoder.cache_tokens, lambda t: len(t.prefix_ids) + WIDTH * lane_tokens)
+
+    def per_answer(tree: Tree) -> int:
+        """Slots beside a question's prompt: lanes, and a copy of what it shares with others."""
+        return WIDTH * lane_tokens + (len(tree.prefix_ids) if len(tree.branches) > 1 else 0)
+
+    parts = fitting(trees, pass_tokens, decoder.cache_tokens, per_answer)
     upcoming, most_rows = next(parts, None), pass_tokens * LOGITS_SHARE
     active: list[Question] = []
     in_flight: InFlight | None = None
