@@ -13,6 +13,7 @@ is not needed.
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from common.arguments import parse
@@ -219,18 +220,24 @@ def need_split(evaluation: Record, split: str, flag: str) -> None:
 
 
 def newest(evaluations: list[Record], config: Config, sha256: str | None, split: str) -> Record:
-    """The newest evaluation of an adapter that was asked as `config` says. Raises `UserError` where there is none."""
-    alike = [
-        r
-        for r in evaluations
-        if (r["system"], r["result"].get("adapter_sha256"), r["config"]["data"]["split"])
-        == (config.system, sha256, split)
-        and calibrations.asked_in(r) == calibrations.asked(config)
-    ]
+    """The newest evaluation of an adapter that was asked as `config` says, on its dev set or on what was held out.
+
+    Raises `UserError` where there is none.
+    """
+    data = asdict(config.data)
+
+    def alike_in(r: Record) -> bool:
+        was = r["config"]["data"]
+        same = split == "heldout" or all(was[key] == data[key] for key in ("dev", "dev_questions", "fix_offsets"))
+        return same and was["split"] == split and calibrations.asked_in(r) == calibrations.asked(config)
+
+    own = (r for r in evaluations if (r["system"], r["result"].get("adapter_sha256")) == (config.system, sha256))
+    alike = [r for r in own if alike_in(r)]
     if not alike:
         words = " data.split=heldout" * (split == "heldout")
         again = f"make eval MODEL={config.system} with the same ARGS{words}"
-        raise UserError(f"{config.system} has no evaluation of {split} under {config.runs}/ that is asked so: {again}")
+        where = config.data.dev if split == "dev" else "held-out articles"
+        raise UserError(f"{config.system} has no evaluation of {where} under {config.runs}/ that is asked so: {again}")
     return alike[-1]
 
 

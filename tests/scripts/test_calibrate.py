@@ -11,6 +11,7 @@ from common.errors import UserError
 from common.metrics import calibration, confidence
 from common.runs import record
 from scripts import ask, calibrate
+from tests import answering
 from tests.conftest import answering_yaml
 from tests.test_train_loop import last_json
 
@@ -159,26 +160,31 @@ def test_agreement_with_another_evaluation_is_a_score(runs, capsys):
         calibrate.main([config, f"runs={folder}", *SEARCHED, "--other", held])
 
 
-def test_a_map_is_applied_to_other_questions(runs, capsys):
+def test_a_map_is_of_the_dev_set_that_is_configured_and_is_applied_to_other_questions(runs, tmp_path, capsys):
     config, folder = runs
     *_, held = (r["folder"] for r in evaluations(folder))
-    out, _ = told(capsys, config, f"runs={folder}", *SEARCHED, "--on", held)
+    other = answering.squad_file(tmp_path / "other.json", paragraphs=4, seed=7)
+    eval_loop.main([config, f"runs={folder}", *SEARCHED, f"data.dev={other}"])  # newer, and of other questions
+    eval_loop.main([config, f"runs={folder}", *SEARCHED, "data.dev_questions=5"])
+    capsys.readouterr()
+    out, found = told(capsys, config, f"runs={folder}", *SEARCHED, "--on", held)
     n, em = (record.read_one(Path(held) / "record.json")["result"][key] for key in ("n", "em"))
+    assert found["n"] == 48
     assert f", held out, {n} questions, EM {em:.1f}:\n" in out
 
 
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["decode.spans=true"], r"no evaluation of dev under .* that is asked so: make eval MODEL=answering"),
+        (["decode.spans=true"], r"no evaluation of .*answering-dev\.json under .* asked so: make eval MODEL=answering"),
         (["--evaluation", "nowhere"], r"nowhere: no finished run is there; name the folder of an evaluation"),
         (["--evaluation", "{train}"], r"train-001: not an evaluation"),
         ([*SEARCHED, "--on", "{free}"], r"eval-001: another decoding than .*; evaluate it alike"),
         (["--evaluation", "{held}"], r"--evaluation .*: of data\.split=heldout; name one of data\.split=dev"),
         ([*SEARCHED, "--way", "heldout", "--fit", "{searched}"], r"--fit .*: of data\.split=dev; name one of data"),
         ([*SEARCHED, "--fit", "{held}"], r"--fit names what --way heldout fits to; --way dev fits to dev itself"),
-        (["lora=null"], r"answering has no evaluation of dev"),
-        (["--way", "heldout"], r"no evaluation of heldout .* the same ARGS data\.split=heldout"),
+        (["lora=null"], r"answering has no evaluation of .*answering-dev"),
+        (["--way", "heldout"], r"no evaluation of held-out articles .* the same ARGS data\.split=heldout"),
         (["--map", "other"], r"invalid choice"),
     ],
 )
