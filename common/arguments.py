@@ -52,6 +52,7 @@ def parser(script: str) -> Parser:
     if script == "calibrate":
         out.add_argument("--way", choices=("dev", "heldout"), default="dev", help="what maps are fitted to")
         out.add_argument("--map", choices=("temperature", "platt", "isotonic", "features"), help=KEPT_MAP)
+        out.add_argument("--score", choices=("logprob", "share"), help="that maps read; default: share after a search")
         out.add_argument("--evaluation", metavar="RUN", type=Path, help="default: the newest of the adapter, so asked")
         out.add_argument("--fit", metavar="RUN", type=Path, help="with --way heldout: the evaluation to fit to")
         out.add_argument("--other", metavar="RUN", type=Path, help="the same questions asked by another prompt")

@@ -73,7 +73,9 @@ def main(argv: list[str]) -> None:
     answers = Answers(evaluation, named(args.other))
     n = len(answers.features)
     searched = all("share" in row for row in answers.features.values())
-    score = "share" if searched else "logprob"
+    if args.score == "share" and not searched:
+        raise UserError(f"--score share: {evaluation['folder']} has no search; evaluate with decode.nbest")
+    score = args.score or ("share" if searched else "logprob")
     kind = args.map or ("features" if searched else "platt")
     if n < FEW:
         low, high = wilson(sum(answers.right.values()), n)

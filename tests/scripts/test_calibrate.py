@@ -149,6 +149,13 @@ def test_a_model_without_an_adapter_is_measured_and_nothing_is_kept(runs, capsys
     assert Path(found["page"]).is_file()
 
 
+def test_maps_can_read_the_sum_after_a_search_too(runs, capsys):
+    config, folder = runs
+    out, found = told(capsys, config, f"runs={folder}", *SEARCHED, "--score", "logprob", "--map", "temperature")
+    assert "Probabilities by maps of logprob, " in out
+    assert json.loads(Path(found["calibration"]).read_text())["fitted"]["names"] == ["logprob"]
+
+
 def test_agreement_with_another_evaluation_is_a_score(runs, capsys):
     config, folder = runs
     _, freely, held = (r["folder"] for r in evaluations(folder))
@@ -182,6 +189,7 @@ def test_a_map_is_of_the_dev_set_that_is_configured_and_is_applied_to_other_ques
         ([*SEARCHED, "--on", "{free}"], r"eval-001: another decoding than .*; evaluate it alike"),
         (["--evaluation", "{held}"], r"--evaluation .*: of data\.split=heldout; name one of data\.split=dev"),
         ([*SEARCHED, "--way", "heldout", "--fit", "{searched}"], r"--fit .*: of data\.split=dev; name one of data"),
+        (["--score", "share"], r"--score share: .* has no search; evaluate with decode\.nbest"),
         ([*SEARCHED, "--fit", "{held}"], r"--fit names what --way heldout fits to; --way dev fits to dev itself"),
         (["lora=null"], r"answering has no evaluation of .*answering-dev"),
         (["--way", "heldout"], r"no evaluation of held-out articles .* the same ARGS data\.split=heldout"),
