@@ -347,6 +347,7 @@ class Config:
     def hash(self, kind: str | None = None) -> str:
         """8 hex digits of what decides a result: not `runs`, not `tracker`, and of `api` only whom it asks.
 
+        A hosted run that asks for log-probabilities is another one, since a finished run without them has none.
         A `kind` of run does not depend on what comes after it, and a training goes on with more or less memory.
         """
         decides = without_unset(self)

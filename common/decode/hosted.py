@@ -59,6 +59,8 @@ ENDS = {"stop", "eos", "eos_token", "stop_sequence", "end_turn"}  # finish reaso
 LIMITS = {"length", "max_tokens", "model_length"}  # finish reasons of the token limit
 USAGE = ("prompt_tokens", "completion_tokens")
 THINKING = re.compile(r"\A(.*</think>|\s*<think>.*)", re.S)  # the same inside the text
+STOP_TOKEN = re.compile(r"\s*(<.+>|\[.+\])?\s*", re.S)  # as hosts write it: </s>, <|im_end|>, [EOS], a line break
+PIECES = re.compile("[\u2581\u0120\u010a\ufffd]")  # ▁, Ġ: a space; Ċ: a line break; U+FFFD: half a character
 COMPARED, SHOWN_IDS = 200, 10  # prompts whose tokens are compared with the host's count; ids in a note
 
 
@@ -79,7 +81,8 @@ class Reply:
     elsewhere: str = ""  # fields that held text which is no answer: reasoning_content, tool_calls, …
     refused: str = ""  # the host's words, if its content filter refused the question
     streamed: bool = True
-    logprob: float | None = None  # of the answer's tokens, natural log; most hosts leave the stop token out
+    # of the answer's tokens, natural log; None: not given, or not surely all; most hosts leave the stop token's out
+    logprob: float | None = None
     least: float | None = None  # of these tokens' log-probabilities
 
 
@@ -210,7 +213,7 @@ class Client:
         url = f"{self.api.url.rstrip('/')}/{'chat/completions' if self.config.prompt.chat else 'completions'}"
         first = reason = server = read = written = None
         text, streamed, by_delta = "", True, False
-        tokens: list[tuple[str, float]] = []
+        tokens: list[tuple[str, float]] | None = []  # None: one is malformed
         with self.http.stream("POST", url, json=request, extensions=trace) as response:
             seen["status"] = status = response.status_code
             if status != 200:
@@ -244,10 +247,11 @@ class Client:
                     first = time.perf_counter() - start
                 if piece and not choice.get("text") and not choice.get("delta") and by_delta:
                     pieces.clear()  # a message after deltas repeats them
-                    tokens.clear()
+                    tokens = []
                 by_delta = by_delta or bool(piece and (choice.get("text") or choice.get("delta")))
                 pieces.append(piece)
-                tokens += token_logprobs(choice) or []
+                given = token_logprobs(choice)
+                tokens = None if tokens is None or given is None else tokens + given
                 # a host may split a surrogate pair over two events; half of one alone becomes U+FFFD
                 seen["text"] = text = self._redact(mended("".join(pieces)))
                 read, written = (count_of(usage.get(key)) for key in USAGE)
@@ -264,7 +268,7 @@ class Client:
         connected = [marks[n] - start for n in marks if n.endswith((".connect_tcp.complete", ".start_tls.complete"))]
         answer, thoughts = THINKING.subn("", text)
         line, more, _ = answer.lstrip().partition("\n")
-        logprobs = _of_line(tokens, text, line, cut=bool(more or thoughts))
+        logprobs = line_logprobs(tokens, text, answer, None if elsewhere else written)
         return Reply(
             text=line.strip(),
             hit_limit=kind in LIMITS and not more,  # a host that ignores `stop` may reach the limit after the answer
@@ -411,32 +415,42 @@ def notes(client: Client, wanted: Mapping[str, str], replies: Mapping[str, Reply
             "template of its own, which is another prompt, or its tokenizer is very different"
         )
     if client.api.logprobs and (without := sum(r.logprob is None and bool(r.text) for r in replies.values())):
-        out.append(f"the host gave no log-probabilities with {without} of {n} answers")
+        out.append(f"the host gave no usable log-probabilities with {without} of {n} answers")
     if "temperature" in client.api.omit:
         out.append("temperature was not sent: unless the host's default is 0, another run may score otherwise")
     return out
 
 
-def _of_line(tokens: list[tuple[str, float]], text: str, line: str, cut: bool) -> list[float]:
-    """The log-probabilities of an answer's tokens; empty where they are not known.
+def line_logprobs(tokens: list[tuple[str, float]] | None, text: str, answer: str, written: int | None) -> list[float]:
+    """The log-probabilities of the tokens of an answer's first line with text; empty if they are not surely all known.
 
-    `cut`: `text` holds more than the answer's `line`. Then the tokens must spell the text, and those of the line count,
-    and the one that ends it. Otherwise all count, a stop token that the host gives too.
+    `tokens`: as the host gave them. `text`: all that it sent. `answer`: its end, after thoughts. `written`: the host's
+    count of these tokens and a stop token, if it is known.
+
+    The tokens must spell the text, or some are missing, repeated or of thoughts; a stop token may follow. Spaces are
+    not compared. Where tokens hold `PIECES`, only ASCII is compared. Then all tokens count, the stop token too. If the
+    text has several lines or thoughts, tokens must spell it exactly. Then tokens of the line count, and the one that
+    ends it.
     """
-    spelt = "".join(token for token, _ in tokens)
-    if not line or not (cut or len(spelt.strip()) >= len(line)):
-        return []  # some came without
-    if not cut:
-        return [value for _, value in tokens]
-    start = text.find(line) if spelt == text else -1
-    if start < 0:
+    tokens, start = tokens or [], len(text) - len(answer.lstrip())
+    line, spelt = text[start:].partition("\n")[0], "".join(token for token, _ in tokens)
+    if not line or (written or 0) > len(tokens) + 1:
         return []
+    ended = bool(tokens) and STOP_TOKEN.fullmatch(tokens[-1][0]) is not None
+    less = spelt.removesuffix(tokens[-1][0]) if ended else spelt
+    if answer == text and "\n" not in text:
+        return [value for _, value in tokens] if _spells(spelt, text) or _spells(less, text) else []
+    if text not in (spelt, less):
+        return []
+    first, last = max(text.rfind("\n", 0, start) + 1, len(text) - len(answer)), start + len(line)
     ends = itertools.accumulate(len(token) for token, _ in tokens)
-    return [
-        value
-        for (token, value), end in zip(tokens, ends, strict=True)
-        if start < end and end - len(token) <= start + len(line)
-    ]
+    places = [(end - len(token), end, value) for (token, value), end in zip(tokens, ends, strict=True)]
+    return [value for begin, end, value in places if begin <= last and (begin >= first or end > first)]
+
+
+def _spells(tokens: str, text: str) -> bool:
+    ignored = r"[^!-~]+" if PIECES.search(tokens) else r"\s+"
+    return re.sub(ignored, "", tokens) == re.sub(ignored, "", text) != ""
 
 
 def _refusal(why: str, seen: Json, start: float, waited: float) -> Reply:

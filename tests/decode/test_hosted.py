@@ -103,7 +103,8 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "halves":
             pieces = [" \ud83d", "\ude00 \ud83d", ""]
         for piece in pieces:
-            self.event({"choices": [{kind: {"content": piece} if kind == "delta" else piece}]})
+            given = {"tokens": [piece], "token_logprobs": [-0.25]} if piece and body.get("logprobs") else None
+            self.event({"choices": [{kind: {"content": piece} if kind == "delta" else piece, "logprobs": given}]})
             if fault == "cut":
                 return
             if fault and fault.startswith("raw "):
@@ -117,9 +118,9 @@ class Handler(BaseHTTPRequestHandler):
                 return
         usage = {"prompt_tokens": 100, "completion_tokens": "3" if fault == "halves" else 3, "total_time": 0.25}
         self.event({"choices": [{kind: {}, "finish_reason": "length" if fault == "long" else "stop"}], "usage": usage})
-        self.wfile.write(b"data: [DONE]\n\n")
-        with host.lock:
+        with host.lock:  # before the last event: whoever has it may look at once
             host.answered += [asked] if fault != "html" else []
+        self.wfile.write(b"data: [DONE]\n\n")
 
     def event(self, found: dict) -> None:
         self.wfile.write(b"data: " + json.dumps(found).encode() + b"\n\n")
@@ -1452,12 +1453,12 @@ def test_settings_that_make_no_sense_are_refused(words, message):
 ASKED = ("api.logprobs=true",)
 
 
-def with_tokens(*pairs, chat: bool = False, text: str | None = None) -> str:
+def with_tokens(*pairs, chat: bool = False, text: str | None = None, **message) -> str:
     """An event with tokens and their log-probabilities, and the text that they spell or another one."""
     text = "".join(token for token, _ in pairs) if text is None else text
     content = {"content": [{"token": token, "logprob": value, "top_logprobs": []} for token, value in pairs]}
     legacy = {"tokens": [token for token, _ in pairs], "token_logprobs": [value for _, value in pairs]}
-    said = {"delta": {"content": text}} if chat else {"text": text}
+    said = {"delta": {"content": text, **message}} if chat else {"text": text}
     choice = {**said, "logprobs": content if chat else legacy, "finish_reason": None}
     return f"data: {json.dumps({'choices': [choice]})}\n\n"
 
@@ -1491,20 +1492,113 @@ def test_log_probabilities_are_asked_for_summed_and_kept(says, tmp_path, chat):
         (with_tokens((" amber", None)) + event("stop"), (None, None)),
         (with_tokens((" amber", 0.7)) + event("stop"), (None, None)),
         (with_tokens((" amber", True)) + event("stop"), (None, None)),
-        (event(text=" amber", logprobs={"tokens": [" amber"]}) + event("stop"), (None, None)),
+        (with_tokens((" amber", -9999.0)) + event("stop"), (None, None)),  # hosts' sign for "not known"
+        (with_tokens((" amber", -3.4e38)) + event("stop"), (None, None)),  # the same, of llama.cpp
+        (with_tokens((" amber", -(10**400))) + event("stop"), (None, None)),
+        (with_tokens((" am", -0.5)) + with_tokens(("ber", None)) + with_tokens(("</s>", -0.1), text=""), (None, None)),
+        (with_tokens((" am", -0.5)) + event(text="ber") + with_tokens(("</s>", -0.1), text=""), (None, None)),
+        (with_tokens((" am", -0.5), ("ber", -0.5)) + with_tokens(("", None)), (None, None)),  # a part of a character
+        (with_tokens((" amber", -0.5)) + with_tokens((" amber", -0.5), text=""), (None, None)),  # repeated at the end
+        (with_tokens((" amber", -0.5)) + with_tokens(("", -0.1)), (-0.6, -0.5)),  # EOS without a text
+        (with_tokens(("Ġam", -0.5), ("ber", -0.25), text=" amber"), (-0.75, -0.5)),
+        (with_tokens(("▁am", -0.5), ("ber", -0.25), ("Ċ", -0.1), text="amber"), (-0.85, -0.5)),
+        (with_tokens(("\n", -9), (" amber", -0.5), text="\n amber"), (-0.5, -0.5)),  # as if it went on
+        (with_tokens(("\n", -9), ("", -0.25), (" amber", -0.5)), (-0.75, -0.5)),  # "": part of a character
+        (with_tokens((" ", -1), ("amber", -0.5), ("\n", -0.1), ("more", -7)), (-1.6, -1.0)),
+        (with_tokens((" amber", -0.5), ("\nmore", -0.1), ("</s>", -7), text=" amber\nmore"), (-0.6, -0.5)),
+        (with_tokens(("<think>", -1), ("amber", -5), ("</think>", -1), ("amber", -0.5)), (-0.5, -0.5)),
     ],
 )
 def test_only_the_answers_own_tokens_count_and_nothing_is_guessed(says, stream, expected):
-    client, _ = says(stream + DONE, words=ASKED)
+    client, _ = says(stream + event("stop") + DONE, words=ASKED)
     reply = client.ask("one")
     assert reply.text == "amber"
     assert (reply.logprob, reply.least) == (expected if None in expected else pytest.approx(expected))
-    gave = "the host gave no log-probabilities with 1 of 1 answers"
+    gave = "the host gave no usable log-probabilities with 1 of 1 answers"
     assert (gave in hosted.notes(client, {"q": "one"}, {"q": reply})) == (reply.logprob is None)
 
 
+@pytest.mark.parametrize("logprobs", [{"tokens": [" amber"]}, {"token_logprobs": [-0.5]}, [-0.5], -0.5, "x", {}, None])
+def test_shapes_without_tokens_or_without_values_are_not_given(says, logprobs):
+    choice = {"text": " amber", "logprobs": logprobs, "finish_reason": "stop"}
+    client, _ = says(f"data: {json.dumps({'choices': [choice]})}\n\n" + DONE, words=ASKED)
+    assert (client.ask("one").text, client.ask("one").logprob) == ("amber", None)
+
+
+def test_tokens_of_thoughts_and_tokens_that_a_host_drops_leave_it_unknown(says):
+    thought = with_tokens(("Hm", -5), chat=True, text="", reasoning_content="Hm")
+    said = with_tokens((" amber", -0.5), chat=True) + told("stop")
+    chats = (*ASKED, "prompt.chat=true")
+    client, _ = says(thought + said + DONE, words=chats)
+    reply = client.ask("one")
+    assert (reply.text, reply.elsewhere, reply.logprob) == ("amber", "reasoning_content", None)
+    # a host that gives the answer's tokens alone counts those of the thoughts too
+    counts = event(usage={"prompt_tokens": 9, "completion_tokens": 70})
+    client, _ = says(told(reasoning_content="Hm") + said + counts + DONE, words=chats, fresh=True)
+    assert client.ask("one").logprob == -0.5
+    # llama.cpp counts the first half of a character, and sends the second one's value alone
+    for written, expected in ((2, -0.5), (3, None)):
+        usage = {"prompt_tokens": 9, "completion_tokens": written}
+        client, _ = says(with_tokens((" é", -0.5)) + event("stop", usage=usage) + DONE, words=ASKED, fresh=True)
+        assert client.ask("one").logprob == expected
+
+
+def test_characters_that_a_host_cannot_write_are_compared_by_the_rest(says):
+    for said, expected in ((" Zürich", -0.75), (" Zürcher", None), (" ü", None)):
+        halves = with_tokens((" Z", -0.25), ("\ufffd", -0.25), ("\ufffd", -0.125), ("rich", -0.125), text=said)
+        halves = with_tokens(("\ufffd\ufffd", -0.5), text=said) if said == " ü" else halves
+        client, _ = says(halves + event("stop") + DONE, words=ASKED, fresh=True)
+        assert client.ask("one").logprob == expected
+
+
+def test_a_body_and_a_message_after_deltas_count_once(says):
+    tokens = {"content": [{"token": " amber", "logprob": -0.5}]}
+    choice = {"message": {"content": " amber"}, "logprobs": tokens, "finish_reason": "stop"}
+    whole, chats = json.dumps({"choices": [choice]}), (*ASKED, "prompt.chat=true")
+    client, _ = says((200, "application/json", whole), words=chats)
+    assert client.ask("one").logprob == -0.5
+    stream = with_tokens((" amber", -0.75), chat=True) + f"data: {whole}\n\n" + DONE
+    client, _ = says(stream, words=chats, fresh=True)
+    assert client.ask("one").logprob == -0.5
+
+
+def test_replies_of_before_have_no_log_probability(says, tmp_path):
+    client, _ = says(WHOLE + DONE)
+    reply = client.ask("one")
+    line = json.loads((tmp_path / "transcript.jsonl").read_text())
+    del line["reply"]["logprob"], line["reply"]["least"]
+    (tmp_path / "transcript.jsonl").write_text(json.dumps(line) + "\n")
+    client, requests = says()
+    assert (client.ask("one"), requests) == (reply, [])
+    assert reply.logprob is reply.least is None
+
+
+def test_an_evaluation_keeps_log_probabilities_and_its_replay_has_the_same(host_and_words, capsys):
+    host, _, arguments = host_and_words
+    eval_loop.main(arguments)
+    without = last_json(capsys)
+    runs = []
+    for more in ([], ["--replay"]):
+        eval_loop.main([*arguments, *ASKED, *more, *[run["run"] for run in runs if more]])
+        runs.append(last_json(capsys))
+    assert len({without["run"], *(run["run"] for run in runs)}) == 3, "a finished run without them does not have them"
+    rows = [[json.loads(r) for r in (Path(run["run"]) / "questions.jsonl").open()] for run in (without, *runs)]
+    assert len(host.answered) == 24, "asked again, and not for the replay"
+    assert rows[1] == rows[2]
+    assert {(r["logprob"], r["least"]) for r in rows[1]} == {(-0.5, -0.25)}
+    assert [r.get("logprob") for r in rows[0]] == [None] * 12
+    assert [r["text"] for r in rows[0]] == [r["text"] for r in rows[1]]
+
+
+def test_the_confidence_of_one_answer_is_its_tokens_probability(host_and_words, capsys):
+    _, _, arguments = host_and_words
+    for words, expected in (([], None), (ASKED, math.exp(-0.5))):
+        ask_script.main([*arguments, *words, "--context", "A bridge. Answer:", "--question", "What?"])
+        assert last_json(capsys)["confidence"] == expected
+
+
 JSON = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=3),
+    st.none() | st.booleans() | st.floats() | st.integers() | st.just(10**400) | st.text(max_size=3),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
@@ -1518,4 +1612,40 @@ JSON = st.recursive(
 @given(JSON)
 def test_whatever_stands_there_gives_log_probabilities_or_none(found):
     pairs = responses.token_logprobs({"logprobs": found})
-    assert pairs is None or all(isinstance(token, str) and -math.inf < value <= 0 for token, value in pairs)
+    assert pairs is None or all(isinstance(token, str) and -9999 < value <= 0 for token, value in pairs)
+
+
+PAIRS = st.lists(st.tuples(st.text("ab é\n", min_size=1, max_size=3), st.integers(-9, -1)), max_size=6)
+
+
+@given(PAIRS)
+def test_tokens_of_the_line_count_and_the_one_that_ends_it(pairs):
+    """By the token of each character: those of the line with what stands before it there, and the next one's."""
+    text = "".join(token for token, _ in pairs)
+    of = [number for number, (token, _) in enumerate(pairs) for _ in token]
+    first = next((i for i, character in enumerate(text) if not character.isspace()), None)
+    expected = []
+    if first is not None:
+        begin, end = text[:first].rfind("\n") + 1, [*(i for i, c in enumerate(text) if c == "\n" and i > first)]
+        own = sorted({*of[begin : end[0] + 1 if end else None]})
+        expected = [pairs[number][1] for number in own]
+    assert hosted.line_logprobs(pairs, text, text, None) == expected
+
+
+@given(PAIRS, st.data())
+def test_a_token_that_is_missing_or_repeated_leaves_it_unknown(pairs, data):
+    text = "".join(token for token, _ in pairs)
+    seen = [i for i, (token, _) in enumerate(pairs) if token.strip()]
+    if not seen:
+        return
+    at, times = data.draw(st.sampled_from(seen)), data.draw(st.sampled_from([0, 2]))
+    damaged = [*pairs[:at], *[pairs[at]] * times, *pairs[at + 1 :]]
+    found = hosted.line_logprobs(damaged, text, text, None)
+    if "".join(token for token, _ in damaged).split() != text.split():
+        assert found == []
+
+
+@given(st.integers() | st.floats() | st.just(10**400) | st.just(-(10**400)) | st.booleans() | st.text())
+def test_any_number_is_a_token_count_or_none(value):
+    found = responses.count_of(value)
+    assert found is None or (found == value and found >= 0)
