@@ -34,8 +34,6 @@ from common.runs.results import Accuracy, EvalResult, Section
 
 from accelerate.utils import broadcast_object_list
 
-OPTIONAL = ("span", "least", "nbest", "rest", "greedy")  # fields of a question's row that not all answers have
-
 
 @dataclass(frozen=True)
 class Answered:
@@ -78,8 +76,10 @@ def main(argv: list[str]) -> None:
     # ---- score -----------------------------------------------------------------------------------------------------
     texts = {e.id: answers[e.id].text for e in dev.examples}
     rows = [{**vars(answers[e.id]), "article": e.title} for e in dev.examples]
-    rows = [{k: v for k, v in row.items() if v is not None or k not in OPTIONAL} for row in rows]
-    if calibration := calibrations.find(chosen.adapter, found.result.get("adapter_sha256"), config):
+    rows = [{k: v for k, v in row.items() if v is not None or k not in record.OPTIONAL} for row in rows]
+    # held-out articles have one gold answer a question, which is another probability
+    dev_split = config.data.split == "dev"
+    if dev_split and (calibration := calibrations.find(chosen.adapter, found.result.get("adapter_sha256"), config)):
         asked = (calibration.of(features(row, e.question)) for e, row in zip(dev.examples, rows, strict=True))
         rows = [row if p is None else row | {"confidence": round(p, 6)} for row, p in zip(rows, asked, strict=True)]
     accuracy = cast(Accuracy, dict.fromkeys(Accuracy.__annotations__))  # None: random weights

@@ -39,6 +39,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--rounds", type=int, default=1, help="the ratio of times is their median's")
     args = parser.parse_intermixed_args(argv)
+    if args.rounds < 1:
+        raise UserError("--rounds must be 1 or more")
     config = load_config(args.model, args.overrides)
     chosen = adapters.choose(config, given_keys(args.overrides))
     config = replace(chosen.config, decode=replace(config.decode, spans=True, nbest=config.decode.nbest or 8))

@@ -79,7 +79,8 @@ def ask_here(
 ) -> Iterator[Section]:
     adapter = checkpoint.verified(chosen.adapter)
     chosen.note()
-    calibration = calibrations.find(adapter, checkpoint.weights_sha256(adapter), config)
+    calibration_of = calibrations.needed if config.ask.least else calibrations.find
+    calibration = calibration_of(adapter, checkpoint.weights_sha256(adapter), config)
     device = pick_device()
     model = load_system(config, adapter, device, bool(chosen.forced))
     with out_of_memory("a single query does not fit: lower window.context, or base.quant=nf4"):
@@ -100,6 +101,8 @@ def ask_here(
             result |= {"confidence": math.exp(best.logprob), "tokens": len(best.token_ids), "windows": len(found)}
             result |= {"nbest": answer.nbest} if answer.nbest else {}
             sure = calibration.of(features(vars(answer), question)) if calibration else None
+            if config.ask.least and sure is None:
+                raise UserError("ask.least: the calibration reads what this answer does not have; make calibrate again")
             if sure is not None:
                 result |= {"confidence": sure, "calibrated": True}
                 if sure < config.ask.least:

@@ -17,14 +17,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from common.arguments import parse
-from common.config import Config, Data, EarlyStop
-from common.data import squad
+from common.config import Config
 from common.errors import UserError, one_line_errors
 from common.files import write_text
 from common.metrics import calibration, confidence
 from common.metrics.calibration import Fitted
 from common.metrics.confidence import LEVELS, Figure
 from common.metrics.pages import Cells, markdown_table, text_table
+from common.metrics.score import exact_match
 from common.metrics.stats import wilson
 from common.runs import adapters, calibrations, checkpoint, record
 from common.runs.calibrations import Calibration
@@ -45,11 +45,12 @@ class Answers:
         beside = record.read_questions(other) if other else {}
         if other and beside.keys() != rows.keys():
             raise UserError(f"{other['folder']}: of other questions than {evaluation['folder']}")
-        self.examples = {e.id: e for e in questions_of(evaluation).examples}
+        self.examples = {e.id: e for e in record.questions_of(evaluation).examples}
         found = {i: calibration.features(row, self.examples[i].question, beside.get(i)) for i, row in rows.items()}
         if without := sum(features is None for features in found.values()):
             raise UserError(f"{evaluation['folder']}: {without} of {len(rows)} answers have no log-probability")
         self.features = {id_: features for id_, features in found.items() if features is not None}
+        self.text = {id_: str(row["text"]) for id_, row in rows.items()}
         self.right = {id_: bool(row["em"]) for id_, row in rows.items()}
         self.article = {id_: str(row["article"]) for id_, row in rows.items()}
 
@@ -117,7 +118,7 @@ def main(argv: list[str]) -> None:
     how = "fitted without the articles of each tenth" if args.way == "dev" else f"fitted to {fit_on.record['folder']}"
     report += [f"Probabilities by maps of {score}, {how}:", rows]
     if golds > 1:
-        first = 100 * sum(first_gold(answers)) / n
+        first = 100 * sum(exact_match(answers.text[i], e.answers[0].text) for i, e in answers.examples.items()) / n
         em = 100 * sum(answers.right.values()) / n
         report.append(
             f"EM {em:.1f} by all gold answers, {first:.1f} by the first; for {golds} of them p becomes "
@@ -190,12 +191,6 @@ def applied(kept: Calibration, answers: Answers) -> dict[str, float]:
     return {id_: kept(row) for id_, row in answers.features.items()}
 
 
-def first_gold(answers: Answers) -> list[bool]:
-    """Whether each answer equals its question's first gold answer."""
-    rows = record.read_questions(answers.record)
-    return [calibration.equal(rows[id_]["text"], e.answers[0].text) for id_, e in answers.examples.items()]
-
-
 def named(run: Path | None) -> Record | None:
     """The record of the evaluation in a folder. Raises `UserError` where there is none."""
     if run is None:
@@ -241,18 +236,6 @@ def newest(evaluations: list[Record], config: Config, sha256: str | None, split:
         where = config.data.dev if split == "dev" else "held-out articles"
         raise UserError(f"{config.system} has no evaluation of {where} under {config.runs}/ that is asked so: {again}")
     return alike[-1]
-
-
-def questions_of(evaluation: Record) -> squad.Dataset:
-    """The questions of an evaluation. Raises `UserError` where they are not to be had any more."""
-    where, source = evaluation["config"]["data"], evaluation["may_differ"]["data_source"]
-    path = source.removesuffix(squad.HELD_OUT)
-    if Path(path).is_file():
-        where = {**where, "train" if where["split"] == "heldout" else "dev": path}
-    found = squad.evaluated(Data(**where), EarlyStop(**evaluation["config"]["early_stop"]))
-    if found.sha256 != evaluation["must_match"]["data"]:
-        raise UserError(f"{source}: not the questions of {evaluation['folder']} any more; evaluate again")
-    return found
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import cast
 
-from common.config import Data, EarlyStop
 from common.data import squad
 from common.errors import UserError, one_line_errors
 from common.files import ROOT, write_text
@@ -212,15 +211,12 @@ def pairs(lines: Sequence[Line]) -> list[tuple[str, str, Rows, Rows]]:
 def mistaken(scored: Sequence[Line]) -> list[error_analysis.Mistakes]:
     """`error_analysis.table` of each line's first seed; empty if the data cannot be found without a network."""
     some = scored[0].evaluations[0]
-    where, source = some["config"]["data"], some["may_differ"]["data_source"].removesuffix(squad.HELD_OUT)
-    if Path(source).is_file():
-        where = {**where, "train" if where["split"] == "heldout" else "dev": source}
-    elif not os.environ.get("SQUAD_DIR"):
+    source = some["may_differ"]["data_source"].removesuffix(squad.HELD_OUT)
+    if not Path(source).is_file() and not os.environ.get("SQUAD_DIR"):
         return []
     with contextlib.suppress(UserError):  # it is not there, or another file has its name now
-        data = squad.evaluated(Data(**where), EarlyStop(**some["config"]["early_stop"]))
-        if data.sha256 == some["must_match"]["data"]:
-            return [error_analysis.table(data.examples, line.rows[line.evaluations[0]["folder"]]) for line in scored]
+        examples = record.questions_of(some).examples
+        return [error_analysis.table(examples, line.rows[line.evaluations[0]["folder"]]) for line in scored]
     return []
 
 

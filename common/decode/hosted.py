@@ -29,6 +29,7 @@ from common.data.prompt import message
 from common.data.tokens import Tokenizer, tokenize
 from common.data.window import answer_limit
 from common.decode.failures import FILTER, FILTER_STATUSES, Failures, OfQuestion
+from common.decode.hosted_logprobs import line_logprobs, token_logprobs
 from common.decode.responses import (
     ERROR_CHARS,
     Body,
@@ -42,7 +43,6 @@ from common.decode.responses import (
     retry_after,
     server_seconds,
     text_of,
-    token_logprobs,
 )
 from common.errors import UserError
 from common.files import lock
@@ -59,8 +59,6 @@ ENDS = {"stop", "eos", "eos_token", "stop_sequence", "end_turn"}  # finish reaso
 LIMITS = {"length", "max_tokens", "model_length"}  # finish reasons of the token limit
 USAGE = ("prompt_tokens", "completion_tokens")
 THINKING = re.compile(r"\A(.*</think>|\s*<think>.*)", re.S)  # the same inside the text
-STOP_TOKEN = re.compile(r"\s*(<.+>|\[.+\])?\s*", re.S)  # as hosts write it: </s>, <|im_end|>, [EOS], a line break
-PIECES = re.compile("[\u2581\u0120\u010a\ufffd]")  # ▁, Ġ: a space; Ċ: a line break; U+FFFD: half a character
 COMPARED, SHOWN_IDS = 200, 10  # prompts whose tokens are compared with the host's count; ids in a note
 
 
@@ -419,38 +417,6 @@ def notes(client: Client, wanted: Mapping[str, str], replies: Mapping[str, Reply
     if "temperature" in client.api.omit:
         out.append("temperature was not sent: unless the host's default is 0, another run may score otherwise")
     return out
-
-
-def line_logprobs(tokens: list[tuple[str, float]] | None, text: str, answer: str, written: int | None) -> list[float]:
-    """The log-probabilities of the tokens of an answer's first line with text; empty if they are not surely all known.
-
-    `tokens`: as the host gave them. `text`: all that it sent. `answer`: its end, after thoughts. `written`: the host's
-    count of these tokens and a stop token, if it is known.
-
-    The tokens must spell the text, or some are missing, repeated or of thoughts; a stop token may follow. Spaces are
-    not compared. Where tokens hold `PIECES`, only ASCII is compared. Then all tokens count, the stop token too. If the
-    text has several lines or thoughts, tokens must spell it exactly. Then tokens of the line count, and the one that
-    ends it.
-    """
-    tokens, start = tokens or [], len(text) - len(answer.lstrip())
-    line, spelt = text[start:].partition("\n")[0], "".join(token for token, _ in tokens)
-    if not line or (written or 0) > len(tokens) + 1:
-        return []
-    ended = bool(tokens) and STOP_TOKEN.fullmatch(tokens[-1][0]) is not None
-    less = spelt.removesuffix(tokens[-1][0]) if ended else spelt
-    if answer == text and "\n" not in text:
-        return [value for _, value in tokens] if _spells(spelt, text) or _spells(less, text) else []
-    if text not in (spelt, less):
-        return []
-    first, last = max(text.rfind("\n", 0, start) + 1, len(text) - len(answer)), start + len(line)
-    ends = itertools.accumulate(len(token) for token, _ in tokens)
-    places = [(end - len(token), end, value) for (token, value), end in zip(tokens, ends, strict=True)]
-    return [value for begin, end, value in places if begin <= last and (begin >= first or end > first)]
-
-
-def _spells(tokens: str, text: str) -> bool:
-    ignored = r"[^!-~]+" if PIECES.search(tokens) else r"\s+"
-    return re.sub(ignored, "", tokens) == re.sub(ignored, "", text) != ""
 
 
 def _refusal(why: str, seen: Json, start: float, waited: float) -> Reply:

@@ -15,8 +15,6 @@ import httpx2
 
 Json = dict[str, Any]  # an object as `json.loads` returns it
 
-ROUNDING = 1e-3  # that a log-probability may lie above 0
-NOT_KNOWN = -9999.0  # hosts send this or less for a token whose log-probability they do not have
 ERROR_CHARS = 300  # kept of an error's message: a line
 CONTROL = {"", "ping", "[ping]", "heartbeat", "keep-alive", "keepalive"}  # events, and data, that carry nothing
 # fields of a chat message that hold text, but no answer
@@ -122,30 +120,6 @@ def text_of(choice: Json) -> tuple[str, list[str]]:
     return "" + content, fields
 
 
-def token_logprobs(choice: Json) -> list[tuple[str, float]] | None:
-    """A choice's tokens and their natural log-probabilities, as completions or chats give them; empty if not given.
-
-    None if one is malformed, not finite, not known to the host, or above 0 by more than rounding.
-    """
-    found = choice.get("logprobs")
-    if found is None:
-        return []
-    if not isinstance(found, dict):
-        return None
-    pairs: list[tuple[object, object]] = []
-    if isinstance(content := found.get("content"), list):
-        pairs = [(e.get("token"), e.get("logprob")) if isinstance(e, dict) else (None, None) for e in content]
-    elif isinstance(tokens := found.get("tokens"), list) and isinstance(values := found.get("token_logprobs"), list):
-        pairs = [*zip(tokens, values, strict=False)] if len(tokens) == len(values) else [(None, None)]
-    out = []
-    for token, given in pairs:
-        value = _number(given)
-        if not isinstance(token, str) or value is None or not NOT_KNOWN < value <= ROUNDING:
-            return None
-        out.append((token, min(0.0, value)))
-    return out
-
-
 def mended(text: str) -> str:
     """Text that UTF-8 takes: halves of a surrogate pair are joined, or become U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -153,11 +127,11 @@ def mended(text: str) -> str:
 
 def count_of(value: object) -> int | None:
     """A token count; None if it is none."""
-    number = _number(value)
+    number = number_of(value)
     return int(number) if number is not None and number >= 0 and number == int(number) else None
 
 
-def _number(value: object) -> float | None:
+def number_of(value: object) -> float | None:
     """A JSON number; None for all else, and for what no float holds."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None

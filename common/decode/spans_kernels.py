@@ -13,7 +13,7 @@ NONE = tl.constexpr(2**31 - 1)  # more than any token
 
 
 def best(logits: Tensor, edges: Tensor, start: Tensor, count: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row's tokens on edges out of its state: the highest logit, the least token with it, and the greatest.
+    """The highest logit, the least token with it and the greatest, of each row's tokens on edges out of its state.
 
     `logits` [K, V] fp32, `edges` [3, E] int32 of which row k has `count`[k] from `start`[k] on, `state` [K, N] bool →
     [K] fp32, int32, int32. A row without such edges has -inf, `NONE` and -1.

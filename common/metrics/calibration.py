@@ -16,7 +16,7 @@ from typing import Any
 from common.data.squad import Example
 from common.errors import UserError
 from common.metrics.error_analysis import WORDS, question_word
-from common.metrics.score import f1, normalize
+from common.metrics.score import exact_match, f1, normalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,6 @@ EDGE = 1e-4  # shares are kept this far from 0 and 1
 LEAST_MASS = 1e-300  # of an answer: exp of a log-probability below -745 is 0
 Features = dict[str, float]
 Numbers = dict[str, list[float]]
-Map = Callable[[Sequence[Features]], NDArray]  # features of n answers → [n] probabilities
 
 
 def features(row: Mapping[str, Any], question: str, other: Mapping[str, Any] | None = None) -> Features | None:
@@ -51,18 +50,13 @@ def features(row: Mapping[str, Any], question: str, other: Mapping[str, Any] | N
         out |= _of_search(row)
     if other:
         out["agree"] = f1(row["text"], other["text"])
-        out["agree exactly"] = float(equal(row["text"], other["text"]))
+        out["agree exactly"] = float(exact_match(row["text"], other["text"]))
     return out
 
 
 def probability_of(logprob: float) -> float:
     """The model's own probability of an answer, in [0, 1]: rounding can take a log-probability above 0."""
     return min(1.0, math.exp(logprob))
-
-
-def equal(a: str, b: str) -> bool:
-    """True if two answers are the same string by the official normalisation."""
-    return normalize(a) == normalize(b)
 
 
 def _of_search(row: Mapping[str, Any]) -> Features:

@@ -5,7 +5,7 @@ measure that, and a monotone map can mend it. A good ranking puts right answers 
 measure that, and no monotone map changes it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from common.metrics.stats import Clusters, Interval, Values, expanded_percentiles, resampled, wilson
@@ -40,11 +40,6 @@ def reliability(probability: Values, right: Mapping[str, bool], bins: int = 10) 
         n, found = len(ids), sum(bool(right[id_]) for id_ in ids)
         out.append(Bin(float(np.mean([probability[id_] for id_ in ids])), found / n, wilson(found, n), n))
     return out
-
-
-def expected_error(bins: Sequence[Bin]) -> float:
-    """The expected calibration error, in [0, 1]: the mean distance of probability from share right, weighted by n."""
-    return sum(n * abs(probability - right) for probability, right, _, n in bins) / sum(n for *_, n in bins)
 
 
 def risk_coverage(probability: Values, right: Mapping[str, bool]) -> tuple[NDArray, NDArray]:
@@ -123,7 +118,7 @@ class _Groups:
 
 
 def _aurc(n: NDArray, right: NDArray) -> NDArray:
-    """[draws], of groups of equal confidence [draws, groups].
+    """The AURC [draws] of groups of equal confidence [draws, groups].
 
     Behind N answers with E errors, the m answers of a group whose error rate is e add, shuffled, the expectation
     sum over j = 1..m of (E + j e) / (N + j) = m e + (E - N e) (H(N + m) - H(N)), H the harmonic numbers.

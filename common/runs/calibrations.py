@@ -30,7 +30,7 @@ class Calibration:
     exponent: float = 0.0
 
     def of(self, answer: Features | None) -> float | None:
-        """As a call, but None where a feature is missing."""
+        """The probability that an answer is right, in [0, 1]; None where a feature is missing."""
         return self(answer) if answer and all(name in answer for name in self.fitted.names) else None
 
     def __call__(self, answer: Features) -> float:
@@ -40,7 +40,7 @@ class Calibration:
 
 
 def asked(config: Config) -> Section:
-    """How answers are asked for: two of a calibration's that differ need two calibrations."""
+    """Prompt, window and decoding, by which a calibration holds; `window.tokenizer` may have another name."""
     window = without_unset(config.window)
     return {
         "prompt": prompt.fingerprint(config.prompt),
@@ -50,7 +50,7 @@ def asked(config: Config) -> Section:
 
 
 def asked_in(evaluation: Record) -> Section:
-    """As `asked`, of an evaluation's record."""
+    """What `asked` returns, of an evaluation's record."""
     must = evaluation["must_match"]
     window = {key: value for key, value in must["window"].items() if key != "tokenizer"}
     return {"prompt": must["prompt"], "window": window, "decoding": must.get("decoding", {})}
@@ -82,21 +82,17 @@ def of_answers(evaluation: Record) -> dict[str, float] | None:
 
 
 def find(adapter: Path | None, sha256: str | None, config: Config) -> Calibration | None:
-    """As `read`, but one that does not fit is none, with a note, unless `ask.least` needs it.
-
-    None for held-out articles too: their questions have one gold answer, which is another probability. Raises
-    `UserError` where `ask.least` is set and there is none.
-    """
-    if config.data.split == "heldout":
-        return None
+    """The calibration beside an adapter that fits; None, with a note, where one does not."""
     try:
-        found = read(adapter, sha256, config)
+        return read(adapter, sha256, config)
     except UserError as error:
-        if config.ask.least:
-            raise
         print(f"note: {error}", file=sys.stderr)
         return None
-    if config.ask.least and found is None:
+
+
+def needed(adapter: Path | None, sha256: str | None, config: Config) -> Calibration:
+    """The calibration beside an adapter, for `ask.least`. Raises `UserError` where there is none that fits."""
+    if (found := read(adapter, sha256, config)) is None:
         raise UserError(f"ask.least needs a calibration of the adapter: make calibrate MODEL={config.system}")
     return found
 
@@ -118,6 +114,7 @@ def read(adapter: Path | None, sha256: str | None, config: Config) -> Calibratio
         if not isinstance(was, dict) or found["fitted"]["kind"] not in KINDS:
             raise ValueError("a field that no version writes")
         calibration = Calibration(Fitted(**found["fitted"]), found["golds"], found["exponent"])
+        calibration(dict.fromkeys(calibration.fitted.names, 0.0))  # it has all its numbers
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a calibration ({error}); delete it, or {again}") from error
     if adapter_was != sha256:

@@ -142,10 +142,8 @@ def ids_sha256(rows: Mapping[str, object]) -> str:
 
 def _kept(r: Record) -> Section:
     """A record without the names of files that only its machine has."""
-    made = {
-        **r["may_differ"],
-        "data_source": re.sub(r"^.*/(?=[^/]+\.(json|gz)(, held out)?$)", "", r["may_differ"]["data_source"]),
-    }
+    source = re.sub(r"^.*/(?=[^/]+\.(json|gz)(, held out)?$)", "", r["may_differ"]["data_source"])
+    made = {**r["may_differ"], "data_source": source}
     result = {key: value for key, value in r["result"].items() if key not in PLACES}
     config = {**r["config"], "adapter": None, "runs": "runs"}
     return {**{k: v for k, v in r.items() if k != "folder"}, "may_differ": made, "config": config, "result": result}

@@ -26,8 +26,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from common.config import Config, Decode, with_defaults, without_unset
-from common.data import prompt
+from common.config import Config, Data, Decode, EarlyStop, with_defaults, without_unset
+from common.data import prompt, squad
 from common.data.squad import Dataset
 from common.errors import UserError
 from common.files import ROOT, lock, write_text
@@ -36,7 +36,8 @@ from common.runs.results import Record, Result, Section
 
 import yaml
 
-MAY_HAVE = ("token_ids", "least", "nbest", "rest", "confidence")  # of a question's row
+# fields of a question's row that not all answers have
+OPTIONAL = ("token_ids", "span", "least", "nbest", "rest", "greedy", "confidence")
 SCHEMA = 2  # before it a tokenizer was known by the hash of its file
 BY_FILE = "file "
 _claimed: dict[Path, TextIO] = {}  # kept open: closing one would release its lock
@@ -197,9 +198,24 @@ def read_questions(evaluation: Record) -> dict[str, dict[str, Any]]:
         for r in rows:
             r |= {"article": r.get("article", r["id"]), "logprob": r.get("logprob")}
         kept = ("text", "em", "f1", "hit_limit", "article", "logprob")
-        return {r["id"]: {key: r[key] for key in kept} | {key: r[key] for key in MAY_HAVE if key in r} for r in rows}
+        return {r["id"]: {key: r[key] for key in kept} | {key: r[key] for key in OPTIONAL if key in r} for r in rows}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); evaluate that system again") from error
+
+
+def questions_of(evaluation: Record) -> Dataset:
+    """The questions of an evaluation, by its file or where its configuration says.
+
+    Raises `UserError` where they are not to be had any more.
+    """
+    where, source = evaluation["config"]["data"], evaluation["may_differ"]["data_source"]
+    path = source.removesuffix(squad.HELD_OUT)
+    if Path(path).is_file():
+        where = {**where, "train" if where["split"] == "heldout" else "dev": path}
+    found = squad.evaluated(Data(**where), EarlyStop(**evaluation["config"]["early_stop"]))
+    if found.sha256 != evaluation["must_match"]["data"]:
+        raise UserError(f"{source}: not the questions of {evaluation['folder']} any more; evaluate again")
+    return found
 
 
 class Metrics:

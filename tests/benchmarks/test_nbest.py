@@ -26,3 +26,5 @@ def test_every_rule_is_paired_with_the_greedy_answers(answering_config, capsys):
 def test_a_model_of_another_engine_is_refused(answering_config):
     with pytest.raises(UserError, match=r"a Llama is needed, and eval\.engine=auto"):
         nbest.main([str(answering_config), "lora=null", "eval.engine=plain"])
+    with pytest.raises(UserError, match="--rounds must be 1 or more"):
+        nbest.main([str(answering_config), "lora=null", "--rounds", "0"])

@@ -18,7 +18,7 @@ import eval_loop
 from common.config import load
 from common.data import prompt, squad
 from common.data.trees import build_trees
-from common.decode import hosted, responses
+from common.decode import hosted, hosted_logprobs, responses
 from common.errors import UserError
 from common.model.load import load_tokenizer
 from scripts import ask as ask_script
@@ -1611,7 +1611,7 @@ JSON = st.recursive(
 
 @given(JSON)
 def test_whatever_stands_there_gives_log_probabilities_or_none(found):
-    pairs = responses.token_logprobs({"logprobs": found})
+    pairs = hosted_logprobs.token_logprobs({"logprobs": found})
     assert pairs is None or all(isinstance(token, str) and -9999 < value <= 0 for token, value in pairs)
 
 
@@ -1629,7 +1629,7 @@ def test_tokens_of_the_line_count_and_the_one_that_ends_it(pairs):
         begin, end = text[:first].rfind("\n") + 1, [*(i for i, c in enumerate(text) if c == "\n" and i > first)]
         own = sorted({*of[begin : end[0] + 1 if end else None]})
         expected = [pairs[number][1] for number in own]
-    assert hosted.line_logprobs(pairs, text, text, None) == expected
+    assert hosted_logprobs.line_logprobs(pairs, text, text, None) == expected
 
 
 @given(PAIRS, st.data())
@@ -1640,7 +1640,7 @@ def test_a_token_that_is_missing_or_repeated_leaves_it_unknown(pairs, data):
         return
     at, times = data.draw(st.sampled_from(seen)), data.draw(st.sampled_from([0, 2]))
     damaged = [*pairs[:at], *[pairs[at]] * times, *pairs[at + 1 :]]
-    found = hosted.line_logprobs(damaged, text, text, None)
+    found = hosted_logprobs.line_logprobs(damaged, text, text, None)
     if "".join(token for token, _ in damaged).split() != text.split():
         assert found == []
 

@@ -4,7 +4,7 @@ import math
 import random
 from statistics import fmean
 
-from common.metrics.confidence import Bin, expected_error, figures, perfect_error, reliability, risk_coverage
+from common.metrics.confidence import figures, perfect_error, reliability, risk_coverage
 from common.metrics.stats import clustered, wilson
 from tests.metrics.test_stats import by_hand
 
@@ -38,8 +38,10 @@ def test_a_bin_has_mean_probability_share_right_its_interval_and_n():
 
 
 def test_the_calibration_error_weighs_bins_by_their_size():
-    bins = [Bin(0.2, 0.5, (0, 1), 3), Bin(0.9, 0.5, (0, 1), 1)]
-    assert expected_error(bins) == pytest.approx((3 * 0.3 + 0.4) / 4)
+    """Sixteen answers in fifteen bins: the first bin has two, one of them right."""
+    probability = {str(i): 0.2 + i * 1e-6 for i in range(16)}
+    found = figures(probability, {id_: id_ == "0" for id_ in probability}, dict.fromkeys(probability, "a"))
+    assert found["ece"].value == pytest.approx((2 * 0.3 + 14 * 0.2) / 16, abs=1e-5)
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

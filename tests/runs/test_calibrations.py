@@ -50,7 +50,7 @@ def test_none_is_none(tmp_path):
     assert calibrations.read(None, None, config()) is None
     assert calibrations.find(None, None, config()) is None
     with pytest.raises(UserError, match=r"ask\.least needs a calibration of the adapter: make calibrate MODEL=model"):
-        calibrations.find(tmp_path, "a" * 64, config("ask.least=0.5"))
+        calibrations.needed(tmp_path, "a" * 64, config("ask.least=0.5"))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_another_adapter_prompt_window_or_decoding_is_refused(adapter, capsys, s
     assert calibrations.find(adapter, sha256, config(*words)) is None
     assert capsys.readouterr().err.startswith(f"note: {adapter}/calibration.json: of another ")
     with pytest.raises(UserError, match=told):
-        calibrations.find(adapter, sha256, config(*words, "ask.least=0.5"))
+        calibrations.needed(adapter, sha256, config(*words, "ask.least=0.5"))
 
 
 @pytest.mark.parametrize(
@@ -79,6 +79,8 @@ def test_another_adapter_prompt_window_or_decoding_is_refused(adapter, capsys, s
         "{}",
         '{"asked": {}, "adapter_sha256": "a", "schema": 9}',
         '{"asked": {}, "adapter_sha256": "a", "schema": 1, "fitted": {"kind": "other"}, "golds": 1, "exponent": 0}',
+        '{"asked": {}, "adapter_sha256": "a", "schema": 1, "golds": 1, "exponent": 0, '
+        '"fitted": {"kind": "temperature", "names": ["logprob"], "numbers": {}}}',
     ],
 )
 def test_what_is_no_calibration_is_named(adapter, text):

@@ -105,6 +105,12 @@ def test_figures_are_those_of_cross_fitted_maps_and_the_map_is_kept_and_used(run
     assert '"confidence"' not in (Path(last_json(capsys)["run"]) / "questions.jsonl").read_text()
     ask.main(words)
     assert "calibrated" not in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"ask\.least: the calibration reads what this answer does not have"):
+        ask.main([*words, "ask.least=0.5"])
+    # ---- ask.least is of questions: an evaluation is not lost to it
+    path.write_text("{}")
+    eval_loop.main([config, f"runs={folder}", *SEARCHED, "ask.least=0.5"])
+    assert last_json(capsys)["n"] == 48
 
 
 def test_maps_are_fitted_to_held_out_articles_and_corrected_for_several_golds(runs, tmp_path, capsys):
